@@ -1,0 +1,247 @@
+"""A checkpoint opened for reading: config, family, and tensors one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from moe_serve.checkpoint.dtypes import TORCH_DTYPES
+from moe_serve.checkpoint.header import TensorEntry, read_header, read_json, reading
+from moe_serve.checkpoint.table import CompactTable, parse_table
+from moe_serve.errors import CheckpointError, IncompleteCheckpoint
+from moe_serve.families import Family, Shape, family_of
+
+INDEX: Final = "model.safetensors.index.json"
+SINGLE: Final = "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """An opened checkpoint directory. Holds headers only; weights stay on disk.
+
+    Peak memory: the headers, and whatever single tensor is being read.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    family: Family
+    shape: Shape
+    tensors: dict[str, TensorEntry]
+    table: CompactTable
+    """Empty for a stock checkpoint."""
+    _read: list[int] = field(default_factory=lambda: [0])
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the router's ids have to be remapped to stored blocks."""
+        return "compact_experts" in self.config
+
+    @property
+    def bytes_read(self) -> int:
+        """Weight bytes read through this object so far."""
+        return self._read[0]
+
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        """The weight files, in order of name."""
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where a tensor lies.
+
+        Raises:
+            IncompleteCheckpoint: no shard holds it.
+        """
+        try:
+            return self.tensors[name]
+        except KeyError:
+            raise IncompleteCheckpoint(
+                f"no shard holds tensor {name!r}",
+                where=str(self.path),
+                remedy="the download is incomplete, or config.json belongs to another checkpoint",
+            ) from None
+
+    def read_bytes(self, name: str) -> bytearray:
+        """Read one tensor's bytes, unchanged."""
+        entry = self.entry(name)
+        buffer = bytearray(entry.size)
+        with reading(entry.file), entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start)
+            view = memoryview(buffer)
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise IncompleteCheckpoint(
+                        f"ends inside tensor {name!r}",
+                        where=str(entry.file),
+                        remedy="fetch this file again",
+                    )
+                view = view[count:]
+        self._read[0] += entry.size
+        return buffer
+
+    def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Read one tensor in its stored format.
+
+        Args:
+            name: the tensor.
+            shape: what the config says it must be.
+
+        Raises:
+            CheckpointError: the stored shape contradicts ``shape``.
+        """
+        entry = self.entry(name)
+        if shape is not None and entry.shape != shape:
+            raise CheckpointError(
+                f"tensor {name!r} is {list(entry.shape)}, the config says {list(shape)}",
+                where=str(entry.file),
+                remedy="config.json and weights belong to different checkpoints",
+            )
+        dtype = TORCH_DTYPES[entry.dtype]
+        if entry.size == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        return torch.frombuffer(self.read_bytes(name), dtype=dtype).reshape(entry.shape)
+
+    def layer_tensors(self, layer: int) -> list[TensorEntry]:
+        """All tensors of one decoder layer, in stored order."""
+        prefix = self.family.layer_prefix(layer)
+        found = [e for e in self.tensors.values() if e.name.startswith(prefix)]
+        return sorted(found, key=lambda e: (e.file, e.start))
+
+    def expert_bytes(self) -> dict[int, int]:
+        """Bytes of the routed experts of every mixture layer, by layer index."""
+        sizes = {}
+        for layer in self.family.moe_layers(self.config):
+            prefix = self.family.expert_prefix(layer)
+            sizes[layer] = sum(e.size for e in self.layer_tensors(layer) if e.name.startswith(prefix))
+        return sizes
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and all headers and file sizes: which checkpoint this is.
+
+        Reads no weights; a changed byte inside a weight does not change it.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for entry in sorted(self.tensors.values(), key=lambda e: e.name):
+            digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name}\n".encode())
+            digest.update(str(entry.start).encode())
+        for shard in self.shards:
+            digest.update(f"{shard.name} {shard.stat().st_size} {shard.stat().st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a directory and check that its files agree with one another.
+
+    Raises:
+        CheckpointError: the files are not what config, index or headers say.
+    """
+    if not path.is_dir():
+        raise CheckpointError(
+            "is not a directory",
+            where=str(path),
+            remedy="give the folder that holds config.json and the safetensors files",
+        )
+    config = read_json(path / "config.json")
+    family = family_of(config)
+    shape = family.shape(config)
+    tensors = _tensors(path)
+    table = parse_table(config, family, where=str(path / "config.json"))
+    checkpoint = Checkpoint(
+        path=path, config=config, family=family, shape=shape, tensors=tensors, table=table
+    )
+    _check_experts(checkpoint)
+    return checkpoint
+
+
+def _tensors(path: Path) -> dict[str, TensorEntry]:
+    index = path / INDEX
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError("has no weight_map", where=str(index), remedy="fetch it again")
+        files = sorted({path / str(name) for name in weight_map.values()})
+    else:
+        weight_map = None
+        single = path / SINGLE
+        files = [single] if single.exists() else sorted(path.glob("model-*.safetensors"))
+    if not files:
+        others = ", ".join(sorted(p.name for p in path.glob("*.bin"))[:3])
+        raise IncompleteCheckpoint(
+            "holds no safetensors file" + (f" (but {others})" if others else ""),
+            where=str(path),
+            remedy="convert the checkpoint to safetensors; pickled weights are never loaded",
+        )
+    tensors: dict[str, TensorEntry] = {}
+    for file in files:
+        for entry in read_header(file):
+            if entry.name in tensors:
+                raise CheckpointError(
+                    f"tensor {entry.name!r} is stored twice, also in {tensors[entry.name].file.name}",
+                    where=str(file),
+                    remedy="remove the stale shard",
+                )
+            tensors[entry.name] = entry
+    if weight_map is not None:
+        _check_index(index, weight_map, tensors)
+    return tensors
+
+
+def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorEntry]) -> None:
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise IncompleteCheckpoint(
+                f"the index places tensor {name!r} in {file}, which does not hold it",
+                where=str(index),
+                remedy="fetch index and shards from the same revision",
+            )
+    if extra := sorted(set(tensors) - set(weight_map)):
+        raise CheckpointError(
+            f"the shards hold {len(extra)} tensors that the index does not name, first {extra[0]!r}",
+            where=str(index),
+            remedy="fetch index and shards from the same revision",
+        )
+
+
+def _check_experts(checkpoint: Checkpoint) -> None:
+    """Config, table and tensors agree on how many experts there are and how wide they are."""
+    family, shape = checkpoint.family, checkpoint.shape
+    for layer in family.moe_layers(checkpoint.config):
+        entry = checkpoint.entry(family.gate_name(layer))
+        if entry.shape != (shape.experts, shape.hidden):
+            raise CheckpointError(
+                f"router {entry.name!r} is {list(entry.shape)}, the config says "
+                f"{shape.experts} experts of hidden size {shape.hidden}",
+                where=str(checkpoint.path),
+                remedy="config.json and weights belong to different checkpoints",
+            )
+        compact = checkpoint.table.layers.get(layer)
+        count = compact.blocks if compact else shape.experts
+        width = compact.width if compact else shape.width
+        expected = set()
+        for expert in range(count):
+            names = family.expert_names(layer, expert)
+            expected.update(names)
+            wide, tall = (width, shape.hidden), (shape.hidden, width)
+            for name, form in zip(names, (wide, wide, tall), strict=True):
+                if checkpoint.entry(name).shape != form:
+                    raise CheckpointError(
+                        f"tensor {name!r} is {list(checkpoint.entry(name).shape)}, "
+                        f"expected {list(form)}",
+                        where=str(checkpoint.path),
+                        remedy="config.json and weights belong to different checkpoints",
+                    )
+        prefix = family.expert_prefix(layer)
+        present = {n for n in checkpoint.tensors if n.startswith(prefix)}
+        if surplus := sorted(present - expected):
+            raise CheckpointError(
+                f"layer {layer} holds expert tensors beyond the {count} it should, "
+                f"first {surplus[0]!r}",
+                where=str(checkpoint.path),
+                remedy="a quantised layout this version does not read, or a stale shard",
+            )

@@ -1,0 +1,6 @@
+"""One row per model architecture: tensor names, router rule, constraints."""
+
+from moe_serve.families.family import Family, Projections, Shape
+from moe_serve.families.table import FAMILIES, family_of
+
+__all__ = ["FAMILIES", "Family", "Projections", "Shape", "family_of"]

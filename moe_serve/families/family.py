@@ -1,0 +1,121 @@
+"""What a Mixture-of-Experts architecture is, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from moe_serve.errors import UnsupportedFamily
+
+Config = Mapping[str, Any]
+
+
+class Projections(NamedTuple):
+    """Tensor name endings of a gated expert: down(act(gate x) * (up x))."""
+
+    gate: str
+    up: str
+    down: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """The sizes pruning needs, read from one config."""
+
+    layers: int
+    hidden: int
+    experts: int
+    """Routed experts per layer, N."""
+    top_k: int
+    width: int
+    """Neurons of one routed expert, I."""
+    vocabulary: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One row of the table. Names may hold ``{layer}`` and ``{expert}``."""
+
+    model_type: str
+    architecture: str
+    """The class name in ``config.json``'s ``architectures``."""
+    count_keys: tuple[str, ...]
+    """Config keys that give N; the first one present counts, all present are rewritten."""
+    top_k_key: str
+    width_key: str
+    block: str
+    """Prefix of a layer's mixture-of-experts tensors."""
+    gate: str
+    """Router weight [N, D]."""
+    expert: str
+    """Prefix of one expert's tensors."""
+    projections: Projections
+    renormalise: bool | str
+    """Whether the selected probabilities are scaled to sum to one: fixed, or a config key."""
+    sparse_step_key: str | None = None
+    """Config key: every n-th layer is a mixture (absent: every layer)."""
+    dense_layers_key: str | None = None
+    """Config key: list of layer indices that are dense although the step says otherwise."""
+
+    @property
+    def compact_architecture(self) -> str:
+        """The name under which a compact checkpoint is served; stock software refuses it."""
+        return f"Compact{self.architecture}"
+
+    def shape(self, config: Config) -> Shape:
+        """Read the sizes.
+
+        Raises:
+            UnsupportedFamily: a key is missing or holds no positive integer.
+        """
+        count_key = next((key for key in self.count_keys if key in config), self.count_keys[0])
+        return Shape(
+            layers=self._count(config, "num_hidden_layers"),
+            hidden=self._count(config, "hidden_size"),
+            experts=self._count(config, count_key),
+            top_k=self._count(config, self.top_k_key),
+            width=self._count(config, self.width_key),
+            vocabulary=self._count(config, "vocab_size"),
+        )
+
+    def _count(self, config: Config, key: str) -> int:
+        value = config.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UnsupportedFamily(
+                f"{key!r} is {value!r}, not a positive integer",
+                where="config.json",
+                remedy=f"a {self.model_type} checkpoint needs it; restore the original config.json",
+            )
+        return value
+
+    def renormalises(self, config: Config) -> bool:
+        """Whether selected router probabilities are scaled to sum to one."""
+        if isinstance(self.renormalise, bool):
+            return self.renormalise
+        return bool(config.get(self.renormalise, False))
+
+    def moe_layers(self, config: Config) -> tuple[int, ...]:
+        """Indices of the layers that hold routed experts, in order."""
+        step = int(config.get(self.sparse_step_key, 1) or 1) if self.sparse_step_key else 1
+        dense = set(config.get(self.dense_layers_key) or ()) if self.dense_layers_key else set()
+        layers = range(self.shape(config).layers)
+        return tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
+
+    def gate_name(self, layer: int) -> str:
+        """Name of the router weight."""
+        return self.gate.format(layer=layer)
+
+    def expert_names(self, layer: int, expert: int) -> Projections:
+        """Names of one expert's gate, up and down weights."""
+        prefix = self.expert.format(layer=layer, expert=expert)
+        return Projections(*(f"{prefix}.{ending}" for ending in self.projections))
+
+    def expert_prefix(self, layer: int) -> str:
+        """What the names of all experts' tensors of a layer begin with."""
+        return self.expert.split("{expert}")[0].format(layer=layer)
+
+    @staticmethod
+    def layer_prefix(layer: int) -> str:
+        """What the names of all tensors of a decoder layer begin with."""
+        return f"model.layers.{layer}."
