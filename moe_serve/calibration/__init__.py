@@ -1,0 +1,1 @@
+"""Observing a model: texts, token sequences, the layer-by-layer stream, statistics."""

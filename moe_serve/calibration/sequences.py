@@ -1,0 +1,164 @@
+"""Documents as token sequences without padding, the same for every batch size."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from moe_serve.calibration.texts import Texts
+from moe_serve.errors import CalibrationError
+
+MIN_LENGTH: Final = 16
+"""A shorter remainder of a domain is left out: it says little and costs a batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sequences:
+    """Token sequences with their domains. S sequences, T tokens in all."""
+
+    domains: tuple[str, ...]
+    tokens: tuple[np.ndarray[Any, np.dtype[np.int64]], ...]
+    """One array of token ids per sequence, at most L long."""
+    domain: tuple[int, ...]
+    """Index into ``domains`` for each sequence."""
+
+    @property
+    def total(self) -> int:
+        """T."""
+        return sum(len(t) for t in self.tokens)
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        """For each sequence, the number of tokens before it."""
+        return tuple(int(n) for n in np.cumsum([0, *(len(t) for t in self.tokens)])[:-1])
+
+    def tokens_by_domain(self) -> dict[str, int]:
+        """Token counts."""
+        counts = dict.fromkeys(self.domains, 0)
+        for domain, tokens in zip(self.domain, self.tokens, strict=True):
+            counts[self.domains[domain]] += len(tokens)
+        return counts
+
+    def weights(self) -> torch.Tensor:
+        """Weight of each token, [T], mean 1: every domain weighs the same in sum."""
+        counts = self.tokens_by_domain()
+        share = self.total / len(self.domains)
+        per_domain = [share / counts[name] for name in self.domains]
+        parts = [
+            torch.full((len(t),), per_domain[d], dtype=torch.float32)
+            for t, d in zip(self.tokens, self.domain, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def token_domains(self) -> torch.Tensor:
+        """Domain index of each token, [T]."""
+        parts = [
+            torch.full((len(t),), d) for t, d in zip(self.tokens, self.domain, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def batches(self, batch_tokens: int) -> Iterator[tuple[int, ...]]:
+        """Indices of consecutive sequences of equal length, at most ``batch_tokens`` tokens."""
+        batch: list[int] = []
+        for index, tokens in enumerate(self.tokens):
+            length = len(tokens)
+            full = (len(batch) + 1) * length > batch_tokens
+            if batch and (full or len(self.tokens[batch[0]]) != length):
+                yield tuple(batch)
+                batch = []
+            batch.append(index)
+        if batch:
+            yield tuple(batch)
+
+    def sha256(self) -> str:
+        """Identifies exactly these tokens in this order."""
+        digest = hashlib.sha256(repr(self.domains).encode())
+        for domain, tokens in zip(self.domain, self.tokens, strict=True):
+            digest.update(f"{domain} {len(tokens)}\n".encode())
+            digest.update(tokens.tobytes())
+        return digest.hexdigest()
+
+
+def tokenize(
+    texts: Texts,
+    model: Path,
+    *,
+    tokens_per_domain: int,
+    length: int,
+    vocabulary: int,
+    seed: int = 0,
+) -> Sequences:
+    """Tokenise documents, pack each domain's into sequences of ``length`` tokens.
+
+    Documents are taken in a seeded random order until a domain has ``tokens_per_domain``; they are
+    joined by the end-of-text token. The last sequence of a domain may be shorter; there is no
+    padding.
+
+    Args:
+        texts: what to tokenise.
+        model: directory with the tokenizer's files.
+        tokens_per_domain: bound on tokens taken from each domain.
+        length: L, tokens per sequence.
+        vocabulary: the model's vocabulary size; ids must lie below it.
+        seed: decides the order of documents.
+
+    Raises:
+        CalibrationError: no tokenizer, ids beyond the vocabulary, or a domain with hardly a token.
+    """
+    encode, end = _tokenizer(model)
+    sequences: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    owners: list[int] = []
+    for number, domain in enumerate(texts.domains):
+        documents = [d for d in texts.documents if d.domain == domain]
+        random.Random(f"{seed}/{domain}").shuffle(documents)
+        ids: list[int] = []
+        for document in documents:
+            if len(ids) >= tokens_per_domain:
+                break
+            ids += encode(document.text)
+            ids += [end] if end is not None else []
+        ids = ids[:tokens_per_domain]
+        if len(ids) < MIN_LENGTH:
+            raise CalibrationError(
+                f"domain {domain!r} has only {len(ids)} tokens",
+                where="texts",
+                remedy=f"give it at least {MIN_LENGTH}, or merge it into another domain",
+            )
+        if max(ids) >= vocabulary:
+            raise CalibrationError(
+                f"the tokenizer yields id {max(ids)}, the model knows {vocabulary} tokens",
+                where=str(model),
+                remedy="tokenizer files and weights belong to different models",
+            )
+        for start in range(0, len(ids), length):
+            part = np.asarray(ids[start : start + length], dtype=np.int64)
+            if len(part) >= min(MIN_LENGTH, length):
+                sequences.append(part)
+                owners.append(number)
+    return Sequences(domains=texts.domains, tokens=tuple(sequences), domain=tuple(owners))
+
+
+def _tokenizer(model: Path) -> tuple[Any, int | None]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+    except (OSError, ValueError) as exc:
+        raise CalibrationError(
+            f"no usable tokenizer ({str(exc).splitlines()[0]})",
+            where=str(model),
+            remedy="copy tokenizer.json and tokenizer_config.json beside config.json",
+        ) from exc
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return encode, tokenizer.eos_token_id
