@@ -27,7 +27,7 @@ class States:
         """Store rows beginning at token ``start``."""
         data = rows_TD.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
         mode = "r+b" if self.path.exists() else "w+b"
-        with writing(self.path), self.path.open(mode, buffering=0) as file:
+        with writing(self.path), self.path.open(mode) as file:
             file.seek(start * self._row)
             file.write(data)
 

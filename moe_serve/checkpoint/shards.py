@@ -56,18 +56,41 @@ class ShardWriter:
     run write the same bytes as an uninterrupted one.
     """
 
-    def __init__(self, folder: Path, runs: Iterable[Run], *, shard_bytes: int = SHARD_BYTES) -> None:
-        """Lay the runs out over shards in ``folder``, creating files that are not there yet."""
+    def __init__(
+        self,
+        folder: Path,
+        runs: Iterable[Run],
+        *,
+        file: str | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """Lay the runs out over shards in ``folder``, creating files that are not there yet.
+
+        Args:
+            folder: an existing directory.
+            runs: what will be written, in order.
+            file: put everything into one file of this name.
+            shard_bytes: otherwise the size above which a new shard begins.
+        """
         self._places: dict[str, _Place] = {}
         self._files: list[Path] = []
-        groups = list(_fill(runs, shard_bytes))
-        total = len(groups)
-        for number, specs in enumerate(groups, 1):
-            name = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-            self._open(folder / name, specs)
+        if file is not None:
+            self._open(folder / file, [spec for run in runs for spec in run])
+        else:
+            groups = list(_fill(runs, shard_bytes))
+            total = len(groups)
+            for number, specs in enumerate(groups, 1):
+                name = SINGLE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+                self._open(folder / name, specs)
+        self._folder = folder
+
+    def write_index(self) -> None:
+        """Write ``model.safetensors.index.json`` with the true total size."""
         size = sum(place.spec.size for place in self._places.values())
         weight_map = {name: place.file.name for name, place in self._places.items()}
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+        write_json(
+            self._folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map}
+        )
 
     def _open(self, file: Path, specs: list[TensorSpec]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -1,0 +1,168 @@
+"""A model's decoder, one layer in memory at a time.
+
+Attention, norms and embeddings are transformers' own modules (the forward pass of record); only
+the routed experts are ours, so that original and compact layers run through the same code.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_serve.calibration.mixture import Mixture, read_mixture
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One decoder layer. B sequences, L tokens each, D hidden size."""
+
+    index: int
+    module: nn.Module
+    mixture: Mixture | None
+    """``None`` where the layer's feed-forward is dense."""
+
+    def attend(self, x_BLD: torch.Tensor, rotary: Any) -> torch.Tensor:
+        """The residual stream after attention, r = x + attention(norm(x))."""
+        attended, *_ = self.module.self_attn(
+            hidden_states=self.module.input_layernorm(x_BLD),
+            attention_mask=None,
+            position_embeddings=rotary,
+        )
+        return x_BLD + attended
+
+    def normed(self, r_BLD: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward reads, z."""
+        z: torch.Tensor = self.module.post_attention_layernorm(r_BLD)
+        return z
+
+    def feed_forward(self, z_BLD: torch.Tensor) -> torch.Tensor:
+        """The feed-forward's output y; the next layer's input is r + y."""
+        if self.mixture is None:
+            y: torch.Tensor = self.module.mlp(z_BLD)
+            return y
+        return self.mixture(z_BLD.flatten(0, 1)).unflatten(0, z_BLD.shape[:2])
+
+
+class Decoder:
+    """Embeds, walks layer by layer, and computes logits.
+
+    Peak memory: one layer in FP32, the embedding or the output matrix, one batch.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Build the skeleton without weights."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self.checkpoint = checkpoint
+        self.device = device
+        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False)
+        # SDPA with no mask is causal; other implementations would want one spelled out.
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            self._model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=False
+            ).eval()
+        self._inner = self._model.model
+        self._rotary = type(self._inner.rotary_emb)(config=config).to(device)
+        self._window: int | None = getattr(config, "sliding_window", None)
+        self._positions: int = config.max_position_embeddings
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return self.checkpoint.shape.layers
+
+    def longest(self, wanted: int) -> int:
+        """The longest sequence not above ``wanted`` on which attention is plainly causal."""
+        return min(wanted, self._positions, self._window or wanted)
+
+    def embedding(self) -> torch.Tensor:
+        """The input embedding [V, D], FP32."""
+        return self._read("model.embed_tokens.weight")
+
+    def rotary(self, batch: int, length: int) -> Any:
+        """Position embeddings for ``batch`` sequences of ``length`` tokens."""
+        positions = torch.arange(length, device=self.device)[None]
+        like = torch.empty(batch, length, 1, device=self.device)
+        return self._rotary(like, position_ids=positions)
+
+    def layer(self, index: int) -> Layer:
+        """Load one layer's weights; drop the returned object to free them."""
+        family = self.checkpoint.family
+        sparse = index in family.moe_layers(self.checkpoint.config)
+        skeleton = self._inner.layers[index]
+        prefix = family.layer_prefix(index)
+        block = family.block.format(layer=index) + "."
+        weights = {
+            entry.name.removeprefix(prefix): self._read(entry.name)
+            for entry in self.checkpoint.layer_tensors(index)
+            if not (sparse and entry.name.startswith(block))
+        }
+        module = _LayerParts(skeleton, dense=not sparse)
+        module.load(weights, where=str(self.checkpoint.path))
+        mixture = read_mixture(self.checkpoint, index, self.device) if sparse else None
+        return Layer(index=index, module=module, mixture=mixture)
+
+    def head(self) -> OutputHead:
+        """Load final norm and output matrix."""
+        tied = "lm_head.weight" not in self.checkpoint.tensors
+        if tied and not self.checkpoint.config.get("tie_word_embeddings", False):
+            raise CheckpointError(
+                "holds no lm_head.weight and the config does not tie it to the embedding",
+                where=str(self.checkpoint.path),
+                remedy="fetch the missing shard",
+            )
+        weight = self._read("model.embed_tokens.weight" if tied else "lm_head.weight")
+        norm = copy.deepcopy(self._inner.norm)
+        norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
+        return OutputHead(norm=norm, weight_VD=weight)
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.checkpoint.read(name).to(self.device, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputHead:
+    """Final norm and output matrix."""
+
+    norm: nn.Module
+    weight_VD: torch.Tensor
+
+    def __call__(self, x_TD: torch.Tensor) -> torch.Tensor:
+        """Logits [T, V]."""
+        normed: torch.Tensor = self.norm(x_TD)
+        return normed @ self.weight_VD.T
+
+
+class _LayerParts(nn.Module):
+    """The sub-modules of a transformers decoder layer, without its experts."""
+
+    def __init__(self, skeleton: nn.Module, *, dense: bool) -> None:
+        super().__init__()
+        # Copies (of meta tensors, so free of cost): the weights go when the layer is dropped.
+        self.self_attn = copy.deepcopy(skeleton.self_attn)
+        self.input_layernorm = copy.deepcopy(skeleton.input_layernorm)
+        self.post_attention_layernorm = copy.deepcopy(skeleton.post_attention_layernorm)
+        if dense:
+            self.mlp = copy.deepcopy(skeleton.mlp)
+
+    def load(self, weights: dict[str, torch.Tensor], *, where: str) -> None:
+        """Bind weights by name.
+
+        Raises:
+            CheckpointError: a tensor is missing, superfluous or of another shape.
+        """
+        try:
+            self.load_state_dict(weights, strict=True, assign=True)
+        except RuntimeError as exc:
+            raise CheckpointError(
+                "the layer's tensors do not fit the architecture: " + " ".join(str(exc).split()),
+                where=where,
+                remedy="config.json and weights belong to different checkpoints",
+            ) from exc

@@ -1,0 +1,174 @@
+"""Sufficient statistics of one layer's experts. All sums, so shards and machines add up.
+
+Shape suffixes: T tokens, D hidden size, N experts, I neurons per expert, C domains (categories),
+S reservoir tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from moe_serve.calibration.mixture import Mixture
+from moe_serve.errors import CalibrationError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerStatistics:
+    """What one layer's experts did on the calibration tokens. FP32 unless said otherwise."""
+
+    count_CN: torch.Tensor
+    """Tokens that selected the expert, per domain (exact up to 2^53; F64)."""
+    weight_CN: torch.Tensor
+    """Σ g: router weight received (F64)."""
+    weighted_norm_CN: torch.Tensor
+    """Σ g‖f(x)‖ over tokens that selected the expert (F64). REAP, arXiv 2510.13999, eq. 5."""
+    norm_CN: torch.Tensor
+    """Σ ‖f(x)‖ (F64)."""
+    square_CN: torch.Tensor
+    """Σ ‖f(x)‖² (F64)."""
+    normal_NII: torch.Tensor
+    """Σ ω g² h hᵀ, h the expert's neurons, ω the token's domain weight."""
+    output_ND: torch.Tensor
+    """Σ ω f(x) over tokens that selected the expert."""
+    reservoir_SD: torch.Tensor
+    """The layer's mixture input z at a fixed random sample of tokens."""
+    reservoir_domain_S: torch.Tensor
+    """Domain of each reservoir token (I64)."""
+
+    @staticmethod
+    def shapes(
+        *, domains: int, experts: int, width: int, hidden: int, reservoir: int
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → (safetensors type, shape) of every field."""
+        sums = ("F64", (domains, experts))
+        return {
+            "count_CN": sums,
+            "weight_CN": sums,
+            "weighted_norm_CN": sums,
+            "norm_CN": sums,
+            "square_CN": sums,
+            "normal_NII": ("F32", (experts, width, width)),
+            "output_ND": ("F32", (experts, hidden)),
+            "reservoir_SD": ("F32", (reservoir, hidden)),
+            "reservoir_domain_S": ("I64", (reservoir,)),
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Field name → tensor."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> LayerStatistics:
+        """The inverse of :meth:`tensors`."""
+        return cls(**tensors)
+
+    def reap(self) -> torch.Tensor:
+        """REAP saliency [N]: mean of g‖f‖ over the tokens that selected the expert.
+
+        Source: arXiv 2510.13999, eq. 5. Zero for an expert no token reached.
+        """
+        total_N = self.weighted_norm_CN.sum(dim=0)
+        return total_N / self.count_CN.sum(dim=0).clamp(min=1)
+
+    def frequency(self) -> torch.Tensor:
+        """Share of selections [N]; sums to one."""
+        count_N = self.count_CN.sum(dim=0)
+        return count_N / count_N.sum().clamp(min=1)
+
+    def summary(self) -> dict[str, Any]:
+        """The small part as lists, for reports and ``statistics.json``."""
+        return {
+            "count": self.count_CN.tolist(),
+            "weight": self.weight_CN.tolist(),
+            "weighted_norm": self.weighted_norm_CN.tolist(),
+            "norm": self.norm_CN.tolist(),
+        }
+
+
+class Accumulator:
+    """Builds one layer's statistics batch by batch.
+
+    Memory: the N normal matrices, FP32, and one batch.
+    """
+
+    def __init__(self, *, domains: int, experts: int, width: int, hidden: int) -> None:
+        """Start at zero."""
+        sums = (domains, experts)
+        self._sums = {
+            name: torch.zeros(sums, dtype=torch.float64)
+            for name in ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
+        }
+        self._normal_NII = torch.zeros(experts, width, width)
+        self._output_ND = torch.zeros(experts, hidden)
+        self._reservoir: list[torch.Tensor] = []
+        self._reservoir_domain: list[torch.Tensor] = []
+
+    def observe(
+        self,
+        mixture: Mixture,
+        z_TD: torch.Tensor,
+        domain_T: torch.Tensor,
+        omega_T: torch.Tensor,
+        sample: Iterable[int],
+    ) -> torch.Tensor:
+        """Add a batch; return the mixture's output [T, D].
+
+        Args:
+            mixture: an untouched layer: unit e is expert e.
+            z_TD: the mixture's inputs.
+            domain_T: each token's domain.
+            omega_T: each token's weight.
+            sample: indices into the batch of tokens that belong to the reservoir.
+
+        Raises:
+            CalibrationError: the activations are not finite.
+        """
+        if not bool(torch.isfinite(z_TD).all()):
+            raise CalibrationError(
+                "hidden states hold NaN or infinite values",
+                remedy="the weights of an earlier layer are damaged; run moe-serve verify",
+            )
+        chosen = list(sample)
+        self._reservoir.append(z_TD[chosen].cpu())
+        self._reservoir_domain.append(domain_T[chosen].cpu())
+        out_TD = torch.zeros_like(z_TD)
+        for unit, index, weight_t, h_tI in mixture.activations(z_TD):
+            (expert,) = unit.owners
+            f_tD = h_tI @ unit.down_DF.T
+            out_TD.index_add_(0, index, f_tD * weight_t[:, None])
+            norm_t = f_tD.norm(dim=1)
+            self._add_sums(expert, domain_T[index], weight_t, norm_t)
+            omega_t = omega_T[index]
+            scaled_tI = h_tI * (weight_t * omega_t.sqrt())[:, None]
+            self._normal_NII[expert] += (scaled_tI.T @ scaled_tI).cpu()
+            self._output_ND[expert] += (omega_t @ f_tD).cpu()
+        return out_TD
+
+    def _add_sums(
+        self, expert: int, domain_t: torch.Tensor, weight_t: torch.Tensor, norm_t: torch.Tensor
+    ) -> None:
+        # Sum in float64: float32 drifts visibly after 10^8 tokens.
+        values = {
+            "count_CN": torch.ones_like(norm_t),
+            "weight_CN": weight_t,
+            "weighted_norm_CN": weight_t * norm_t,
+            "norm_CN": norm_t,
+            "square_CN": norm_t.square(),
+        }
+        for name, value_t in values.items():
+            column = self._sums[name][:, expert]
+            column.index_add_(0, domain_t.cpu(), value_t.double().cpu())
+
+    def result(self) -> LayerStatistics:
+        """The statistics of everything observed."""
+        return LayerStatistics(
+            **self._sums,
+            normal_NII=self._normal_NII,
+            output_ND=self._output_ND,
+            reservoir_SD=torch.cat(self._reservoir),
+            reservoir_domain_S=torch.cat(self._reservoir_domain),
+        )

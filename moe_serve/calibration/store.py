@@ -1,0 +1,198 @@
+"""``statistics.safetensors`` and ``statistics.json``: written layer by layer, read likewise."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from moe_serve.calibration.sequences import Sequences
+from moe_serve.calibration.statistics import LayerStatistics
+from moe_serve.calibration.texts import Source
+from moe_serve.checkpoint.dtypes import TORCH_DTYPES
+from moe_serve.checkpoint.header import TensorEntry, read_header, read_json, reading
+from moe_serve.checkpoint.shards import ShardWriter, TensorSpec
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.staging import write_json
+from moe_serve.errors import CalibrationError
+
+TENSORS: Final = "statistics.safetensors"
+RECORD: Final = "statistics.json"
+VERSION: Final = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationRecord:
+    """What was observed, with what: enough to repeat it, without a word of the texts."""
+
+    model: str
+    """Path of the checkpoint, as given."""
+    fingerprint: str
+    """:meth:`Checkpoint.fingerprint` of it."""
+    domains: tuple[str, ...]
+    tokens: dict[str, int]
+    tokens_sha256: str
+    sources: tuple[dict[str, Any], ...]
+    seed: int
+    reservoir: int
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        sequences: Sequences,
+        sources: tuple[Source, ...],
+        *,
+        seed: int,
+        reservoir: int,
+    ) -> CalibrationRecord:
+        """Describe a run."""
+        return cls(
+            model=str(checkpoint.path),
+            fingerprint=checkpoint.fingerprint(),
+            domains=sequences.domains,
+            tokens=sequences.tokens_by_domain(),
+            tokens_sha256=sequences.sha256(),
+            sources=tuple(s.to_json() for s in sources),
+            seed=seed,
+            reservoir=min(reservoir, sequences.total),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As stored."""
+        return {
+            "version": VERSION,
+            "model": self.model,
+            "fingerprint": self.fingerprint,
+            "domains": list(self.domains),
+            "tokens": self.tokens,
+            "tokens_sha256": self.tokens_sha256,
+            "sources": list(self.sources),
+            "seed": self.seed,
+            "reservoir": self.reservoir,
+        }
+
+
+class StatisticsWriter:
+    """Layers written in place; what is there survives a kill."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, record: CalibrationRecord) -> None:
+        """Reserve the file."""
+        self.folder = folder
+        shape = checkpoint.shape
+        shapes = LayerStatistics.shapes(
+            domains=len(record.domains),
+            experts=shape.experts,
+            width=shape.width,
+            hidden=shape.hidden,
+            reservoir=record.reservoir,
+        )
+        runs = [
+            tuple(
+                TensorSpec(name=_name(layer, field), dtype=dtype, shape=form)
+                for field, (dtype, form) in shapes.items()
+            )
+            for layer in checkpoint.family.moe_layers(checkpoint.config)
+        ]
+        self._shards = ShardWriter(folder, runs, file=TENSORS)
+        self._record = record
+
+    def write(self, layer: int, statistics: LayerStatistics) -> None:
+        """Store one layer and bring it to the disk."""
+        for field, tensor in statistics.tensors().items():
+            self._shards.write(_name(layer, field), tensor)
+        self._shards.sync()
+
+    def close(self) -> str:
+        """Write the record; return the SHA-256 of the statistics."""
+        digest = file_sha256(self.folder / TENSORS)
+        write_json(self.folder / RECORD, self._record.to_json() | {"sha256": digest})
+        return digest
+
+
+class Statistics:
+    """A finished statistics folder, read one layer at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it.
+
+        Raises:
+            CalibrationError: it is not a finished folder of this version.
+        """
+        if not (folder / RECORD).exists():
+            raise CalibrationError(
+                f"holds no {RECORD}",
+                where=str(folder),
+                remedy="give the folder that moe-serve calibrate made, finished",
+            )
+        record = read_json(folder / RECORD)
+        if record.get("version") != VERSION:
+            raise CalibrationError(
+                "was made by another version",
+                where=str(folder / RECORD),
+                remedy="calibrate again",
+            )
+        self.folder = folder
+        self.record = record
+        self.sha256: str = record["sha256"]
+        self._entries = {e.name: e for e in read_header(folder / TENSORS)}
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domain names, in the order of the C axis."""
+        return tuple(self.record["domains"])
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse statistics of another checkpoint.
+
+        Raises:
+            CalibrationError: the fingerprints differ.
+        """
+        if self.record["fingerprint"] != checkpoint.fingerprint():
+            raise CalibrationError(
+                f"were gathered on another checkpoint than {checkpoint.path}",
+                where=str(self.folder),
+                remedy="calibrate this one",
+            )
+
+    def layer(self, layer: int) -> LayerStatistics:
+        """Read one layer. Memory: its N normal matrices."""
+        fields = LayerStatistics.__slots__
+        return LayerStatistics.from_tensors(
+            {field: self._read(_name(layer, field)) for field in fields}
+        )
+
+    def _read(self, name: str) -> torch.Tensor:
+        entry = self._entry(name)
+        buffer = bytearray(entry.size)
+        with reading(entry.file), entry.file.open("rb") as file:
+            file.seek(entry.start)
+            file.readinto(buffer)
+        tensor = torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CalibrationError(
+                f"{name} holds NaN or infinite values",
+                where=str(entry.file),
+                remedy="calibrate again; if it stays, the model's activations overflow",
+            )
+        return tensor
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self._entries:
+            raise CalibrationError(
+                f"lack {name}", where=str(self.folder / TENSORS), remedy="calibrate again"
+            )
+        return self._entries[name]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with reading(path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _name(layer: int, field: str) -> str:
+    return f"layers.{layer}.{field}"
