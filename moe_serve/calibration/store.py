@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +12,7 @@ from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.calibration.texts import Source
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
+from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.header import TensorEntry, read_header, read_json, reading
 from moe_serve.checkpoint.shards import ShardWriter, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
@@ -186,12 +186,6 @@ class Statistics:
                 f"lack {name}", where=str(self.folder / TENSORS), remedy="calibrate again"
             )
         return self._entries[name]
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with reading(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(layer: int, field: str) -> str:
