@@ -1,0 +1,1 @@
+"""Deciding what to keep, and building it: plan, then apply."""

@@ -1,0 +1,172 @@
+"""``plan.json``: which neurons of which experts form which stored block, and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moe_serve.checkpoint.header import read_json
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.staging import write_json
+from moe_serve.checkpoint.table import CompactTable, LayerTable
+from moe_serve.errors import PlanError
+
+VERSION: Final = 1
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Part(_Model):
+    """Neurons of one original expert, in the order in which they enter a block."""
+
+    expert: int
+    neurons: tuple[int, ...]
+    coefficient: float = 1.0
+
+
+class Block(_Model):
+    """A stored block: the coefficient-weighted sum of its parts' weights, row by row.
+
+    One part with coefficient 1 is a copy; several are a merge of aligned neurons.
+    """
+
+    parts: tuple[Part, ...]
+
+
+class LayerPlan(_Model):
+    """One layer's blocks and remapping."""
+
+    width: int
+    blocks: tuple[Block, ...]
+    experts: tuple[tuple[int, ...] | None, ...]
+    why: dict[str, Any] = Field(default_factory=dict)
+    """The scores and errors the choice rests on; per-expert lists have N entries."""
+
+    def table(self) -> LayerTable:
+        """As stored in the checkpoint's config."""
+        return LayerTable(width=self.width, blocks=len(self.blocks), experts=self.experts)
+
+    def neurons_kept(self) -> int:
+        """Neurons stored in this layer."""
+        return self.width * len(self.blocks)
+
+
+class Refit(_Model):
+    """Ridge re-fit of the down projections after selection."""
+
+    ridges: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
+    """Candidates for λ as a multiple of the mean diagonal; held-out tokens choose."""
+    holdout: float = 0.2
+    """Share of sequences on which λ is chosen; they join the final fit."""
+    side: int = 3072
+    """Largest normal matrix; more neurons are fitted in groups (block-coordinate descent)."""
+    sweeps: int = 2
+    """Passes over the groups when there is more than one."""
+
+
+class Plan(_Model):
+    """What ``apply`` carries out."""
+
+    version: Literal[1] = VERSION
+    model: str
+    fingerprint: str
+    statistics_sha256: str | None
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    keep: float
+    refit: Refit | None
+    layers: dict[int, LayerPlan]
+    """Layers that change; the others are copied."""
+
+    def table(self) -> CompactTable:
+        """The remapping of all changed layers."""
+        return CompactTable(layers={i: layer.table() for i, layer in self.layers.items()})
+
+    def sha256(self) -> str:
+        """Content hash, independent of formatting."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write atomically."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read and check the form.
+
+        Raises:
+            PlanError: naming every malformed field.
+        """
+        try:
+            return cls.model_validate_json(json.dumps(read_json(path)))
+        except ValidationError as exc:
+            problems = "; ".join(
+                f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()[:5]
+            )
+            raise PlanError(
+                f"is not a plan ({problems})", where=str(path), remedy="make it with moe-serve plan"
+            ) from exc
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Refuse a plan that does not fit the checkpoint.
+
+        Raises:
+            PlanError: it was made for another one, or names what does not exist.
+        """
+        if self.fingerprint != checkpoint.fingerprint():
+            raise PlanError(
+                f"was made for another checkpoint than {checkpoint.path}",
+                where="plan.json",
+                remedy="plan again from statistics of this checkpoint",
+            )
+        shape = checkpoint.shape
+        moe_layers = checkpoint.family.moe_layers(checkpoint.config)
+        defects = []
+        for index, layer in self.layers.items():
+            if index not in moe_layers:
+                defects.append(f"layer {index} holds no experts")
+                continue
+            found = layer.table().defects(
+                experts=shape.experts, top_k=shape.top_k, width=shape.width
+            )
+            defects += [f"layer {index}: {d}" for d in found]
+            defects += [f"layer {index}: {d}" for d in _part_defects(layer, shape.experts, shape.width)]
+        if defects:
+            raise PlanError(
+                "; ".join(defects[:5]), where="plan.json", remedy="make it with moe-serve plan"
+            )
+
+
+def _part_defects(layer: LayerPlan, experts: int, width: int) -> list[str]:
+    found = []
+    for number, block in enumerate(layer.blocks):
+        if not block.parts:
+            found.append(f"block {number} has no parts")
+        for part in block.parts:
+            if not 0 <= part.expert < experts:
+                found.append(f"block {number} draws on expert {part.expert}")
+            if len(part.neurons) != layer.width:
+                found.append(f"block {number} has a part of {len(part.neurons)} neurons")
+            if any(not 0 <= n < width for n in part.neurons):
+                found.append(f"block {number} draws on a neuron beyond {width}")
+    return found
+
+
+def copies(expert: int, order: list[int], width: int) -> list[Block]:
+    """Cut one expert's kept neurons into blocks of ``width``; the rest is left out.
+
+    Neurons are sorted inside the kept set so that a kept-whole expert keeps its own order.
+    """
+    kept = sorted(order[: len(order) // width * width])
+    return [
+        Block(parts=(Part(expert=expert, neurons=tuple(kept[i : i + width])),))
+        for i in range(0, len(kept), width)
+    ]

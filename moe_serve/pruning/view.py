@@ -1,0 +1,73 @@
+"""What a method sees of one layer: its statistics, and its weights when it asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_serve.calibration.mixture import Mixture, read_mixture
+from moe_serve.calibration.statistics import LayerStatistics
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.errors import UsageError
+from moe_serve.families import Shape
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """How much of each layer may stay."""
+
+    keep: float
+    """Share of the routed experts' bytes, in (0, 1]."""
+    block_width: int
+    """b, neurons per block."""
+    experts: int | None = None
+    """Whole experts per layer, where the request was made in experts."""
+    uniform: bool = False
+    """Every expert keeps the same number of neurons: what stock software can load."""
+
+    def whole_experts(self, shape: Shape) -> int:
+        """Experts a layer may keep whole."""
+        return self.experts if self.experts is not None else int(self.keep * shape.experts + 1e-9)
+
+    def blocks(self, shape: Shape) -> int:
+        """Blocks a layer may store: never more bytes than ``keep`` allows."""
+        return int(self.keep * shape.experts * shape.width / self.block_width + 1e-9)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerView:
+    """One layer of an original checkpoint."""
+
+    index: int
+    checkpoint: Checkpoint
+    statistics: LayerStatistics | None
+
+    @property
+    def shape(self) -> Shape:
+        """The model's sizes."""
+        return self.checkpoint.shape
+
+    def observed(self) -> LayerStatistics:
+        """The statistics.
+
+        Raises:
+            UsageError: there are none.
+        """
+        if self.statistics is None:
+            raise UsageError(
+                "this method needs calibration texts",
+                where="--method",
+                remedy="give --calibration PATH, or a method that works from the weights alone",
+            )
+        return self.statistics
+
+    def mixture(self) -> Mixture:
+        """Router and experts, FP32."""
+        return read_mixture(self.checkpoint, self.index, torch.device("cpu"))
+
+    def projection(self, which: int) -> torch.Tensor:
+        """All experts' gate (0) or up (1) [N, I, D], or down (2) [N, D, I], FP32."""
+        family = self.checkpoint.family
+        names = [family.expert_names(self.index, e)[which] for e in range(self.shape.experts)]
+        return torch.stack([self.checkpoint.read(name).float() for name in names])
