@@ -1,0 +1,143 @@
+"""What a pruned checkpoint's files hold: which tensors, in which order, under which config."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from moe_serve.checkpoint.header import TensorEntry
+from moe_serve.checkpoint.shards import Run, TensorSpec
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.staging import write_json, writing
+from moe_serve.checkpoint.table import CompactTable
+
+_NOT_CARRIED: Final = frozenset(
+    {"config.json", "README.md", "moe_serve.json", "plan.json", ".gitattributes"}
+)
+_WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
+_MAX_CARRIED: Final = 64 * 1024**2
+"""Files beside the weights are small; a larger one is not a tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stored:
+    """How many experts (or blocks) of which width one layer stores, and its router's rows."""
+
+    count: int
+    width: int
+    rows: int
+
+
+def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
+    """The tensors of the output in stored order: the original's, changed layers re-shaped.
+
+    Args:
+        checkpoint: the original.
+        layers: what changed layers store; the others are as in the original.
+    """
+    family, shape = checkpoint.family, checkpoint.shape
+    present = {
+        layer: Stored(
+            count=table.blocks if (table := checkpoint.table.layers.get(layer)) else shape.experts,
+            width=table.width if table else shape.width,
+            rows=shape.experts,
+        )
+        for layer in family.moe_layers(checkpoint.config)
+    }
+    prefixes = {family.expert_prefix(layer): layer for layer in present}
+    gates = {family.gate_name(layer): layer for layer in present}
+    ordered = sorted(checkpoint.tensors.values(), key=lambda e: (e.file, e.start))
+    result: list[Run] = []
+    written: set[int] = set()
+    for entry in ordered:
+        expert_of = next((i for p, i in prefixes.items() if entry.name.startswith(p)), None)
+        if expert_of is not None:
+            if expert_of not in written:
+                written.add(expert_of)
+                stored = layers.get(expert_of, present[expert_of])
+                result += _expert_runs(checkpoint, expert_of, stored)
+            continue
+        form = entry.shape
+        if entry.name in gates and gates[entry.name] in layers:
+            form = (layers[gates[entry.name]].rows, shape.hidden)
+        result.append((TensorSpec(name=entry.name, dtype=entry.dtype, shape=form),))
+    return result
+
+
+def _expert_runs(checkpoint: Checkpoint, layer: int, stored: Stored) -> list[Run]:
+    """Each expert's three matrices stay together."""
+    family, hidden = checkpoint.family, checkpoint.shape.hidden
+    dtypes = [checkpoint.entry(n).dtype for n in family.expert_names(layer, 0)]
+    wide, tall = (stored.width, hidden), (hidden, stored.width)
+    return [
+        tuple(
+            TensorSpec(name=name, dtype=dtype, shape=form)
+            for name, dtype, form in zip(
+                family.expert_names(layer, number), dtypes, (wide, wide, tall), strict=True
+            )
+        )
+        for number in range(stored.count)
+    ]
+
+
+def compact_config(checkpoint: Checkpoint, table: CompactTable) -> dict[str, Any]:
+    """The original config under the compact architecture's name, with the table."""
+    config = copy.deepcopy(checkpoint.config)
+    config["architectures"] = [checkpoint.family.compact_architecture]
+    config["compact_experts"] = table.to_config()
+    return config
+
+
+def stock_config(
+    checkpoint: Checkpoint, *, experts: int | None = None, width: int | None = None
+) -> dict[str, Any]:
+    """A config stock software loads: no table, the original architecture, other sizes if given."""
+    family = checkpoint.family
+    config = copy.deepcopy(checkpoint.config)
+    config.pop("compact_experts", None)
+    config["architectures"] = [family.architecture]
+    if experts is not None:
+        for key in family.count_keys:
+            if key in config:
+                config[key] = experts
+    if width is not None:
+        config[family.width_key] = width
+    return config
+
+
+def carry_over(checkpoint: Checkpoint, target: Path) -> list[str]:
+    """Copy tokenizer, chat template, generation config and licence files; name what was copied.
+
+    Weights, scripts and what this program writes itself are left behind: code from a checkpoint
+    is neither executed nor passed on.
+    """
+    copied = []
+    for file in sorted(checkpoint.path.iterdir()):
+        skip = (
+            not file.is_file()
+            or file.name in _NOT_CARRIED
+            or file.name.startswith(".")
+            or file.suffix in (*_WEIGHT_SUFFIXES, ".py")
+            or file.name.endswith(".index.json")
+            or file.stat().st_size > _MAX_CARRIED
+        )
+        if not skip:
+            with writing(target / file.name):
+                shutil.copyfile(file, target / file.name)
+            copied.append(file.name)
+    return copied
+
+
+def write_config(target: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``."""
+    write_json(target / "config.json", config)
+
+
+def copied_entries(checkpoint: Checkpoint, changed: set[int]) -> list[TensorEntry]:
+    """Tensors that go over byte for byte: all but the experts of changed layers."""
+    prefixes = tuple(checkpoint.family.expert_prefix(layer) for layer in changed)
+    entries = sorted(checkpoint.tensors.values(), key=lambda e: (e.file, e.start))
+    return [e for e in entries if not (prefixes and e.name.startswith(prefixes))]
