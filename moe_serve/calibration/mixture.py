@@ -91,6 +91,14 @@ class Mixture:
         return out_TD
 
 
+def blocks_by_owners(table: LayerTable) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Sets of experts with the blocks that exactly they own, in order of first block."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for block, owners in enumerate(table.owners()):
+        groups.setdefault(owners, []).append(block)
+    return list(groups.items())
+
+
 def make_units(
     table: LayerTable, gate: list[torch.Tensor], up: list[torch.Tensor], down: list[torch.Tensor]
 ) -> tuple[Unit, ...]:
@@ -102,9 +110,6 @@ def make_units(
         up: up weight [b, D] of each block.
         down: down weight [D, b] of each block.
     """
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for block, owners in enumerate(table.owners()):
-        groups.setdefault(owners, []).append(block)
     return tuple(
         Unit(
             owners=owners,
@@ -112,7 +117,7 @@ def make_units(
             up_FD=torch.cat([up[b] for b in blocks]),
             down_DF=torch.cat([down[b] for b in blocks], dim=1),
         )
-        for owners, blocks in groups.items()
+        for owners, blocks in blocks_by_owners(table)
     )
 
 

@@ -122,7 +122,7 @@ class Checkpoint:
         return sizes
 
     def fingerprint(self) -> str:
-        """SHA-256 over the config and all headers and file sizes: which checkpoint this is.
+        """SHA-256 over the config and all headers: which checkpoint this is.
 
         Reads no weights; a changed byte inside a weight does not change it.
         """
@@ -130,9 +130,11 @@ class Checkpoint:
         for entry in sorted(self.tensors.values(), key=lambda e: e.name):
             digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name}\n".encode())
             digest.update(str(entry.start).encode())
-        for shard in self.shards:
-            digest.update(f"{shard.name} {shard.stat().st_size} {shard.stat().st_mtime_ns}".encode())
         return digest.hexdigest()
+
+    def freshness(self) -> dict[str, list[int]]:
+        """Size and modification time of each shard: a change between resumes shows."""
+        return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in self.shards}
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

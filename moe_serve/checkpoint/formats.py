@@ -1,0 +1,200 @@
+"""Output formats: how a layer's blocks and its table become files.
+
+``compact``
+    blocks under their own numbers, the table in the config; served by the vLLM plugin.
+``tied``
+    full size: each original slot holds its blocks side by side, zero neurons up to I. The oracle.
+``native``
+    one expert count and one width for the whole model; any stock software loads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+
+from moe_serve.checkpoint.layout import Stored, compact_config, copied_entries, runs, stock_config
+from moe_serve.checkpoint.shards import Run, ShardWriter, TensorSpec
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.table import CompactTable
+from moe_serve.errors import PlanError, UsageError
+
+ROUTER_MASK: Final = "router_mask.safetensors"
+
+
+class LayerBlocks(NamedTuple):
+    """One layer's stored blocks in the checkpoint's number format."""
+
+    gate: Sequence[torch.Tensor]
+    """[b, D] each."""
+    up: Sequence[torch.Tensor]
+    """[b, D] each."""
+    down: Sequence[torch.Tensor]
+    """[D, b] each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """An output in one format: config, files, and which slot holds which blocks."""
+
+    name: str
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    stored: dict[int, Stored]
+    """For each changed layer, what its files hold."""
+    slots: dict[int, tuple[tuple[int, ...], ...]]
+    """For each changed layer and stored expert, the blocks it is made of."""
+    rows: dict[int, tuple[int, ...]]
+    """For layers whose router shrinks, the rows that stay."""
+    mask: dict[int, tuple[int, ...]]
+    """For layers with dropped experts that keep all router rows, the ids that are dropped."""
+
+    def runs(self) -> list[Run]:
+        """The tensors to write."""
+        return runs(self.checkpoint, self.stored)
+
+    def copy_unchanged(self, writer: ShardWriter) -> None:
+        """Write every tensor that is not an expert of a changed layer, byte for byte."""
+        family = self.checkpoint.family
+        gates = {family.gate_name(layer): rows for layer, rows in self.rows.items()}
+        for entry in copied_entries(self.checkpoint, set(self.stored)):
+            if entry.name in gates:
+                rows = torch.tensor(gates[entry.name])
+                writer.write(entry.name, self.checkpoint.read(entry.name).index_select(0, rows))
+            else:
+                writer.write_bytes(entry.name, self.checkpoint.read_bytes(entry.name))
+
+    def write_layer(self, writer: ShardWriter, layer: int, blocks: LayerBlocks) -> None:
+        """Write one changed layer's experts. Memory beyond the blocks: one expert."""
+        width = self.stored[layer].width
+        for slot, members in enumerate(self.slots[layer]):
+            names = self.checkpoint.family.expert_names(layer, slot)
+            for name, matrices, axis in zip(names, blocks, (0, 0, 1), strict=True):
+                parts = [matrices[m] for m in members]
+                like = matrices[0]
+                writer.write(name, _side_by_side(parts, like, axis, width))
+
+    def write_extras(self, target: Path) -> None:
+        """Write ``router_mask.safetensors`` where stock software can't express the drops."""
+        if not self.mask:
+            return
+        experts = self.checkpoint.shape.experts
+        specs = [TensorSpec(name=str(i), dtype="F32", shape=(experts,)) for i in sorted(self.mask)]
+        writer = ShardWriter(target, [(spec,) for spec in specs], file=ROUTER_MASK)
+        for layer, dropped in self.mask.items():
+            bias = torch.zeros(experts)
+            bias[list(dropped)] = -torch.inf
+            writer.write(str(layer), bias)
+
+
+def _side_by_side(
+    parts: list[torch.Tensor], like: torch.Tensor, axis: int, width: int
+) -> torch.Tensor:
+    """Join along the neurons, zeros up to ``width``."""
+    form = list(like.shape)
+    form[axis] = width - sum(part.shape[axis] for part in parts)
+    if form[axis]:
+        parts = [*parts, like.new_zeros(form)]
+    return torch.cat(parts, dim=axis)
+
+
+def compact_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
+    """Blocks under their own numbers."""
+    experts = checkpoint.shape.experts
+    return Form(
+        name="compact",
+        checkpoint=checkpoint,
+        config=compact_config(checkpoint, table),
+        stored={
+            i: Stored(count=t.blocks, width=t.width, rows=experts) for i, t in table.layers.items()
+        },
+        slots={i: tuple((b,) for b in range(t.blocks)) for i, t in table.layers.items()},
+        rows={},
+        mask={},
+    )
+
+
+def tied_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
+    """Full size, in stock form; dropped rows go where every layer dropped the same number."""
+    shape = checkpoint.shape
+    layers = checkpoint.family.moe_layers(checkpoint.config)
+    dropped = {i: table.layers[i].dropped if i in table.layers else () for i in layers}
+    same = len({len(d) for d in dropped.values()}) == 1
+    kept = {
+        i: tuple(e for e in range(shape.experts) if not same or e not in dropped[i])
+        for i in table.layers
+    }
+    shrunk = same and any(dropped.values())
+    count = len(kept[layers[0]]) if shrunk else shape.experts
+    return Form(
+        name="tied",
+        checkpoint=checkpoint,
+        config=stock_config(checkpoint, experts=count if shrunk else None),
+        stored={i: Stored(count=count, width=shape.width, rows=count) for i in table.layers},
+        slots={i: tuple(t.experts[e] or () for e in kept[i]) for i, t in table.layers.items()},
+        rows=kept if shrunk else {},
+        mask={} if same else {i: d for i, d in dropped.items() if d},
+    )
+
+
+def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
+    """One count, one width.
+
+    Raises:
+        PlanError: the layers differ, or experts share blocks.
+    """
+    shape = checkpoint.shape
+    layers = checkpoint.family.moe_layers(checkpoint.config)
+    sizes: set[tuple[int, int]] = set()
+    kept: dict[int, tuple[int, ...]] = {}
+    for i in layers:
+        layer = table.layers.get(i)
+        if layer is None:
+            sizes.add((shape.experts, shape.width))
+            continue
+        if any(len(owners) > 1 for owners in layer.owners()):
+            raise PlanError(
+                f"layer {i}: experts share blocks, a stock router can't send two ids to one expert",
+                remedy="use --format compact, or a method that drops",
+            )
+        kept[i] = tuple(e for e, blocks in enumerate(layer.experts) if blocks is not None)
+        sizes |= {(len(kept[i]), len(layer.experts[e] or ()) * layer.width) for e in kept[i]}
+    if len(sizes) != 1:
+        raise PlanError(
+            "stock software wants one expert count and one width for all layers, "
+            f"this plan has {len(sizes)} combinations",
+            remedy="use --format compact, or prune with --format native from the start",
+        )
+    count, width = sizes.pop()
+    return Form(
+        name="native",
+        checkpoint=checkpoint,
+        config=stock_config(checkpoint, experts=count, width=width),
+        stored={i: Stored(count=count, width=width, rows=count) for i in table.layers},
+        slots={i: tuple(table.layers[i].experts[e] or () for e in kept[i]) for i in kept},
+        rows={i: k for i, k in kept.items() if len(k) < shape.experts},
+        mask={},
+    )
+
+
+FORMATS: Final = {"compact": compact_form, "tied": tied_form, "native": native_form}
+
+
+def form_named(name: str, checkpoint: Checkpoint, table: CompactTable) -> Form:
+    """Find a format.
+
+    Raises:
+        UsageError: no such format.
+        PlanError: the plan can't be expressed in it.
+    """
+    if name not in FORMATS:
+        raise UsageError(
+            f"no format {name!r}", where="--format", remedy="choose from " + ", ".join(FORMATS)
+        )
+    return FORMATS[name](checkpoint, table)
+
+

@@ -1,0 +1,112 @@
+"""``moe_serve.json``: what a checkpoint was made from and how, with a hash of every file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moe_serve.checkpoint.hashing import file_sha256
+from moe_serve.checkpoint.header import read_json
+from moe_serve.checkpoint.staging import write_json
+from moe_serve.errors import CheckpointError
+from moe_serve.progress import Progress
+
+MANIFEST: Final = "moe_serve.json"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Original(_Model):
+    """The checkpoint that was pruned."""
+
+    name: str
+    config_sha256: str
+    weights: dict[str, str]
+    """Shard name → SHA-256."""
+
+
+class ExpertBytes(_Model):
+    """Bytes of all routed experts."""
+
+    original: int
+    kept: int
+
+
+class LayerCounts(_Model):
+    """What one changed layer stores."""
+
+    width: int
+    blocks: int
+    dropped: int
+
+
+class Manifest(_Model):
+    """The file's content. Equal inputs and seed give equal bytes: it holds no date."""
+
+    schema_version: Literal[1] = 1
+    moe_serve_version: str
+    format: str
+    original: Original
+    method: str
+    settings: dict[str, Any]
+    seed: int
+    plan_sha256: str
+    statistics_sha256: str | None
+    calibration: dict[str, Any] | None
+    """Sources with licences and hashes, token counts; never a text."""
+    refit: dict[str, Any] | None
+    """Per layer: λ chosen and squared output error before and after."""
+    expert_bytes: ExpertBytes
+    layers: dict[int, LayerCounts]
+    quality: dict[str, Any] | None = None
+    files: dict[str, str] = {}
+    """File name → SHA-256 of every file of the checkpoint but this one."""
+
+    def save(self, target: Path, progress: Progress) -> Manifest:
+        """Hash the directory's files and write the manifest last."""
+        sealed = self.model_copy(update={"files": hash_files(target, progress, "hash output")})
+        write_json(target / MANIFEST, sealed.model_dump(mode="json"))
+        return sealed
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read it.
+
+        Raises:
+            CheckpointError: it is absent or malformed.
+        """
+        path = folder / MANIFEST
+        if not path.exists():
+            raise CheckpointError(
+                f"holds no {MANIFEST}",
+                where=str(folder),
+                remedy="only checkpoints written by moe-serve have one",
+            )
+        try:
+            return cls.model_validate(read_json(path) | {})
+        except ValidationError as exc:
+            first = exc.errors()[0]
+            raise CheckpointError(
+                f"is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})",
+                where=str(path),
+                remedy="restore it or prune again",
+            ) from exc
+
+
+def hash_files(folder: Path, progress: Progress, task: str) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint directory but the manifest."""
+    names = sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.is_file() and p.name != MANIFEST and not p.name.startswith(".")
+    )
+    progress.start(task, len(names))
+    hashes = {}
+    for name in names:
+        hashes[name] = file_sha256(folder / name)
+        progress.advance()
+    return hashes
