@@ -7,7 +7,9 @@ import sys
 import click
 import typer
 
+from moe_serve.cli.files import export_command, verify_command
 from moe_serve.cli.output import err
+from moe_serve.cli.prune import apply_command, calibrate_command, plan_command, prune_command
 from moe_serve.errors import MoeServeError
 
 app = typer.Typer(
@@ -17,6 +19,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("prune")(prune_command)
+app.command("calibrate")(calibrate_command)
+app.command("plan")(plan_command)
+app.command("apply")(apply_command)
+app.command("export")(export_command)
+app.command("verify")(verify_command)
 
 
 def main() -> None:

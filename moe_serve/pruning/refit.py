@@ -158,7 +158,10 @@ def _best(
     """λ with the least held-out error, and the solution on all tokens with it."""
     start_FD = start_FD.cpu()
     try:
-        ridge = min(ridges, key=lambda r: held.error(fit.solve(start_FD, r)))
+        if bool(held.a_FF.any()):
+            ridge = min(ridges, key=lambda r: held.error(fit.solve(start_FD, r)))
+        else:
+            ridge = max(ridges)  # Nothing was held out: trust few tokens least.
         fit.a_FF += held.a_FF
         fit.b_FD += held.b_FD
         return ridge, fit.solve(start_FD, ridge)

@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        help="Texts to observe the model on: .jsonl, .txt, or a folder of them. Repeatable. "
+        "Without any, the choice is made from the weights alone.",
+    ),
+]
+Tokens = Annotated[
+    int, typer.Option("--tokens", help="At most this many tokens from each domain.")
+]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")]
+BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens in memory at once.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; by default the GPU if there is one.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Equal seeds give equal bytes.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Keep = Annotated[
+    float | None,
+    typer.Option("--keep", help="Share of the routed experts' bytes to keep, e.g. 0.5."),
+]
+Experts = Annotated[
+    int | None, typer.Option("--experts", help="Instead: keep what this many experts per layer take.")
+]
+MethodName = Annotated[str, typer.Option("--method", help="How to choose; auto is the best we have.")]
+BlockWidth = Annotated[int | None, typer.Option("--block-width", help="Neurons per stored block.")]
+RefitFlag = Annotated[
+    bool | None,
+    typer.Option("--refit/--no-refit", help="Re-fit what is kept so that it makes up for the rest."),
+]
+FormatName = Annotated[str, typer.Option("--format", help="compact, tied or native.")]
+

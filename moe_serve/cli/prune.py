@@ -1,0 +1,176 @@
+"""``prune``, and the same run in its steps: ``calibrate``, ``plan``, ``apply``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_serve.calibration.store import Statistics
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.cli import options
+from moe_serve.cli.output import out, print_json
+from moe_serve.cli.progress import progress_bar
+from moe_serve.pruning.methods import AUTO
+from moe_serve.pruning.planner import make_plan
+from moe_serve.pruning.request import (
+    DEFAULT_BATCH,
+    DEFAULT_LENGTH,
+    DEFAULT_TOKENS,
+    Selection,
+    TextOptions,
+    device_named,
+)
+from moe_serve.pruning.run import PruneRequest, PruneResult, calibrate, prune
+
+Model = Annotated[Path, typer.Argument(help="Directory of the original checkpoint.")]
+Output = Annotated[Path, typer.Argument(help="Directory to make; resumed if unfinished.")]
+
+
+def prune_command(
+    model: Model,
+    output: Output,
+    keep: options.Keep = None,
+    experts: options.Experts = None,
+    calibration: options.Calibration = None,
+    method: options.MethodName = AUTO,
+    block_width: options.BlockWidth = None,
+    refit: options.RefitFlag = None,
+    form: options.FormatName = "compact",
+    plan: Annotated[Path | None, typer.Option(help="Carry out this plan.")] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="Use these statistics, or keep the run's in this folder.")
+    ] = None,
+    tokens: options.Tokens = DEFAULT_TOKENS,
+    length: options.Length = DEFAULT_LENGTH,
+    batch_tokens: options.BatchTokens = DEFAULT_BATCH,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Prune a model offline: calibrate, plan, apply. Interrupted, it resumes."""
+    request = PruneRequest(
+        model=model,
+        output=output,
+        texts=TextOptions(
+            paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed
+        ),
+        selection=Selection(
+            keep=keep,
+            experts=experts,
+            method=method,
+            block_width=block_width,
+            refit=refit,
+            uniform=form == "native",
+            seed=seed,
+        ),
+        form=form,
+        device=device_named(device),
+        batch_tokens=batch_tokens,
+        plan=plan,
+        statistics=statistics,
+    )
+    with progress_bar() as progress:
+        result = prune(request, progress)
+    _report(result, as_json=as_json)
+
+
+def _report(result: PruneResult, *, as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_json())
+        return
+    size = result.manifest.expert_bytes
+    share = size.kept / size.original
+    out.print(f"{result.output}: {size.kept:,} of {size.original:,} expert bytes ({share:.1%})")
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
+    out.print(f"method {result.manifest.method}; {phases}")
+    out.print(f"next: moe-serve compare {result.manifest.original.name} {result.output} --texts …")
+
+
+def calibrate_command(
+    model: Model,
+    output: Output,
+    calibration: options.Calibration = None,
+    tokens: options.Tokens = DEFAULT_TOKENS,
+    length: options.Length = DEFAULT_LENGTH,
+    batch_tokens: options.BatchTokens = DEFAULT_BATCH,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Observe a model on texts; writes statistics.safetensors and statistics.json."""
+    texts = TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed)
+    with progress_bar() as progress:
+        made = calibrate(model, output, texts, device_named(device), batch_tokens, progress)
+    if as_json:
+        print_json({"output": str(output), **made.record})
+    else:
+        out.print(f"{output}: statistics of {sum(made.record['tokens'].values())} tokens")
+
+
+def plan_command(
+    statistics: Annotated[Path, typer.Argument(help="Folder made by calibrate.")],
+    output: Annotated[Path, typer.Argument(help="plan.json to write.")],
+    keep: options.Keep = None,
+    experts: options.Experts = None,
+    method: options.MethodName = AUTO,
+    block_width: options.BlockWidth = None,
+    refit: options.RefitFlag = None,
+    form: options.FormatName = "compact",
+    model: Annotated[
+        Path | None, typer.Option(help="The checkpoint, where it has moved since calibrate.")
+    ] = None,
+    seed: options.Seed = 0,
+    as_json: options.Json = False,
+) -> None:
+    """Decide what to keep, from statistics; writes plan.json."""
+    found = Statistics(statistics)
+    checkpoint = open_checkpoint(model or Path(found.record["model"]))
+    selection = Selection(
+        keep=keep,
+        experts=experts,
+        method=method,
+        block_width=block_width,
+        refit=refit,
+        uniform=form == "native",
+        seed=seed,
+    )
+    with progress_bar() as progress:
+        made = make_plan(checkpoint, found, selection, progress, form=form)
+    made.save(output)
+    if as_json:
+        print_json({"output": str(output), "method": made.method, "sha256": made.sha256()})
+    else:
+        out.print(f"{output}: {made.method} on {len(made.layers)} layers")
+
+
+def apply_command(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="plan.json")],
+    output: Output,
+    calibration: options.Calibration = None,
+    form: options.FormatName = "compact",
+    tokens: options.Tokens = DEFAULT_TOKENS,
+    length: options.Length = DEFAULT_LENGTH,
+    batch_tokens: options.BatchTokens = DEFAULT_BATCH,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Carry out a plan. With texts, what is kept is re-fitted where the plan says so."""
+    request = PruneRequest(
+        model=model,
+        output=output,
+        texts=TextOptions(
+            paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed
+        ),
+        selection=Selection(seed=seed),
+        form=form,
+        device=device_named(device),
+        batch_tokens=batch_tokens,
+        plan=plan,
+    )
+    with progress_bar() as progress:
+        result = prune(request, progress)
+    _report(result, as_json=as_json)

@@ -1,0 +1,69 @@
+"""The model card (``README.md``) of a written checkpoint."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from jinja2 import Environment, StrictUndefined
+
+from moe_serve.checkpoint.manifest import Manifest
+
+_TEMPLATE: Final = """\
+---
+library_name: {{ library }}
+base_model: {{ name }}
+tags: [mixture-of-experts, pruned, moe-serve]
+---
+# {{ name }}, experts pruned to {{ "%.1f" | format(percent) }} %
+
+Made from `{{ name }}` by moe-serve {{ version }} with `{{ method }}` (format `{{ format }}`).
+Routed experts: {{ "{:,}".format(original) }} bytes before, {{ "{:,}".format(kept) }} bytes now.
+The original's licence and terms of use apply to this derivative.
+
+| layer | blocks | neurons per block | experts never selected |
+|---|---|---|---|
+{% for index, layer in layers.items() -%}
+| {{ index }} | {{ layer.blocks }} | {{ layer.width }} | {{ layer.dropped }} |
+{% endfor %}
+{% if format == "compact" -%}
+## Serving
+
+Needs vLLM with the moe-serve plugin; stock vLLM refuses the architecture by name.
+
+    moe-serve up --original ORIGINAL --pruned .
+{% else -%}
+## Serving
+
+Loads in software that supports the original architecture.
+{% endif %}
+## Calibration
+{% if calibration %}
+{{ calibration.tokens.values() | sum }} tokens from {{ calibration.domains | length }} domains: \
+{{ calibration.tokens.keys() | join(", ") }}.
+{% for source in calibration.sources -%}
+- {{ source.name }} (SHA-256 {{ source.sha256 }}, {{ source.documents }} documents\
+{% if source.licences %}, {{ source.licences | join(", ") }}{% endif %})
+{% endfor %}
+{%- else %}
+None: chosen from the weights alone.
+{% endif %}
+Quality has to be measured on your own texts: `moe-serve compare ORIGINAL THIS --texts PATH`.
+"""
+
+
+def model_card(manifest: Manifest) -> str:
+    """Render the card from what the manifest knows."""
+    environment = Environment(undefined=StrictUndefined, autoescape=False)  # noqa: S701 - Markdown
+    bytes_ = manifest.expert_bytes
+    return environment.from_string(_TEMPLATE).render(
+        library="vllm" if manifest.format == "compact" else "transformers",
+        name=manifest.original.name,
+        percent=100 * bytes_.kept / bytes_.original,
+        version=manifest.moe_serve_version,
+        method=manifest.method,
+        format=manifest.format,
+        original=bytes_.original,
+        kept=bytes_.kept,
+        layers=manifest.layers,
+        calibration=manifest.calibration,
+    )

@@ -1,0 +1,205 @@
+"""What a user asks of the pruner, checked before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from moe_serve.calibration.collect import RESERVOIR
+from moe_serve.calibration.sequences import Sequences, tokenize
+from moe_serve.calibration.store import CalibrationRecord
+from moe_serve.calibration.texts import Source, read_texts
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
+from moe_serve.errors import PlanError, UsageError
+from moe_serve.pruning.methods import AUTO, Method, method_named
+from moe_serve.pruning.view import Budget
+
+DEFAULT_TOKENS: Final = 8192
+"""Tokens taken from each domain."""
+DEFAULT_LENGTH: Final = 2048
+"""Tokens per sequence; models with shorter contexts get their own limit."""
+DEFAULT_BATCH: Final = 4096
+"""Tokens in memory at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextOptions:
+    """Which texts, and how much of them."""
+
+    paths: tuple[Path, ...]
+    tokens: int = DEFAULT_TOKENS
+    length: int = DEFAULT_LENGTH
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the fingerprint of a run."""
+        return {"tokens": self.tokens, "length": self.length}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Corpus:
+    """Tokenised texts and where they came from."""
+
+    sequences: Sequences
+    sources: tuple[Source, ...]
+
+    def record(self, checkpoint: Checkpoint, seed: int) -> CalibrationRecord:
+        """What statistics and manifest say about it."""
+        return CalibrationRecord.of(
+            checkpoint, self.sequences, self.sources, seed=seed, reservoir=RESERVOIR
+        )
+
+
+def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
+    """Read and tokenise; ``None`` without texts.
+
+    Raises:
+        UsageError: a bound is not positive.
+        CalibrationError: the texts or the tokenizer can't be used.
+    """
+    if not options.paths:
+        return None
+    if options.tokens < 1 or options.length < 1:
+        raise UsageError("must be positive", where="--tokens, --sequence-length")
+    config = checkpoint.config
+    limits = [config.get("max_position_embeddings"), config.get("sliding_window")]
+    length = min([options.length, *(n for n in limits if isinstance(n, int) and n > 0)])
+    texts = read_texts(options.paths)
+    sequences = tokenize(
+        texts,
+        checkpoint.path,
+        tokens_per_domain=options.tokens,
+        length=length,
+        vocabulary=checkpoint.shape.vocabulary,
+        seed=options.seed,
+    )
+    return Corpus(sequences=sequences, sources=texts.sources)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """How much to keep, and by which method."""
+
+    keep: float | None = None
+    experts: int | None = None
+    method: str = AUTO
+    block_width: int | None = None
+    refit: bool | None = None
+    """``None``: as the method does."""
+    uniform: bool = False
+    seed: int = 0
+
+    def resolve(self, checkpoint: Checkpoint, *, texts: bool) -> tuple[Method, Budget, bool]:
+        """Method, budget and whether to re-fit, with every impossible wish refused.
+
+        Raises:
+            UsageError: contradictory options.
+            PlanError: the budget can't be met.
+        """
+        method = method_named(self.method, texts=texts)
+        keep = self._share(checkpoint)
+        width = block_width(checkpoint, self.block_width) if method.blocks else None
+        refit = method.refit if self.refit is None else self.refit
+        if refit and not texts:
+            raise UsageError(
+                "a re-fit needs calibration texts",
+                where="--refit",
+                remedy="give --calibration PATH or --no-refit",
+            )
+        budget = Budget(
+            keep=keep,
+            block_width=width or checkpoint.shape.width,
+            experts=None if method.blocks else self.experts,
+            uniform=self.uniform,
+        )
+        return method, budget, refit
+
+    def _share(self, checkpoint: Checkpoint) -> float:
+        if (self.keep is None) == (self.experts is None):
+            raise UsageError(
+                "give exactly one of --keep and --experts",
+                where="--keep, --experts",
+                remedy="--keep 0.5 keeps half of the routed experts' bytes",
+            )
+        if self.keep is not None:
+            if not 0.0 < self.keep <= 1.0:
+                raise UsageError(
+                    f"is {self.keep:g}, not in (0, 1]",
+                    where="--keep",
+                    remedy="--keep 0.5 keeps half of the routed experts' bytes",
+                )
+            return self.keep
+        count = self.experts or 0
+        if not 1 <= count <= checkpoint.shape.experts:
+            raise PlanError(
+                f"is {count}, the model has {checkpoint.shape.experts} experts per layer",
+                where="--experts",
+                remedy=f"give a number from 1 to {checkpoint.shape.experts}",
+            )
+        return count / checkpoint.shape.experts
+
+    def with_seed(self, seed: int) -> Selection:
+        """The same with another seed."""
+        return replace(self, seed=seed)
+
+
+def block_width(checkpoint: Checkpoint, wanted: int | None) -> int:
+    """The width of stored blocks.
+
+    By default the narrowest that lets an expert stay nearly whole in at most 8 blocks: a multiple
+    of 64 (Triton's tiles) for experts of 512 neurons and more, of 32 (the CPU kernels') below,
+    that divides the expert's width if one does.
+
+    Raises:
+        UsageError: ``wanted`` is not servable.
+    """
+    whole = checkpoint.shape.width
+    if wanted is not None:
+        if wanted % WIDTH_MULTIPLE or not 0 < wanted <= whole:
+            raise UsageError(
+                f"is {wanted}, not a multiple of {WIDTH_MULTIPLE} up to {whole}",
+                where="--block-width",
+                remedy="leave it out, or give such a number",
+            )
+        if whole // wanted > MAX_BLOCKS:
+            raise UsageError(
+                f"{wanted} cuts an expert of {whole} neurons into more than {MAX_BLOCKS} blocks",
+                where="--block-width",
+                remedy=f"give at least {-(-whole // MAX_BLOCKS)}",
+            )
+        return wanted
+    unit = 64 if whole >= 512 else WIDTH_MULTIPLE
+    least = -(-whole // MAX_BLOCKS)
+    candidates = range(-(-least // unit) * unit, whole + 1, unit)
+    if not candidates:
+        raise PlanError(
+            f"experts of {whole} neurons are too narrow for blocks of {unit}",
+            remedy="choose a method that drops or merges whole experts",
+        )
+    # Leftover neurons of a width that doesn't divide are lost even to an expert kept "whole".
+    dividing = [b for b in candidates if whole % b == 0 and b <= 2 * least]
+    return dividing[0] if dividing else candidates[0]
+
+
+def device_named(name: str | None) -> torch.device:
+    """The compute device; by default the first GPU, else the CPU.
+
+    Raises:
+        UsageError: it does not exist here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as exc:
+        raise UsageError(
+            f"no device {name!r} here ({str(exc).splitlines()[0]})",
+            where="--device",
+            remedy="cpu always works",
+        ) from exc
+    return device

@@ -1,0 +1,334 @@
+"""The whole offline run: calibrate, plan, apply, seal; resumable at every layer."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+import moe_serve
+from moe_serve.calibration.collect import Collection, collect
+from moe_serve.calibration.store import CalibrationRecord, Statistics
+from moe_serve.checkpoint.formats import Form, form_named
+from moe_serve.checkpoint.hashing import file_sha256
+from moe_serve.checkpoint.layout import carry_over, write_config
+from moe_serve.checkpoint.manifest import ExpertBytes, LayerCounts, Manifest, Original
+from moe_serve.checkpoint.shards import ShardWriter
+from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.checkpoint.staging import Staging, require_space, staged, write_atomic
+from moe_serve.errors import UsageError
+from moe_serve.progress import Progress
+from moe_serve.pruning.apply import Application, apply_plan
+from moe_serve.pruning.card import model_card
+from moe_serve.pruning.plan import Plan
+from moe_serve.pruning.planner import make_plan
+from moe_serve.pruning.request import (
+    DEFAULT_BATCH,
+    Corpus,
+    Selection,
+    TextOptions,
+    load_corpus,
+)
+
+PLAN: Final = "plan.json"
+_STATISTICS: Final = "statistics"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneRequest:
+    """One offline run."""
+
+    model: Path
+    output: Path
+    texts: TextOptions
+    selection: Selection
+    form: str = "compact"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    batch_tokens: int = DEFAULT_BATCH
+    plan: Path | None = None
+    """Carry out this plan instead of making one."""
+    statistics: Path | None = None
+    """Use these statistics, or keep the run's here when the folder does not exist."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneResult:
+    """What ``prune --json`` prints."""
+
+    output: Path
+    manifest: Manifest
+    statistics: Path | None
+    seconds: dict[str, float]
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's shape."""
+        return {
+            "output": str(self.output),
+            "format": self.manifest.format,
+            "expert_bytes": self.manifest.expert_bytes.model_dump(),
+            "layers": {str(i): c.model_dump() for i, c in self.manifest.layers.items()},
+            "plan": str(self.output / PLAN),
+            "statistics": str(self.statistics) if self.statistics else None,
+            "seconds": {name: round(s, 3) for name, s in self.seconds.items()},
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
+
+
+class _Clock:
+    """Seconds per phase of this process; a resumed run counts only its own."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("calibrate", "plan", "apply"), 0.0)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        self.seconds[phase] += time.monotonic() - begin
+
+
+def prune(request: PruneRequest, progress: Progress) -> PruneResult:
+    """Prune a checkpoint; the output appears whole or not at all.
+
+    Weights are read once to calibrate, once to re-fit and once to be copied and hashed.
+
+    Raises:
+        MoeServeError: the input, the options or the output place can't be used; an unfinished
+            output stays and is resumed by the same call.
+    """
+    checkpoint = open_checkpoint(request.model)
+    if checkpoint.is_compact:
+        raise UsageError(
+            "is already compact", where=str(request.model), remedy="prune the original instead"
+        )
+    given = Plan.load(request.plan) if request.plan else None
+    if given is not None:
+        given.check(checkpoint)
+    elif request.statistics is None or not request.statistics.exists():
+        request.selection.resolve(checkpoint, texts=bool(request.texts.paths))
+    corpus = load_corpus(checkpoint, request.texts)
+    clock = _Clock()
+    with staged(request.output, _fingerprint(request, checkpoint, corpus, given)) as staging:
+        statistics = _calibrated(request, checkpoint, corpus, given, staging, clock, progress)
+        with clock("plan"):
+            plan = given or _planned(request, checkpoint, statistics, staging, progress)
+            plan.save(staging.path / PLAN)
+        if plan.refit is not None and corpus is None:
+            raise UsageError(
+                "this plan re-fits what is kept and needs calibration texts",
+                where="--calibration",
+                remedy="give the texts, or plan with --no-refit",
+            )
+        with clock("apply"):
+            form = form_named(request.form, checkpoint, plan.table())
+            refit = _applied(request, checkpoint, plan, form, corpus, staging, progress)
+            record = corpus.record(checkpoint, request.texts.seed) if corpus else None
+            manifest = _seal(checkpoint, plan, form, record, refit, staging, progress)
+    return PruneResult(
+        output=request.output,
+        manifest=manifest,
+        statistics=request.statistics,
+        seconds=clock.seconds,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def calibrate(
+    model: Path,
+    output: Path,
+    texts: TextOptions,
+    device: torch.device,
+    batch_tokens: int,
+    progress: Progress,
+) -> Statistics:
+    """Gather statistics into a folder; resumes an unfinished one.
+
+    Raises:
+        MoeServeError: the model, the texts or the output place can't be used.
+    """
+    checkpoint = open_checkpoint(model)
+    corpus = load_corpus(checkpoint, texts)
+    if corpus is None:
+        raise UsageError("give texts to calibrate on", where="--calibration")
+    record = corpus.record(checkpoint, texts.seed)
+    print_of = record.to_json() | {"shards": checkpoint.freshness()}
+    with staged(output, print_of) as staging:
+        settings = Collection(device=device, batch_tokens=batch_tokens)
+        collect(
+            checkpoint, corpus.sequences, record, staging.path, staging, settings, progress
+        )
+    return Statistics(output)
+
+
+def _fingerprint(
+    request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None, given: Plan | None
+) -> dict[str, Any]:
+    """Everything that decides the output's bytes; an unfinished output must agree on all."""
+    selection = request.selection
+    return {
+        "model": checkpoint.fingerprint(),
+        "shards": checkpoint.freshness(),
+        "texts": corpus.sequences.sha256() if corpus else None,
+        "plan": given.sha256() if given else None,
+        "format": request.form,
+        "method": selection.method,
+        "keep": selection.keep,
+        "experts": selection.experts,
+        "block_width": selection.block_width,
+        "refit": selection.refit,
+        "seed": selection.seed,
+        "version": moe_serve.__version__,
+    }
+
+
+def _calibrated(
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    corpus: Corpus | None,
+    given: Plan | None,
+    staging: Staging,
+    clock: _Clock,
+    progress: Progress,
+) -> Statistics | None:
+    """Statistics from the folder given, or from the texts; none where a plan is given."""
+    if given is not None:
+        return None
+    if request.statistics is not None and request.statistics.exists():
+        return Statistics(request.statistics)
+    if corpus is None:
+        return None
+    with clock("calibrate"):
+        if request.statistics is not None:
+            return calibrate(
+                request.model,
+                request.statistics,
+                request.texts,
+                request.device,
+                request.batch_tokens,
+                progress,
+            )
+        folder = staging.work / _STATISTICS
+        folder.mkdir(exist_ok=True)
+        return collect(
+            checkpoint,
+            corpus.sequences,
+            corpus.record(checkpoint, request.texts.seed),
+            folder,
+            staging,
+            Collection(device=request.device, batch_tokens=request.batch_tokens),
+            progress,
+        )
+
+
+def _planned(
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    statistics: Statistics | None,
+    staging: Staging,
+    progress: Progress,
+) -> Plan:
+    """The plan, made once per output."""
+    if staging.done("plan") is not None:
+        return Plan.load(staging.path / PLAN)
+    plan = make_plan(checkpoint, statistics, request.selection, progress, form=request.form)
+    plan.save(staging.path / PLAN)
+    staging.finish("plan")
+    return plan
+
+
+def _applied(
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    form: Form,
+    corpus: Corpus | None,
+    staging: Staging,
+    progress: Progress,
+) -> dict[str, Any] | None:
+    layout = form.runs()
+    if staging.done("apply/copy") is None:
+        require_space(staging.path, sum(spec.size for run in layout for spec in run))
+    writer = ShardWriter(staging.path, layout)
+    app = Application(
+        checkpoint=checkpoint,
+        form=form,
+        writer=writer,
+        staging=staging,
+        device=request.device,
+        batch_tokens=request.batch_tokens,
+        progress=progress,
+    )
+    refit = apply_plan(app, plan, corpus.sequences if corpus else None)
+    writer.write_index()
+    return refit
+
+
+def _seal(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    form: Form,
+    record: CalibrationRecord | None,
+    refit: dict[str, Any] | None,
+    staging: Staging,
+    progress: Progress,
+) -> Manifest:
+    """Config, carried files, card and manifest: the last files of an output."""
+    target = staging.path
+    write_config(target, form.config)
+    form.write_extras(target)
+    carry_over(checkpoint, target)
+    original = checkpoint.expert_bytes()
+    kept = {
+        spec.name: spec.size
+        for run in form.runs()
+        for spec in run
+        if spec.name.startswith(tuple(map(checkpoint.family.expert_prefix, original)))
+    }
+    calibration = record.to_json() if record else None
+    if calibration:
+        del calibration["model"]  # A path of this machine; the original's name says enough.
+    manifest = Manifest(
+        moe_serve_version=moe_serve.__version__,
+        format=form.name,
+        original=Original(
+            name=checkpoint.path.resolve().name,
+            config_sha256=file_sha256(checkpoint.path / "config.json"),
+            weights=_original_hashes(checkpoint, staging, progress),
+        ),
+        method=plan.method,
+        settings=plan.settings,
+        seed=plan.seed,
+        plan_sha256=plan.sha256(),
+        statistics_sha256=plan.statistics_sha256,
+        calibration=calibration,
+        refit=refit,
+        expert_bytes=ExpertBytes(original=sum(original.values()), kept=sum(kept.values())),
+        layers={
+            i: LayerCounts(width=p.width, blocks=len(p.blocks), dropped=len(p.table().dropped))
+            for i, p in plan.layers.items()
+        },
+    )
+    write_atomic(target / "README.md", model_card(manifest).encode())
+    return manifest.save(target, progress)
+
+
+def _original_hashes(
+    checkpoint: Checkpoint, staging: Staging, progress: Progress
+) -> dict[str, str]:
+    step = "hash-original"
+    if (found := staging.done(step)) is not None:
+        return dict(found)
+    progress.start("hash original", len(checkpoint.shards))
+    hashes = {}
+    for shard in checkpoint.shards:
+        hashes[shard.name] = file_sha256(shard)
+        progress.advance()
+    staging.finish(step, hashes)
+    return hashes

@@ -1,0 +1,136 @@
+"""Whether a written checkpoint is what its manifest says, and what its original implies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_serve.calibration.mixture import read_mixture
+from moe_serve.checkpoint.hashing import file_sha256
+from moe_serve.checkpoint.layout import copied_entries
+from moe_serve.checkpoint.manifest import MANIFEST, Manifest, hash_files
+from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.errors import UsageError
+from moe_serve.progress import Progress
+from moe_serve.pruning.build import blocks_from_units
+from moe_serve.pruning.plan import Plan
+
+
+@dataclass(kw_only=True, slots=True)
+class Verification:
+    """What was checked and what was found wrong."""
+
+    checked: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"passed": self.passed, "checked": self.checked, "problems": self.problems}
+
+
+@torch.inference_mode()
+def verify(folder: Path, original: Path | None, progress: Progress) -> Verification:
+    """Recompute hashes, structure, table and finiteness; with the original, the weights too.
+
+    Args:
+        folder: a checkpoint written by this program.
+        original: what it was made from.
+        progress: told about files and layers.
+
+    Raises:
+        CheckpointError: it can't even be opened.
+    """
+    found = Verification()
+    checkpoint = open_checkpoint(folder)
+    found.checked.append("headers, index, table and shapes agree")
+    manifest = Manifest.load(folder)
+    _files(folder, manifest, found, progress)
+    _numbers(checkpoint, found, progress)
+    if original is not None:
+        _against(checkpoint, manifest, open_checkpoint(original), found, progress)
+    return found
+
+
+def _files(folder: Path, manifest: Manifest, found: Verification, progress: Progress) -> None:
+    present = hash_files(folder, progress, "hash")
+    for name, digest in manifest.files.items():
+        if name not in present:
+            found.problems.append(f"{name} is missing")
+        elif present[name] != digest:
+            found.problems.append(f"{name} differs from its SHA-256 in {MANIFEST}")
+    found.problems += [f"{n} is not in {MANIFEST}" for n in sorted(present.keys() - manifest.files)]
+    found.checked.append(f"SHA-256 of {len(manifest.files)} files")
+    plan = folder / "plan.json"
+    if plan.exists() and Plan.load(plan).sha256() != manifest.plan_sha256:
+        found.problems.append(f"plan.json is not the plan in {MANIFEST}")
+
+
+def _numbers(checkpoint: Checkpoint, found: Verification, progress: Progress) -> None:
+    progress.start("check numbers", len(checkpoint.tensors))
+    for name in checkpoint.tensors:
+        tensor = checkpoint.read(name)
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+            found.problems.append(f"tensor {name} holds NaN or infinite values")
+        progress.advance()
+    found.checked.append(f"{len(checkpoint.tensors)} tensors are finite")
+
+
+def _against(
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    original: Checkpoint,
+    found: Verification,
+    progress: Progress,
+) -> None:
+    if manifest.format != "compact":
+        raise UsageError(
+            f"is in format {manifest.format}",
+            where=str(checkpoint.path),
+            remedy="--original checks compact checkpoints; verify the one this was exported from",
+        )
+    if file_sha256(original.path / "config.json") != manifest.original.config_sha256:
+        found.problems.append("the original's config.json is not the one this was made from")
+        return
+    plan = Plan.load(checkpoint.path / "plan.json")
+    plan.check(original)
+    unchanged = copied_entries(original, set(plan.layers))
+    progress.start("compare with original", len(unchanged) + len(plan.layers))
+    for entry in unchanged:
+        if checkpoint.read_bytes(entry.name) != original.read_bytes(entry.name):
+            found.problems.append(f"tensor {entry.name} differs from the original's")
+        progress.advance()
+    found.checked.append(f"{len(unchanged)} copied tensors are byte-identical to the original's")
+    blocks = 0
+    for index in plan.layers:
+        found.problems += _layer_problems(checkpoint, original, plan, index)
+        blocks += len(plan.layers[index].blocks)
+        progress.advance()
+    found.checked.append(f"{blocks} blocks hold the neurons that plan.json names")
+
+
+def _layer_problems(
+    checkpoint: Checkpoint, original: Checkpoint, plan: Plan, index: int
+) -> list[str]:
+    """Blocks whose weights are not those the plan names; re-fitted down projections may differ."""
+    layer = plan.layers[index]
+    if checkpoint.table.layers.get(index) != layer.table():
+        return [f"layer {index}: the table in config.json is not the plan's"]
+    units = read_mixture(original, index, torch.device("cpu")).units
+    dtype = checkpoint.read(checkpoint.family.expert_names(index, 0).gate).dtype
+    expected = blocks_from_units(layer, units, dtype)
+    problems = []
+    for number in range(len(layer.blocks)):
+        names = checkpoint.family.expert_names(index, number)
+        pairs = list(zip(names, (m[number] for m in expected), strict=True))
+        for name, weight in pairs[:2] if plan.refit else pairs:
+            if not torch.equal(checkpoint.read(name), weight):
+                problems.append(f"tensor {name} is not what plan.json says")
+    return problems
