@@ -1,0 +1,1 @@
+"""Figures for the README and the documentation, each by a command."""

@@ -1,0 +1,26 @@
+"""A vLLM plugin that serves compact Mixture-of-Experts checkpoints.
+
+vLLM finds :func:`register` through the entry-point group ``vllm.general_plugins`` and calls it in
+every process. Nothing in vLLM is edited: models, the expert layer and the loader are registered
+through its own extension points. Imports the standard library, torch and vLLM only.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make the compact architectures and ``--load-format moe_serve`` known. Repeatable.
+
+    vLLM only logs what a plugin raises here, so nothing is checked at this point: an unsupported
+    setting is refused when the model is built.
+    """
+    from vllm import ModelRegistry
+
+    from moe_serve_vllm.families import FAMILIES
+    from moe_serve_vllm.loader import register_loader
+
+    known = ModelRegistry.get_supported_archs()
+    for family in FAMILIES:
+        if family.architecture not in known:
+            ModelRegistry.register_model(family.architecture, family.implementation)
+    register_loader()

@@ -1,0 +1,88 @@
+"""Engine settings that compact experts don't support, found all at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import vllm
+
+from moe_serve_vllm.errors import UnsupportedSettings
+from moe_serve_vllm.families import ServedFamily, family_of
+from moe_serve_vllm.table import WIDTH_MULTIPLE, LayerTable, parse
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SUPPORTED: Final = ("0.32.",)
+"""vLLM versions this plugin was tested with."""
+LOAD_FORMAT: Final = "moe_serve"
+
+
+def read_tables(vllm_config: VllmConfig) -> tuple[ServedFamily, dict[int, LayerTable]]:
+    """The family and the checked table of the model that is being built.
+
+    Raises:
+        TableError: the table is damaged.
+    """
+    config = config_of(vllm_config)
+    family = family_of(config)
+    if family is None:
+        raise UnsupportedSettings(
+            "architecture", [f"{config.get('architectures')} is not compact"], "prune the model"
+        )
+    experts, top_k, width = family.sizes(config)
+    tables = parse(
+        config.get("compact_experts"),
+        experts=experts,
+        top_k=top_k,
+        width=width,
+        moe_layers=family.moe_layers(config),
+    )
+    return family, tables
+
+
+def config_of(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The checkpoint's config as a dictionary."""
+    hf_config = vllm_config.model_config.hf_config
+    config: dict[str, Any] = hf_config.to_dict()
+    for key in ("num_experts", "num_local_experts"):
+        # transformers may store one of the two under an attribute alias only.
+        if key not in config and hasattr(hf_config, key):
+            config[key] = getattr(hf_config, key)
+    return config
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuse to build what would be served wrongly.
+
+    Raises:
+        UnsupportedSettings: listing every setting that stands in the way.
+        TableError: the table is damaged.
+    """
+    _, tables = read_tables(vllm_config)
+    parallel = vllm_config.parallel_config
+    tp = parallel.tensor_parallel_size
+    narrow = [
+        i for i, t in tables.items() if t.width % tp or (t.width // tp) % WIDTH_MULTIPLE and tp > 1
+    ]
+    wishes = {
+        f"--load-format {vllm_config.load_config.load_format}, "
+        f"it must be {LOAD_FORMAT}": vllm_config.load_config.load_format != LOAD_FORMAT,
+        f"vLLM {vllm.__version__}, tested with {', '.join(v + 'x' for v in SUPPORTED)}": (
+            not vllm.__version__.startswith(SUPPORTED)
+        ),
+        "--enable-expert-parallel": parallel.enable_expert_parallel,
+        "--data-parallel-size above 1": parallel.data_parallel_size > 1,
+        "--enable-eplb": parallel.enable_eplb,
+        "sequence parallelism for experts": parallel.use_sequence_parallel_moe,
+        "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
+        "--enable-lora": vllm_config.lora_config is not None,
+        "quantisation": vllm_config.quant_config is not None,
+        "speculative decoding": vllm_config.speculative_config is not None,
+        f"--tensor-parallel-size {tp} (blocks of layers {narrow} can't be cut into multiples of "
+        f"{WIDTH_MULTIPLE})": bool(narrow),
+    }
+    if problems := [wish for wish, wanted in wishes.items() if wanted]:
+        raise UnsupportedSettings(
+            "compact experts are not served with", problems, "change these settings"
+        )
