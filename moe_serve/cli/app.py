@@ -1,30 +1,72 @@
-"""The ``moe-serve`` command: collects the subcommands and turns errors into exit codes."""
+"""The ``moe-serve`` command: finds the subcommand, turns errors into exit codes.
+
+A subcommand's module is imported when it is called: rolling back must not wait for torch.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
+from typing import Final
 
 import click
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from moe_serve.cli.files import export_command, verify_command
 from moe_serve.cli.output import err
-from moe_serve.cli.prune import apply_command, calibrate_command, plan_command, prune_command
 from moe_serve.errors import MoeServeError
+
+COMMANDS: Final = {
+    "inspect": ("inspect", "inspect_command"),
+    "prune": ("prune", "prune_command"),
+    "calibrate": ("prune", "calibrate_command"),
+    "plan": ("prune", "plan_command"),
+    "apply": ("prune", "apply_command"),
+    "export": ("files", "export_command"),
+    "verify": ("files", "verify_command"),
+    "compare": ("compare", "compare_command"),
+    "up": ("up", "up_command"),
+    "rollout": ("rollout", "rollout"),
+    "demo": ("demo", "demo_command"),
+}
+"""Name → module of this package and what it exports: a function or a group."""
+
+
+class LazyGroup(TyperGroup):
+    """Imports a command's module when the command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """In the order of a user's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """Import and build one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, name = COMMANDS[cmd_name]
+        target = getattr(importlib.import_module(f"moe_serve.cli.{module}"), name)
+        if isinstance(target, typer.Typer):
+            return get_command(target)
+        single = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
+        single.command(cmd_name)(target)
+        return get_command(single)
+
 
 app = typer.Typer(
     name="moe-serve",
+    cls=LazyGroup,
     help="Prune Mixture-of-Experts models, serve the result in vLLM, and roll it out safely.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("prune")(prune_command)
-app.command("calibrate")(calibrate_command)
-app.command("plan")(plan_command)
-app.command("apply")(apply_command)
-app.command("export")(export_command)
-app.command("verify")(verify_command)
+
+
+@app.callback()
+def root() -> None:
+    """Prune Mixture-of-Experts models, serve the result in vLLM, and roll it out safely."""
 
 
 def main() -> None:
@@ -34,6 +76,6 @@ def main() -> None:
     except MoeServeError as exc:
         err.print(f"error: {exc}", style="bold red", markup=False, soft_wrap=True)
         sys.exit(exc.exit_code)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except KeyboardInterrupt:
         err.print("interrupted; run the same command again to resume", markup=False)
         sys.exit(130)

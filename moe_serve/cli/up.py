@@ -1,0 +1,110 @@
+"""``up``: engines, Envoy and control on this machine."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_serve.cli import options
+from moe_serve.cli.output import err, out, print_json
+from moe_serve.errors import ServingError
+from moe_serve.serving.config import load_stack_config
+from moe_serve.serving.stack import Stack, bring_up
+from moe_serve.serving.state import StackState
+
+
+class _Stopped(BaseException):
+    """SIGTERM or SIGINT arrived."""
+
+
+def up_command(
+    config: Annotated[Path | None, typer.Argument(help="stack.toml")] = None,
+    original: Annotated[Path | None, typer.Option(help="The original checkpoint.")] = None,
+    pruned: Annotated[Path | None, typer.Option(help="The pruned checkpoint.")] = None,
+    port: Annotated[int | None, typer.Option(help="Of the OpenAI endpoint.")] = None,
+    control_port: Annotated[int | None, typer.Option(help="Of API and metrics.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Directory for routes and logs.")] = None,
+    model: Annotated[str | None, typer.Option(help="The public model name.")] = None,
+    engine_arg: Annotated[
+        list[str] | None, typer.Option(help="One more argument for both engines. Repeatable.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Serve original and pruned behind one OpenAI-compatible port until stopped."""
+    settings = load_stack_config(
+        config,
+        {
+            "original": original,
+            "pruned": pruned,
+            "port": port,
+            "control_port": control_port,
+            "state": state,
+            "model": model,
+            "engine_args": tuple(engine_arg) if engine_arg else None,
+        },
+    )
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Stopped
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        stack = bring_up(settings, _tell)
+    except _Stopped:
+        raise typer.Exit(130) from None
+    try:
+        _announce(stack, as_json=as_json)
+        _watch(stack)
+    except _Stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        left = stack.drain(_tell)
+        _tell("stopped" if not left else f"stopped with {left} requests cut off")
+    finally:
+        stack.stop()
+
+
+def _announce(stack: Stack, *, as_json: bool) -> None:
+    state: StackState | None = stack.state
+    if state is None:
+        raise ServingError("the stack has no state")
+    if as_json:
+        print_json(
+            {
+                "endpoint": state.endpoint,
+                "control": state.control,
+                "metrics": f"{state.control}/metrics",
+                "engines": {name: engine.url for name, engine in state.engines.items()},
+                "envoy": {"pid": state.envoy_pid, "admin": f"http://{state.admin}"},
+                "state": str(stack.folder),
+            }
+        )
+        return
+    out.print(f"OpenAI endpoint  {state.endpoint}   (model {state.served_model})")
+    out.print(f"control, metrics {state.control}   {state.control}/metrics")
+    out.print(f"move traffic     moe-serve rollout set 50 --state {stack.folder}")
+    out.print(f"roll back        moe-serve rollout rollback --state {stack.folder}")
+
+
+def _watch(stack: Stack) -> None:
+    """Say what ended; the proxy sends everything to the engine that is left."""
+    told: set[str] = set()
+    while True:
+        for child in stack.ended():
+            if child.name not in told:
+                told.add(child.name)
+                _tell(f"{child.name} ended with exit code {child.exit_code}:\n{child.tail()}")
+            if child.name == "envoy":
+                raise ServingError(
+                    "the proxy ended", where="envoy", remedy=f"its log is {child.log}"
+                )
+        time.sleep(0.5)
+
+
+def _tell(text: str) -> None:
+    err.print(text, markup=False)

@@ -1,0 +1,1 @@
+"""Our metrics: one catalogue, gathered from engines, proxy, GPU and operating system."""

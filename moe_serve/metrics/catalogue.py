@@ -1,0 +1,105 @@
+"""Every metric of ours: name, kind, labels, meaning. Units are in the names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+Kind = Literal["gauge", "counter", "histogram"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One family."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+
+
+_V: Final = ("variant", "model")
+
+CATALOGUE: Final = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            "moe_serve_gpu_memory_used_bytes",
+            "gauge",
+            ("gpu", "uuid", "variant"),
+            "GPU memory that a variant's processes hold, as the driver reports it.",
+        ),
+        Metric(
+            "moe_serve_gpu_memory_total_bytes", "gauge", ("gpu", "uuid"), "Memory of the GPU."
+        ),
+        Metric(
+            "moe_serve_engine_memory_bytes",
+            "gauge",
+            (*_V, "kind"),
+            "An engine's memory by kind: weights (of the checkpoint it serves), kv_cache, rss.",
+        ),
+        Metric(
+            "moe_serve_kv_cache_capacity_tokens",
+            "gauge",
+            _V,
+            "Tokens whose keys and values fit the engine's cache.",
+        ),
+        Metric(
+            "moe_serve_tokens_total",
+            "counter",
+            (*_V, "kind"),
+            "Tokens processed: prompt, generation.",
+        ),
+        Metric(
+            "moe_serve_time_to_first_token_seconds",
+            "histogram",
+            _V,
+            "From a request's arrival at the engine to its first token.",
+        ),
+        Metric(
+            "moe_serve_inter_token_latency_seconds",
+            "histogram",
+            _V,
+            "Between successive tokens of a request.",
+        ),
+        Metric(
+            "moe_serve_request_duration_seconds",
+            "histogram",
+            _V,
+            "From a request's arrival at the engine to its last token.",
+        ),
+        Metric(
+            "moe_serve_requests_total",
+            "counter",
+            (*_V, "outcome"),
+            "Requests counted at the proxy: ok, client_error, server_error.",
+        ),
+        Metric(
+            "moe_serve_traffic_weight_ratio",
+            "gauge",
+            _V,
+            "Share of new requests that the route file gives a variant, 0 to 1.",
+        ),
+        Metric(
+            "moe_serve_rollout_state", "gauge", ("state",), "1 for the present state, 0 for others."
+        ),
+        Metric(
+            "moe_serve_rollout_decisions_total",
+            "counter",
+            ("decision", "reason"),
+            "Changes of the split on record.",
+        ),
+        Metric(
+            "moe_serve_input_age_seconds",
+            "gauge",
+            ("source",),
+            "Since a source last answered; missing data is never shown as zero.",
+        ),
+        Metric(
+            "moe_serve_checkpoint_expert_bytes",
+            "gauge",
+            ("layer", "kind"),
+            "Bytes of a layer's routed experts: original, kept.",
+        ),
+    )
+}

@@ -1,0 +1,147 @@
+"""Our ``/metrics``: read at scrape time, so nothing is older than the scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from moe_serve.metrics.catalogue import CATALOGUE
+from moe_serve.metrics.memory import process_tree, read_gpus, resident_bytes
+from moe_serve.metrics.sources import Source, buckets, total
+
+_HISTOGRAMS: Final = {
+    "moe_serve_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
+    "moe_serve_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
+    "moe_serve_request_duration_seconds": "vllm:e2e_request_latency_seconds",
+}
+_OUTCOMES: Final = {"2": "ok", "4": "client_error", "5": "server_error"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Watched:
+    """One engine to report on."""
+
+    variant: str
+    pid: int
+    weight_bytes: int
+    """Of the checkpoint it serves."""
+    kv_bytes_per_token: int
+    source: Source
+
+
+@dataclass(kw_only=True)
+class Exporter(Collector):
+    """Gathers everything once per scrape."""
+
+    model: str
+    engines: list[Watched]
+    proxy: Source
+    weight: Callable[[], float | None]
+    """The pruned variant's share from the route file, 0 to 1."""
+    state: Callable[[], str | None]
+    decisions: Callable[[], dict[tuple[str, str], int]]
+    expert_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
+    """(layer, kind) → bytes."""
+
+    def collect(self) -> Iterator[Metric]:
+        """All families of the catalogue that there is data for."""
+        families: dict[str, Any] = {name: _family(name) for name in CATALOGUE}
+        for engine in self.engines:
+            self._engine(families, engine)
+        self._gpu(families)
+        self._traffic(families)
+        for (layer, kind), size in sorted(self.expert_bytes.items()):
+            families["moe_serve_checkpoint_expert_bytes"].add_metric([layer, kind], size)
+        for source in (*(e.source for e in self.engines), self.proxy):
+            families["moe_serve_input_age_seconds"].add_metric([source.name], source.age)
+        yield from (family for family in families.values() if family.samples)
+
+    def _engine(self, families: dict[str, Any], engine: Watched) -> None:
+        labels = [engine.variant, self.model]
+        memory = families["moe_serve_engine_memory_bytes"]
+        memory.add_metric([*labels, "weights"], engine.weight_bytes)
+        if (rss := resident_bytes(engine.pid)) is not None:
+            memory.add_metric([*labels, "rss"], rss)
+        samples = engine.source.read()
+        if samples is None:
+            return
+        for kind in ("prompt", "generation"):
+            if (count := total(samples, f"vllm:{kind}_tokens_total")) is not None:
+                families["moe_serve_tokens_total"].add_metric([*labels, kind], count)
+        for ours, theirs in _HISTOGRAMS.items():
+            if (found := buckets(samples, theirs)) is not None:
+                families[ours].add_metric(labels, buckets=found[0], sum_value=found[1])
+        if (capacity := _cache_tokens(samples)) is not None:
+            families["moe_serve_kv_cache_capacity_tokens"].add_metric(labels, capacity)
+            memory.add_metric([*labels, "kv_cache"], capacity * engine.kv_bytes_per_token)
+
+    def _gpu(self, families: dict[str, Any]) -> None:
+        trees = {e.variant: set(process_tree(e.pid)) for e in self.engines}
+        for gpu in read_gpus():
+            identity = [str(gpu.index), gpu.uuid]
+            families["moe_serve_gpu_memory_total_bytes"].add_metric(identity, gpu.total)
+            for variant, members in trees.items():
+                used = sum(b for pid, b in gpu.used_by_process.items() if pid in members)
+                families["moe_serve_gpu_memory_used_bytes"].add_metric([*identity, variant], used)
+
+    def _traffic(self, families: dict[str, Any]) -> None:
+        if (share := self.weight()) is not None:
+            for engine in self.engines:
+                ratio = share if engine.variant == "pruned" else 1.0 - share
+                families["moe_serve_traffic_weight_ratio"].add_metric(
+                    [engine.variant, self.model], ratio
+                )
+        if (present := self.state()) is not None:
+            for name in ("idle", "canary", "promoted"):
+                families["moe_serve_rollout_state"].add_metric([name], float(name == present))
+        for (decision, reason), count in self.decisions().items():
+            families["moe_serve_rollout_decisions_total"].add_metric([decision, reason], count)
+        samples = self.proxy.read()
+        for engine in self.engines if samples is not None else ():
+            for digit, outcome in _OUTCOMES.items():
+                count = total(
+                    samples or (),
+                    "envoy_cluster_upstream_rq_xx_total",
+                    envoy_cluster_name=engine.variant,
+                    envoy_response_code_class=digit,
+                ) or total(
+                    samples or (),
+                    "envoy_cluster_upstream_rq_xx",
+                    envoy_cluster_name=engine.variant,
+                    envoy_response_code_class=digit,
+                )
+                families["moe_serve_requests_total"].add_metric(
+                    [engine.variant, self.model, outcome], count or 0.0
+                )
+
+
+def _family(name: str) -> Any:
+    metric = CATALOGUE[name]
+    kinds: dict[str, Any] = {
+        "gauge": GaugeMetricFamily,
+        "counter": CounterMetricFamily,
+        "histogram": HistogramMetricFamily,
+    }
+    return kinds[metric.kind](metric.name, metric.help, labels=metric.labels)
+
+
+def _cache_tokens(samples: list[Sample]) -> int | None:
+    """KV-cache capacity from vLLM's ``cache_config_info``."""
+    for sample in samples:
+        if sample.name == "vllm:cache_config_info":
+            try:
+                size = int(sample.labels["num_gpu_blocks"]) * int(sample.labels["block_size"])
+            except (KeyError, ValueError):
+                continue
+            return size
+    return None

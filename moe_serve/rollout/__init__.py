@@ -1,0 +1,1 @@
+"""Moving traffic between the variants, with a record of who moved it and why."""

@@ -1,0 +1,217 @@
+"""The control process: ``/metrics``, a small API, the engines' own metrics.
+
+``python -m moe_serve.rollout.control --state DIR --port P``; on loopback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from moe_serve.checkpoint.header import read_json
+from moe_serve.errors import MoeServeError
+from moe_serve.metrics.exporter import Exporter, Watched
+from moe_serve.metrics.sources import Source
+from moe_serve.rollout.store import Store
+from moe_serve.rollout.traffic import move, status
+from moe_serve.serving.routes import read_split
+from moe_serve.serving.state import StackState
+
+_MAX_BODY: Final = 10_000
+_ACTOR: Final = "api"
+
+
+def application(state: Path) -> Starlette:
+    """The ASGI application of one stack."""
+    stack = StackState.load(state)
+    registry = CollectorRegistry()
+    registry.register(exporter(state, stack))
+
+    async def metrics(_request: Request) -> Response:
+        text = await run_in_threadpool(generate_latest, registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def engine_metrics(request: Request) -> Response:
+        engine = stack.engines.get(request.path_params["variant"])
+        if engine is None:
+            return _problem(404, f"no engine {request.path_params['variant']!r}")
+        try:
+            async with httpx.AsyncClient(timeout=5.0) as client:
+                answer = await client.get(f"{engine.url}/metrics")
+        except httpx.HTTPError as exc:
+            return _problem(502, f"the engine does not answer ({type(exc).__name__})")
+        return Response(
+            answer.content, answer.status_code, media_type=answer.headers.get("content-type")
+        )
+
+    async def healthz(_request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    async def get_status(_request: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(status, state))
+
+    async def history(_request: Request) -> Response:
+        changes = await run_in_threadpool(Store(state).history)
+        return JSONResponse({"changes": [c.to_json() for c in changes]})
+
+    async def weight(request: Request) -> Response:
+        body = await _body(request)
+        percent = body.get("pruned_percent") if body is not None else None
+        if isinstance(percent, bool) or not isinstance(percent, int | float):
+            return _problem(422, 'send {"pruned_percent": 0 to 100}')
+        moved = await run_in_threadpool(
+            lambda: move(
+                state, float(percent), decision="set", reason=_reason(body), actor=_ACTOR
+            )
+        )
+        return JSONResponse(moved.to_json())
+
+    async def rollback(request: Request) -> Response:
+        body = await _body(request)
+        moved = await run_in_threadpool(
+            lambda: move(state, 0.0, decision="rollback", reason=_reason(body), actor=_ACTOR)
+        )
+        return JSONResponse(moved.to_json())
+
+    async def failed(_request: Request, exc: Exception) -> Response:
+        return _problem(409, str(exc))
+
+    return Starlette(
+        routes=[
+            Route("/metrics", metrics),
+            Route("/engines/{variant}/metrics", engine_metrics),
+            Route("/healthz", healthz),
+            Route("/api/status", get_status),
+            Route("/api/history", history),
+            Route("/api/weight", weight, methods=["POST"]),
+            Route("/api/rollback", rollback, methods=["POST"]),
+        ],
+        exception_handlers={MoeServeError: failed},
+    )
+
+
+def exporter(state: Path, stack: StackState) -> Exporter:
+    """The collector of a stack's metrics."""
+
+    def share() -> float | None:
+        try:
+            return read_split(state).percent / 100.0
+        except MoeServeError:
+            return None
+
+    def name() -> str | None:
+        try:
+            return str(status(state)["state"])
+        except MoeServeError:
+            return None
+
+    def decisions() -> dict[tuple[str, str], int]:
+        try:
+            changes = Store(state).history(limit=1_000_000)
+        except MoeServeError:
+            return {}
+        # A person's words may be anything; as a label only whether there were some.
+        counted = Counter((c.decision, "by hand") for c in changes)
+        return dict(counted)
+
+    engines = [
+        Watched(
+            variant=variant,
+            pid=engine.pid,
+            weight_bytes=_weight_bytes(Path(engine.model)),
+            kv_bytes_per_token=_kv_bytes(Path(engine.model)),
+            source=Source(name=variant, url=f"{engine.url}/metrics"),
+        )
+        for variant, engine in stack.engines.items()
+    ]
+    return Exporter(
+        model=stack.served_model,
+        engines=engines,
+        proxy=Source(name="envoy", url=f"http://{stack.admin}/stats/prometheus"),
+        weight=share,
+        state=name,
+        decisions=decisions,
+        expert_bytes=_expert_bytes(Path(stack.engines["pruned"].model)),
+    )
+
+
+def _weight_bytes(model: Path) -> int:
+    """Size of the weight files an engine reads."""
+    index = model / "model.safetensors.index.json"
+    if index.exists():
+        return int(read_json(index)["metadata"]["total_size"])
+    return sum(file.stat().st_size for file in model.glob("model*.safetensors"))
+
+
+def _kv_bytes(model: Path) -> int:
+    """Bytes of keys and values per token, two bytes an element."""
+    config = read_json(model / "config.json")
+    heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    width = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return 2 * int(config["num_hidden_layers"]) * heads * width * 2
+
+
+def _expert_bytes(model: Path) -> dict[tuple[str, str], int]:
+    """Per layer, from a manifest beside the weights if there is one."""
+    path = model / "moe_serve.json"
+    if not path.exists():
+        return {}
+    manifest = read_json(path)
+    config = read_json(model / "config.json")
+    neurons = {i: c["width"] * c["blocks"] for i, c in manifest["layers"].items()}
+    kept = manifest["expert_bytes"]["kept"]
+    if not neurons or not config.get("compact_experts"):
+        return {}
+    per_neuron = kept / sum(neurons.values())
+    original = manifest["expert_bytes"]["original"] // len(neurons)
+    sizes: dict[tuple[str, str], int] = {}
+    for layer, count in neurons.items():
+        sizes[layer, "kept"] = round(per_neuron * count)
+        sizes[layer, "original"] = original
+    return sizes
+
+
+async def _body(request: Request) -> dict[str, Any] | None:
+    raw = await request.body()
+    if len(raw) > _MAX_BODY:
+        return None
+    try:
+        value = json.loads(raw or b"{}")
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _reason(body: dict[str, Any] | None) -> str:
+    return str((body or {}).get("reason", ""))[:500]
+
+
+def _problem(code: int, message: str) -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "code": code}}, status_code=code)
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--port", type=int, required=True)
+    options = parser.parse_args()
+    uvicorn.run(
+        application(options.state), host="127.0.0.1", port=options.port, log_level="warning"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Engines, proxy and routes on one machine."""

@@ -1,0 +1,107 @@
+"""How a vLLM engine is started for a checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from moe_serve.checkpoint.header import read_json
+from moe_serve.errors import ServingError
+from moe_serve.serving.process import Child, start
+
+_SERVER: Final = "vllm.entrypoints.openai.api_server"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSpec:
+    """One engine to start."""
+
+    variant: str
+    model: Path
+    served_model: str
+    port: int
+    log: Path
+    arguments: tuple[str, ...] = ()
+    kv_cache_gib: int = 1
+
+    @property
+    def url(self) -> str:
+        """Its address on loopback."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def command(self, *, gpu: bool) -> list[str]:
+        """The command line.
+
+        Raises:
+            CheckpointError: the model has no readable config.
+        """
+        config = read_json(self.model / "config.json")
+        return [
+            sys.executable,
+            *("-m", _SERVER),
+            *("--model", str(self.model)),
+            *("--served-model-name", self.served_model),
+            *("--host", "127.0.0.1"),
+            *("--port", str(self.port)),
+            *_for_checkpoint(config),
+            *(() if gpu else _for_cpu(config)),
+            *self.arguments,
+        ]
+
+    def launch(self, *, gpu: bool) -> Child:
+        """Start it; it is ready later."""
+        environment = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        if not gpu:
+            environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.kv_cache_gib)
+        return start(f"{self.variant} engine", self.command(gpu=gpu), self.log, environment)
+
+
+def _for_checkpoint(config: dict[str, Any]) -> tuple[str, ...]:
+    return ("--load-format", "moe_serve") if "compact_experts" in config else ()
+
+
+def _for_cpu(config: dict[str, Any]) -> tuple[str, ...]:
+    """Eager mode: compiling takes minutes on a CPU and gains little."""
+    options = ["--enforce-eager"]
+    if str(config.get("model_type", "")).startswith("deepseek"):
+        # vLLM 0.32's CPU rotary kernel ignores the stride of a sliced query.
+        options += ["--compilation-config", '{"custom_ops": ["all", "-rotary_embedding"]}']
+    return tuple(options)
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver sees a GPU."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return bool(pynvml.nvmlDeviceGetCount())
+    except pynvml.NVMLError:
+        return False
+
+
+def is_ready(spec: EngineSpec, child: Child) -> bool:
+    """Whether the engine answers.
+
+    Raises:
+        ServingError: it has ended, with its last log lines.
+    """
+    if child.exit_code is not None:
+        raise ServingError(
+            f"ended with exit code {child.exit_code} while starting:\n{child.tail()}\n",
+            where=child.name,
+            remedy=f"the whole log is {child.log}",
+        )
+    try:
+        return httpx.get(f"{spec.url}/health", timeout=2.0).status_code == 200
+    except httpx.HTTPError:
+        return False

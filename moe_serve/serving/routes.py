@@ -1,0 +1,158 @@
+"""Envoy's route file: who gets which share of the traffic. The only thing a rollback changes.
+
+Envoy watches the directory and reloads on rename. The weights add up to 10,000, a constant, so
+that a ramp moves requests one way only. Nothing heavy is imported here: rolling back must be quick.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from moe_serve.checkpoint.staging import write_atomic
+from moe_serve.errors import RolloutError
+from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
+
+TOTAL: Final = 10_000
+ROUTES: Final = "routes"
+"""The watched folder inside the state directory."""
+FILE: Final = "routes.json"
+NAME: Final = "moe_serve"
+PATHS: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health")
+"""What clients may reach; engines have control paths that must stay closed."""
+WITH_FALLBACK: Final = "pruned-or-original"
+"""The cluster that serves pruned traffic, from the original while the pruned engine is down."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Split:
+    """The route file's content: the pruned variant's share and a version."""
+
+    pruned: int
+    """Parts of 10,000."""
+    version: str
+
+    @property
+    def percent(self) -> float:
+        """The pruned variant's share, 0 to 100."""
+        return 100.0 * self.pruned / TOTAL
+
+
+def route_file(state: Path) -> Path:
+    """Where the route file of a state directory lies."""
+    return state / ROUTES / FILE
+
+
+def write_split(state: Path, percent: float) -> Split:
+    """Put a new split in force; Envoy picks it up from the rename.
+
+    Args:
+        state: the stack's state directory.
+        percent: the pruned variant's share, 0 to 100.
+
+    Raises:
+        RolloutError: the share is out of range.
+        OutputError: the file can't be written; the old split stays.
+    """
+    if not 0.0 <= percent <= 100.0:
+        raise RolloutError(
+            f"{percent:g} is not a share between 0 and 100", remedy="give a percentage"
+        )
+    split = Split(pruned=round(percent * TOTAL / 100), version=f"{time.time_ns()}")
+    path = route_file(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(_discovery(split), indent=1).encode())
+    return split
+
+
+def read_split(state: Path) -> Split:
+    """What the file says now, whoever wrote it.
+
+    Raises:
+        RolloutError: there is none, or it holds no split of ours.
+    """
+    path = route_file(state)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        routes = value["resources"][0]["virtual_hosts"][0]["routes"]
+        (weighted,) = {
+            json.dumps(r["route"]["weighted_clusters"]["clusters"])
+            for r in routes
+            if "weighted_clusters" in r.get("route", {})
+        }
+        weights = {c["name"]: int(c["weight"]) for c in json.loads(weighted)}
+        total = sum(weights.values())
+        return Split(
+            pruned=round(weights[WITH_FALLBACK] * TOTAL / total),
+            version=str(value.get("version_info", "")),
+        )
+    except (OSError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as exc:
+        raise RolloutError(
+            f"is not a route file ({type(exc).__name__}: {exc})",
+            where=str(path),
+            remedy="moe-serve rollout rollback writes a good one",
+        ) from exc
+
+
+def _discovery(split: Split) -> dict[str, Any]:
+    configuration = {
+        "@type": "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
+        "name": NAME,
+        "virtual_hosts": [
+            {
+                "name": NAME,
+                "domains": ["*"],
+                "response_headers_to_add": [
+                    {
+                        # The endpoint that answered says which it is, also after a fail-over.
+                        "header": {"key": HEADER, "value": "%UPSTREAM_METADATA(moe_serve:variant)%"},
+                        "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
+                    }
+                ],
+                "routes": [*_routes(split), _nothing_else()],
+            }
+        ],
+    }
+    return {"version_info": split.version, "resources": [configuration]}
+
+
+def _routes(split: Split) -> list[dict[str, Any]]:
+    weighted = {
+        "weighted_clusters": {
+            "clusters": [
+                {"name": ORIGINAL, "weight": TOTAL - split.pruned},
+                {"name": WITH_FALLBACK, "weight": split.pruned},
+            ]
+        }
+    }
+    routes = []
+    for path in PATHS:
+        for variant in (ORIGINAL, PRUNED):
+            pinned = {"name": HEADER, "string_match": {"exact": variant}}
+            match = {"path": path, "headers": [pinned]}
+            routes.append({"match": match, "route": {"cluster": variant, **_patience()}})
+        routes.append({"match": {"path": path}, "route": {**weighted, **_patience()}})
+    return routes
+
+
+def _patience() -> dict[str, Any]:
+    """Streams last as long as they last; a retry happens only before a byte was sent."""
+    return {
+        "timeout": "0s",
+        "idle_timeout": "600s",
+        "retry_policy": {
+            "retry_on": "connect-failure,refused-stream,reset-before-request",
+            "num_retries": 2,
+        },
+    }
+
+
+def _nothing_else() -> dict[str, Any]:
+    body = {"error": {"message": "no such path here", "type": "not_found", "code": 404}}
+    return {
+        "match": {"prefix": "/"},
+        "direct_response": {"status": 404, "body": {"inline_string": json.dumps(body)}},
+    }

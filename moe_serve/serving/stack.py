@@ -1,0 +1,213 @@
+"""Bringing a whole stack up on this machine, watching it, and draining it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from moe_serve.checkpoint.staging import write_atomic
+from moe_serve.errors import RolloutError, ServingError
+from moe_serve.serving import envoy
+from moe_serve.serving.config import StackConfig
+from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
+from moe_serve.serving.process import Child, free_port, port_is_free, start
+from moe_serve.serving.routes import read_split, route_file, write_split
+from moe_serve.serving.state import EngineState, StackState
+from moe_serve.serving.variants import VARIANTS
+
+_POLL: Final = 0.25
+_STOP_GRACE: Final = 15.0
+_CONTROL: Final = "moe_serve.rollout.control"
+
+Tell = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class Stack:
+    """The processes of a running stack."""
+
+    config: StackConfig
+    folder: Path
+    state: StackState | None = None
+    children: list[Child] = field(default_factory=list)
+
+    @property
+    def proxy(self) -> Child | None:
+        """Envoy."""
+        return next((c for c in self.children if c.name == "envoy"), None)
+
+    def ended(self) -> list[Child]:
+        """Children that are no longer running."""
+        return [c for c in self.children if c.exit_code is not None]
+
+    def drain(self, tell: Tell) -> int:
+        """Take no new connections, wait for running requests; return how many were cut off."""
+        if self.state is None or self.proxy is None or self.proxy.exit_code is not None:
+            return 0
+        admin = envoy.Admin(self.state.admin)
+        left = 0
+        try:
+            admin.drain()
+            until = time.monotonic() + self.config.drain_seconds
+            while (left := admin.active_requests()) and time.monotonic() < until:
+                tell(f"draining: {left} requests in flight")
+                time.sleep(_POLL)
+        except RolloutError as exc:
+            tell(f"cannot drain: {exc}")
+        return left
+
+    def stop(self) -> None:
+        """End all children, the proxy first."""
+        order = sorted(self.children, key=lambda c: c.name != "envoy")
+        for child in order:
+            child.stop(_STOP_GRACE)
+        self.children.clear()
+
+
+def bring_up(config: StackConfig, tell: Tell) -> Stack:
+    """Start engines, Envoy and the control process, and wait until all serve.
+
+    Raises:
+        ServingError: a part did not start; it is named, with its last log lines, and all others
+            are stopped.
+    """
+    folder = config.state.absolute()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    for name, host, port in (
+        ("--port", config.host, config.port),
+        ("--control-port", "127.0.0.1", config.control_port),
+    ):
+        if not port_is_free(host, port):
+            raise ServingError(
+                f"port {port} is taken on {host}", where=name, remedy="choose another port"
+            )
+    stack = Stack(config=config, folder=folder)
+    try:
+        specs = _engines(stack, tell)
+        admin_port = free_port()
+        proxy = _envoy(stack, specs, admin_port)
+        control_url = f"http://127.0.0.1:{config.control_port}"
+        stack.state = StackState(
+            pid=os.getpid(),
+            endpoint=f"http://{config.host}:{config.port}/v1",
+            control=control_url,
+            admin=f"127.0.0.1:{admin_port}",
+            envoy_pid=proxy.pid,
+            served_model=config.served_model,
+            engines={
+                spec.variant: EngineState(
+                    url=spec.url, pid=child.pid, model=str(spec.model.absolute()), log=str(spec.log)
+                )
+                for spec, child in specs
+            },
+        )
+        stack.state.save(folder)
+        _control(stack, tell)
+    except BaseException:
+        stack.stop()
+        raise
+    return stack
+
+
+def _engines(stack: Stack, tell: Tell) -> list[tuple[EngineSpec, Child]]:
+    """Start both engines side by side; return when both answer."""
+    config = stack.config
+    gpu = has_gpu()
+    started = []
+    for variant in VARIANTS:
+        log = stack.folder / "logs" / f"{variant}.log"
+        log.unlink(missing_ok=True)
+        spec = EngineSpec(
+            variant=variant,
+            model=config.models()[variant],
+            served_model=config.served_model,
+            port=free_port(),
+            log=log,
+            arguments=config.arguments(variant),
+            kv_cache_gib=config.kv_cache_gib,
+        )
+        child = spec.launch(gpu=gpu)
+        stack.children.append(child)
+        started.append((spec, child))
+        tell(f"{variant} engine: starting (log {log})")
+    began = time.monotonic()
+    waiting = dict(started)
+    while waiting:
+        for spec, child in list(waiting.items()):
+            if is_ready(spec, child):
+                tell(f"{spec.variant} engine: ready after {time.monotonic() - began:.0f} s")
+                del waiting[spec]
+        if waiting and time.monotonic() - began > config.ready_seconds:
+            spec, child = next(iter(waiting.items()))
+            raise ServingError(
+                f"not ready after {config.ready_seconds:g} s; its log ends:\n{child.tail()}\n",
+                where=child.name,
+                remedy=f"the whole log is {spec.log}; raise ready_seconds for a large model",
+            )
+        time.sleep(_POLL)
+    return started
+
+
+def _envoy(stack: Stack, specs: list[tuple[EngineSpec, Child]], admin_port: int) -> Child:
+    """Start the proxy with the split that is on disk, or everything on the original."""
+    folder, config = stack.folder, stack.config
+    if route_file(folder).exists():
+        # A new version of the same split: the file may be of an older layout.
+        write_split(folder, read_split(folder).percent)
+    else:
+        write_split(folder, 0.0)
+    bootstrap = envoy.bootstrap(
+        folder,
+        port=config.port,
+        host=config.host,
+        admin_port=admin_port,
+        engines={spec.variant: spec.port for spec, _ in specs},
+    )
+    path = folder / "envoy.json"
+    write_atomic(path, json.dumps(bootstrap, indent=1).encode())
+    log = folder / "logs" / "envoy.log"
+    log.unlink(missing_ok=True)
+    command = [envoy.binary(), "-c", str(path), "--use-dynamic-base-id", "--log-level", "warning"]
+    child = start("envoy", [*command, "--concurrency", "2"], log)
+    stack.children.append(child)
+    _wait(child, lambda: envoy.Admin(f"127.0.0.1:{admin_port}").ready(), 30.0)
+    return child
+
+
+def _control(stack: Stack, tell: Tell) -> None:
+    """Start the control process."""
+    import httpx
+
+    log = stack.folder / "logs" / "control.log"
+    log.unlink(missing_ok=True)
+    port = stack.config.control_port
+    command = [sys.executable, "-m", _CONTROL, "--state", str(stack.folder), "--port", str(port)]
+    child = start("control", command, log)
+    stack.children.append(child)
+
+    def answers() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=1.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    _wait(child, answers, 60.0)
+    tell("control: ready")
+
+
+def _wait(child: Child, ready: Callable[[], bool], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while not ready():
+        if child.exit_code is not None or time.monotonic() > until:
+            raise ServingError(
+                f"did not start:\n{child.tail()}\n",
+                where=child.name,
+                remedy=f"the whole log is {child.log}",
+            )
+        time.sleep(0.1)

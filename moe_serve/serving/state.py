@@ -1,0 +1,59 @@
+"""``stack.json`` in the state directory: where everything of a running stack is."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from moe_serve.checkpoint.header import read_json
+from moe_serve.checkpoint.staging import write_json
+from moe_serve.errors import RolloutError
+
+STACK: Final = "stack.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineState:
+    """One engine."""
+
+    url: str
+    pid: int
+    model: str
+    log: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StackState:
+    """A running stack, as other processes find it."""
+
+    pid: int
+    endpoint: str
+    control: str
+    admin: str
+    """Envoy's admin address, host:port on loopback."""
+    envoy_pid: int
+    served_model: str
+    engines: dict[str, EngineState]
+
+    def save(self, folder: Path) -> None:
+        """Write ``stack.json`` atomically."""
+        write_json(folder / STACK, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path) -> StackState:
+        """Read it.
+
+        Raises:
+            RolloutError: there is none here.
+        """
+        path = folder / STACK
+        if not path.exists():
+            raise RolloutError(
+                f"holds no {STACK}",
+                where=str(folder),
+                remedy="give the --state directory of a running moe-serve up",
+            )
+        value: dict[str, Any] = read_json(path)
+        engines = {name: EngineState(**engine) for name, engine in value.pop("engines").items()}
+        return cls(engines=engines, **value)
