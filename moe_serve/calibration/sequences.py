@@ -59,9 +59,7 @@ class Sequences:
 
     def token_domains(self) -> torch.Tensor:
         """Domain index of each token, [T]."""
-        parts = [
-            torch.full((len(t),), d) for t, d in zip(self.tokens, self.domain, strict=True)
-        ]
+        parts = [torch.full((len(t),), d) for t, d in zip(self.tokens, self.domain, strict=True)]
         return torch.cat(parts)
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[int, ...]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moe_serve.checkpoint.staging import writing
+from moe_serve.files import writing
 
 
 class States:

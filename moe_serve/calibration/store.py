@@ -13,11 +13,11 @@ from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.calibration.texts import Source
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.hashing import file_sha256
-from moe_serve.checkpoint.header import TensorEntry, read_header, read_json, reading
+from moe_serve.checkpoint.header import TensorEntry, read_header
 from moe_serve.checkpoint.shards import ShardWriter, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.checkpoint.staging import write_json
 from moe_serve.errors import CalibrationError
+from moe_serve.files import read_json, reading, write_json
 
 TENSORS: Final = "statistics.safetensors"
 RECORD: Final = "statistics.json"

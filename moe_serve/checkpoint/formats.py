@@ -196,5 +196,3 @@ def form_named(name: str, checkpoint: Checkpoint, table: CompactTable) -> Form:
             f"no format {name!r}", where="--format", remedy="choose from " + ", ".join(FORMATS)
         )
     return FORMATS[name](checkpoint, table)
-
-

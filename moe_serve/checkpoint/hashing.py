@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from moe_serve.checkpoint.header import reading
+from moe_serve.files import reading
 
 
 def file_sha256(path: Path) -> str:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES, itemsize
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
+from moe_serve.files import REFETCH as _REFETCH
+from moe_serve.files import reading
 
 _LENGTH: Final = struct.Struct("<Q")
 _MAX_HEADER: Final = 100_000_000
 """The format's own limit; a longer one is a damaged length field."""
-
-_REFETCH: Final = "fetch this file again and compare its size and SHA-256 with the source"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,36 +31,6 @@ class TensorEntry:
     """Absolute byte offset in the file."""
     size: int
     """Bytes."""
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Translate what the operating system and the JSON parser say about ``path``."""
-    try:
-        yield
-    except FileNotFoundError as exc:
-        raise IncompleteCheckpoint(
-            "the file does not exist", where=str(path), remedy="check the path"
-        ) from exc
-    except OSError as exc:
-        raise CheckpointError(
-            f"cannot be read ({exc.strerror})", where=str(path), remedy="check permissions and disk"
-        ) from exc
-    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
-        raise CheckpointError(f"is not valid JSON ({exc})", where=str(path), remedy=_REFETCH) from exc
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: unreadable, not JSON, or not an object.
-    """
-    with reading(path):
-        value = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise CheckpointError("is not a JSON object", where=str(path), remedy=_REFETCH)
-    return value
 
 
 def read_header(path: Path) -> list[TensorEntry]:
@@ -101,9 +69,11 @@ def read_header(path: Path) -> list[TensorEntry]:
 
 def _entry(path: Path, name: str, spec: Any, data: int) -> TensorEntry:
     match spec:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
-            dtype in TORCH_DTYPES and all(isinstance(n, int) and n >= 0 for n in shape)
-        ):
+        case {
+            "dtype": str(dtype),
+            "shape": list(shape),
+            "data_offsets": [int(begin), int(end)],
+        } if dtype in TORCH_DTYPES and all(isinstance(n, int) and n >= 0 for n in shape):
             size = math.prod(shape) * itemsize(dtype)
             if end - begin == size and begin >= 0:
                 return TensorEntry(

@@ -11,8 +11,8 @@ from typing import Any, Final
 from moe_serve.checkpoint.header import TensorEntry
 from moe_serve.checkpoint.shards import Run, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.checkpoint.staging import write_json, writing
 from moe_serve.checkpoint.table import CompactTable
+from moe_serve.files import write_json, writing
 
 _NOT_CARRIED: Final = frozenset(
     {"config.json", "README.md", "moe_serve.json", "plan.json", ".gitattributes"}

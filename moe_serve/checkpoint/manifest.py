@@ -8,9 +8,8 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_serve.checkpoint.hashing import file_sha256
-from moe_serve.checkpoint.header import read_json
-from moe_serve.checkpoint.staging import write_json
 from moe_serve.errors import CheckpointError
+from moe_serve.files import read_json, write_json
 from moe_serve.progress import Progress
 
 MANIFEST: Final = "moe_serve.json"

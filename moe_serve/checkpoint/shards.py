@@ -14,8 +14,8 @@ import torch
 
 from moe_serve.checkpoint.dtypes import DTYPE_NAMES, itemsize
 from moe_serve.checkpoint.source import INDEX, SINGLE
-from moe_serve.checkpoint.staging import write_json, writing
 from moe_serve.errors import OutputError
+from moe_serve.files import write_json, writing
 
 SHARD_BYTES: Final = 4 * 1024**3
 """Default size above which the next run of tensors begins a new shard."""

@@ -11,10 +11,11 @@ from typing import Any, Final
 import torch
 
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
-from moe_serve.checkpoint.header import TensorEntry, read_header, read_json, reading
+from moe_serve.checkpoint.header import TensorEntry, read_header
 from moe_serve.checkpoint.table import CompactTable, parse_table
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
 from moe_serve.families import Family, Shape, family_of
+from moe_serve.files import read_json, reading
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -118,7 +119,9 @@ class Checkpoint:
         sizes = {}
         for layer in self.family.moe_layers(self.config):
             prefix = self.family.expert_prefix(layer)
-            sizes[layer] = sum(e.size for e in self.layer_tensors(layer) if e.name.startswith(prefix))
+            sizes[layer] = sum(
+                e.size for e in self.layer_tensors(layer) if e.name.startswith(prefix)
+            )
         return sizes
 
     def fingerprint(self) -> str:

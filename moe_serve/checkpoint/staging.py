@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,48 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.errors import OutputError
+from moe_serve.files import write_json, writing
 
 _SUFFIX: Final = ".partial"
 _JOURNAL: Final = "journal.json"
 _LOCK: Final = "lock"
 WORK: Final = "work"
 """Sub-folder of the staging directory for what the finished output does not keep."""
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Translate what the operating system says about writing ``path``."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OutputError(
-                "the disk is full",
-                where=str(path),
-                remedy="free some space and run the same command again; it resumes",
-            ) from exc
-        raise OutputError(
-            f"cannot be written ({exc.strerror or exc})",
-            where=str(path),
-            remedy="check permissions and the path",
-        ) from exc
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path):
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, keys sorted, so that equal content is equal bytes."""
-    text = json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True)
-    write_atomic(path, (text + "\n").encode())
 
 
 class Staging:

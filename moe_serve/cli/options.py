@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-
 Calibration = Annotated[
     list[Path] | None,
     typer.Option(
@@ -16,9 +15,7 @@ Calibration = Annotated[
         "Without any, the choice is made from the weights alone.",
     ),
 ]
-Tokens = Annotated[
-    int, typer.Option("--tokens", help="At most this many tokens from each domain.")
-]
+Tokens = Annotated[int, typer.Option("--tokens", help="At most this many tokens from each domain.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")]
 BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens in memory at once.")]
 Device = Annotated[
@@ -31,13 +28,17 @@ Keep = Annotated[
     typer.Option("--keep", help="Share of the routed experts' bytes to keep, e.g. 0.5."),
 ]
 Experts = Annotated[
-    int | None, typer.Option("--experts", help="Instead: keep what this many experts per layer take.")
+    int | None,
+    typer.Option("--experts", help="Instead: keep what this many experts per layer take."),
 ]
-MethodName = Annotated[str, typer.Option("--method", help="How to choose; auto is the best we have.")]
+MethodName = Annotated[
+    str, typer.Option("--method", help="How to choose; auto is the best we have.")
+]
 BlockWidth = Annotated[int | None, typer.Option("--block-width", help="Neurons per stored block.")]
 RefitFlag = Annotated[
     bool | None,
-    typer.Option("--refit/--no-refit", help="Re-fit what is kept so that it makes up for the rest."),
+    typer.Option(
+        "--refit/--no-refit", help="Re-fit what is kept so that it makes up for the rest."
+    ),
 ]
 FormatName = Annotated[str, typer.Option("--format", help="compact, tied or native.")]
-

@@ -53,9 +53,7 @@ def prune_command(
     request = PruneRequest(
         model=model,
         output=output,
-        texts=TextOptions(
-            paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed
-        ),
+        texts=TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed),
         selection=Selection(
             keep=keep,
             experts=experts,
@@ -162,9 +160,7 @@ def apply_command(
     request = PruneRequest(
         model=model,
         output=output,
-        texts=TextOptions(
-            paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed
-        ),
+        texts=TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed),
         selection=Selection(seed=seed),
         form=form,
         device=device_named(device),

@@ -33,7 +33,9 @@ def status_command(state: State = Path("moe-serve-state"), as_json: Json = False
     if found["edited_by_hand"]:
         out.print("the route file was changed by something else than this program")
     if last := found["last_change"]:
-        out.print(f"last change: {last['decision']} by {last['actor']} ({last['reason'] or 'no reason'})")
+        out.print(
+            f"last change: {last['decision']} by {last['actor']} ({last['reason'] or 'no reason'})"
+        )
 
 
 @rollout.command("set")

@@ -29,9 +29,7 @@ CATALOGUE: Final = {
             ("gpu", "uuid", "variant"),
             "GPU memory that a variant's processes hold, as the driver reports it.",
         ),
-        Metric(
-            "moe_serve_gpu_memory_total_bytes", "gauge", ("gpu", "uuid"), "Memory of the GPU."
-        ),
+        Metric("moe_serve_gpu_memory_total_bytes", "gauge", ("gpu", "uuid"), "Memory of the GPU."),
         Metric(
             "moe_serve_engine_memory_bytes",
             "gauge",

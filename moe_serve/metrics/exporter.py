@@ -39,7 +39,7 @@ class Watched:
     source: Source
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Exporter(Collector):
     """Gathers everything once per scrape."""
 
@@ -52,6 +52,10 @@ class Exporter(Collector):
     decisions: Callable[[], dict[tuple[str, str], int]]
     expert_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     """(layer, kind) → bytes."""
+
+    def describe(self) -> Iterator[Metric]:
+        """The families, so that registering does not scrape."""
+        yield from (_family(name) for name in CATALOGUE)
 
     def collect(self) -> Iterator[Metric]:
         """All families of the catalogue that there is data for."""

@@ -46,9 +46,7 @@ def total(samples: Iterable[Sample], name: str, **labels: str) -> float | None:
     return sum(values) if values else None
 
 
-def buckets(
-    samples: Iterable[Sample], name: str
-) -> tuple[list[tuple[str, float]], float] | None:
+def buckets(samples: Iterable[Sample], name: str) -> tuple[list[tuple[str, float]], float] | None:
     """A histogram's cumulative buckets and sum, summed over labels."""
     counts: dict[str, float] = {}
     sum_ = 0.0

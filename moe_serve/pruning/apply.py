@@ -78,9 +78,7 @@ def _finish(
     app.staging.finish(_step(index), record or {})
 
 
-def _stream(
-    app: Application, plan: Plan, settings: Refit, sequences: Sequences
-) -> dict[str, Any]:
+def _stream(app: Application, plan: Plan, settings: Refit, sequences: Sequences) -> dict[str, Any]:
     decoder = Decoder(app.checkpoint, app.device)
     walk = _Walk(app, decoder, sequences, settings)
     app.progress.start("apply", decoder.layers)
@@ -166,9 +164,7 @@ class _Walk:
             y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
             batch.store(self._inputs, z_BLD)
             batch.store(self._residual, goal_BLD - r_BLD - y_BLD)
-        fitted = refit(
-            pruned, self._inputs, self._residual, self._tokens, self._settings, dtype
-        )
+        fitted = refit(pruned, self._inputs, self._residual, self._tokens, self._settings, dtype)
         for batch in self._tokens.batches:
             # goal - residual is r + P W on the rounded weights: what will be served.
             batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))

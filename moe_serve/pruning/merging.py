@@ -63,9 +63,7 @@ def merge_cka(view: LayerView, budget: Budget) -> LayerPlan:
         "groups": decisions,
         "scores": {"reap": saliency_N.tolist(), "frequency": frequency_N.tolist()},
     }
-    return LayerPlan(
-        width=view.shape.width, blocks=tuple(blocks), experts=tuple(experts), why=why
-    )
+    return LayerPlan(width=view.shape.width, blocks=tuple(blocks), experts=tuple(experts), why=why)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

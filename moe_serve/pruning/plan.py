@@ -9,11 +9,10 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moe_serve.checkpoint.header import read_json
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.checkpoint.staging import write_json
 from moe_serve.checkpoint.table import CompactTable, LayerTable
 from moe_serve.errors import PlanError
+from moe_serve.files import read_json, write_json
 
 VERSION: Final = 1
 
@@ -138,7 +137,9 @@ class Plan(_Model):
                 experts=shape.experts, top_k=shape.top_k, width=shape.width
             )
             defects += [f"layer {index}: {d}" for d in found]
-            defects += [f"layer {index}: {d}" for d in _part_defects(layer, shape.experts, shape.width)]
+            defects += [
+                f"layer {index}: {d}" for d in _part_defects(layer, shape.experts, shape.width)
+            ]
         if defects:
             raise PlanError(
                 "; ".join(defects[:5]), where="plan.json", remedy="make it with moe-serve plan"

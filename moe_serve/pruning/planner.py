@@ -77,5 +77,3 @@ def _settings(method: Method, budget: Budget) -> dict[str, Any]:
     if not method.blocks:
         del settings["block_width"]
     return settings
-
-

@@ -21,8 +21,9 @@ from moe_serve.checkpoint.layout import carry_over, write_config
 from moe_serve.checkpoint.manifest import ExpertBytes, LayerCounts, Manifest, Original
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
-from moe_serve.checkpoint.staging import Staging, require_space, staged, write_atomic
+from moe_serve.checkpoint.staging import Staging, require_space, staged
 from moe_serve.errors import UsageError
+from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
 from moe_serve.pruning.apply import Application, apply_plan
 from moe_serve.pruning.card import model_card
@@ -161,9 +162,7 @@ def calibrate(
     print_of = record.to_json() | {"shards": checkpoint.freshness()}
     with staged(output, print_of) as staging:
         settings = Collection(device=device, batch_tokens=batch_tokens)
-        collect(
-            checkpoint, corpus.sequences, record, staging.path, staging, settings, progress
-        )
+        collect(checkpoint, corpus.sequences, record, staging.path, staging, settings, progress)
     return Statistics(output)
 
 

@@ -20,8 +20,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from moe_serve.checkpoint.header import read_json
 from moe_serve.errors import MoeServeError
+from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
 from moe_serve.metrics.sources import Source
 from moe_serve.rollout.store import Store
@@ -72,9 +72,7 @@ def application(state: Path) -> Starlette:
         if isinstance(percent, bool) or not isinstance(percent, int | float):
             return _problem(422, 'send {"pruned_percent": 0 to 100}')
         moved = await run_in_threadpool(
-            lambda: move(
-                state, float(percent), decision="set", reason=_reason(body), actor=_ACTOR
-            )
+            lambda: move(state, float(percent), decision="set", reason=_reason(body), actor=_ACTOR)
         )
         return JSONResponse(moved.to_json())
 

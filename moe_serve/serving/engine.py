@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import httpx
 
-from moe_serve.checkpoint.header import read_json
 from moe_serve.errors import ServingError
+from moe_serve.files import read_json
 from moe_serve.serving.process import Child, start
 
 _SERVER: Final = "vllm.entrypoints.openai.api_server"

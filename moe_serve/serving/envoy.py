@@ -104,7 +104,10 @@ def _listener(state: Path, host: str, port: int) -> dict[str, Any]:
         "filter_chains": [
             {
                 "filters": [
-                    {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
+                    {
+                        "name": "envoy.filters.network.http_connection_manager",
+                        "typed_config": manager,
+                    }
                 ]
             }
         ],

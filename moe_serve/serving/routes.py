@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.checkpoint.staging import write_atomic
 from moe_serve.errors import RolloutError
+from moe_serve.files import write_atomic
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
 
 TOTAL: Final = 10_000
@@ -108,7 +108,10 @@ def _discovery(split: Split) -> dict[str, Any]:
                 "response_headers_to_add": [
                     {
                         # The endpoint that answered says which it is, also after a fail-over.
-                        "header": {"key": HEADER, "value": "%UPSTREAM_METADATA(moe_serve:variant)%"},
+                        "header": {
+                            "key": HEADER,
+                            "value": "%UPSTREAM_METADATA(moe_serve:variant)%",
+                        },
                         "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
                     }
                 ],

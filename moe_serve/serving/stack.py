@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from moe_serve.checkpoint.staging import write_atomic
 from moe_serve.errors import RolloutError, ServingError
+from moe_serve.files import write_atomic
 from moe_serve.serving import envoy
 from moe_serve.serving.config import StackConfig
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready

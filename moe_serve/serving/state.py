@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.checkpoint.header import read_json
-from moe_serve.checkpoint.staging import write_json
 from moe_serve.errors import RolloutError
+from moe_serve.files import read_json, write_json
 
 STACK: Final = "stack.json"
 

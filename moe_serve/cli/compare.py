@@ -1,0 +1,79 @@
+"""``compare``: quality and memory of a pruned checkpoint, offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from moe_serve.cli import options
+from moe_serve.cli.output import err, out, print_json
+from moe_serve.cli.progress import progress_bar
+from moe_serve.evaluation.comparison import Comparison, compare
+from moe_serve.pruning.request import (
+    DEFAULT_BATCH,
+    DEFAULT_LENGTH,
+    DEFAULT_TOKENS,
+    TextOptions,
+    device_named,
+)
+
+
+def compare_command(
+    original: Annotated[Path, typer.Argument(help="The original checkpoint.")],
+    pruned: Annotated[Path, typer.Argument(help="The pruned checkpoint, in any format.")],
+    texts: Annotated[
+        list[Path], typer.Option(help="Texts to measure on: .jsonl, .txt or folders. Repeatable.")
+    ],
+    tokens: options.Tokens = DEFAULT_TOKENS,
+    length: options.Length = DEFAULT_LENGTH,
+    batch_tokens: options.BatchTokens = DEFAULT_BATCH,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure what pruning cost: KL, perplexity and top-1 agreement per domain; memory."""
+    options_ = TextOptions(paths=tuple(texts), tokens=tokens, length=length, seed=seed)
+    with progress_bar() as progress:
+        found = compare(original, pruned, options_, device_named(device), batch_tokens, progress)
+    for name in found.overlap:
+        err.print(
+            f"warning: {name} was used to calibrate {pruned}; measure on other texts", markup=False
+        )
+    if as_json:
+        print_json(found.to_json())
+    else:
+        out.print(quality_table(found))
+        for kind, sizes in (("routed experts", found.expert_bytes), ("all", found.total_bytes)):
+            share = sizes["pruned"] / sizes["original"]
+            out.print(
+                f"{kind}: {sizes['original']:,} → {sizes['pruned']:,} bytes ({share:.1%})",
+                markup=False,
+            )
+
+
+def quality_table(found: Comparison) -> Table:
+    """Per domain, then the mean."""
+    table = Table("domain", "KL, nats (95 %)", "perplexity ratio", "top-1 agreement", "tokens")
+    for name, quality in found.domains.items():
+        figures = quality.figures
+        interval = f"{quality.low.kl_nats:.4f}-{quality.high.kl_nats:.4f}"
+        table.add_row(
+            name,
+            f"{figures.kl_nats:.4f} ({interval})",
+            f"{figures.perplexity_ratio:.4f}",
+            f"{figures.top1_agreement:.2%}",
+            f"{quality.tokens:,}",
+        )
+    mean = found.mean
+    table.add_row(
+        "mean",
+        f"{mean.kl_nats:.4f}",
+        f"{mean.perplexity_ratio:.4f}",
+        f"{mean.top1_agreement:.2%}",
+        "",
+        style="bold",
+    )
+    return table

@@ -1,0 +1,118 @@
+"""``compare``: quality per domain and memory, as one result."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_serve.checkpoint.manifest import MANIFEST, Manifest
+from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.errors import UsageError
+from moe_serve.evaluation.divergence import DomainQuality, Figures, by_domain, divergence
+from moe_serve.progress import Progress
+from moe_serve.pruning.request import Corpus, TextOptions, load_corpus
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What ``compare --json`` prints."""
+
+    original: Path
+    pruned: Path
+    domains: dict[str, DomainQuality]
+    expert_bytes: dict[str, int]
+    total_bytes: dict[str, int]
+    speed: dict[str, Any] = field(default_factory=dict)
+    overlap: tuple[str, ...] = ()
+    """Text files that the pruned checkpoint was calibrated on."""
+
+    @property
+    def mean(self) -> Figures:
+        """Mean over domains, each weighing the same; perplexity ratios by geometric mean."""
+        every = [d.figures for d in self.domains.values()]
+        return Figures(
+            kl_nats=float(np.mean([f.kl_nats for f in every])),
+            perplexity_ratio=float(np.exp(np.mean([np.log(f.perplexity_ratio) for f in every]))),
+            top1_agreement=float(np.mean([f.top1_agreement for f in every])),
+        )
+
+    @property
+    def worst(self) -> str:
+        """The domain with the largest KL."""
+        return max(self.domains, key=lambda name: self.domains[name].figures.kl_nats)
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract's shape."""
+        worst = self.domains[self.worst].figures
+        return {
+            "original": str(self.original),
+            "pruned": str(self.pruned),
+            "quality": {
+                "mean": asdict(self.mean),
+                "worst_domain": asdict(worst) | {"domain": self.worst},
+                "domains": {
+                    name: asdict(quality.figures)
+                    | {
+                        "tokens": quality.tokens,
+                        "interval": {"low": asdict(quality.low), "high": asdict(quality.high)},
+                    }
+                    for name, quality in self.domains.items()
+                },
+            },
+            "memory": {"expert_bytes": self.expert_bytes, "total_bytes": self.total_bytes},
+            "speed": self.speed,
+            "overlap": list(self.overlap),
+        }
+
+
+def compare(
+    original: Path,
+    pruned: Path,
+    texts: TextOptions,
+    device: torch.device,
+    batch_tokens: int,
+    progress: Progress,
+) -> Comparison:
+    """Measure a pruned checkpoint against its original on texts.
+
+    Raises:
+        UsageError: no texts.
+        MoeServeError: a checkpoint or the texts can't be used.
+    """
+    before, after = open_checkpoint(original), open_checkpoint(pruned)
+    corpus = load_corpus(before, texts)
+    if corpus is None:
+        raise UsageError("give texts to compare on", where="--texts")
+    with tempfile.TemporaryDirectory(prefix="moe-serve-compare-") as work:
+        sums = divergence(
+            before, after, corpus.sequences, Path(work), device, batch_tokens, progress
+        )
+    return Comparison(
+        original=original,
+        pruned=pruned,
+        domains=by_domain(corpus.sequences, sums, texts.seed),
+        expert_bytes={
+            "original": sum(before.expert_bytes().values()),
+            "pruned": sum(after.expert_bytes().values()),
+        },
+        total_bytes={"original": _total(before), "pruned": _total(after)},
+        overlap=_overlap(pruned, corpus),
+    )
+
+
+def _total(checkpoint: Checkpoint) -> int:
+    return sum(entry.size for entry in checkpoint.tensors.values())
+
+
+def _overlap(pruned: Path, corpus: Corpus) -> tuple[str, ...]:
+    """Files measured on that were also calibrated on."""
+    if not (pruned / MANIFEST).exists():
+        return ()
+    record = Manifest.load(pruned).calibration or {}
+    known = {source["sha256"] for source in record.get("sources", ())}
+    return tuple(source.name for source in corpus.sources if source.sha256 in known)

@@ -1,0 +1,211 @@
+"""Quality of a pruned checkpoint against its original, both streamed layer by layer.
+
+Shape suffixes: T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import torch
+
+from moe_serve.calibration.decoder import Decoder
+from moe_serve.calibration.sequences import Sequences
+from moe_serve.calibration.states import States
+from moe_serve.calibration.stream import batches, embed
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.errors import CheckpointError
+from moe_serve.progress import Progress
+
+_LOGIT_TOKENS: Final = 1024
+"""Tokens whose logits are held at once; T times V would not fit."""
+_RESAMPLES: Final = 1000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sums:
+    """One sequence's totals over its predicted tokens."""
+
+    tokens: int
+    kl: float
+    """Σ KL(original‖pruned), nats."""
+    agree: int
+    """Tokens whose most likely successor is the same."""
+    loss_original: float
+    """Σ -log p of the token that followed."""
+    loss_pruned: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figures:
+    """Quality over some tokens."""
+
+    kl_nats: float
+    """KL(original‖pruned) per predicted token, full vocabulary."""
+    perplexity_ratio: float
+    """Pruned over original."""
+    top1_agreement: float
+    """Share of tokens whose most likely successor is the same."""
+
+    @classmethod
+    def of(cls, sums: np.ndarray) -> Figures:  # type: ignore[type-arg]
+        """From a row (tokens, kl, agree, loss_original, loss_pruned)."""
+        tokens, kl, agree, original, pruned = (float(x) for x in sums)
+        return cls(
+            kl_nats=kl / tokens,
+            perplexity_ratio=float(np.exp((pruned - original) / tokens)),
+            top1_agreement=agree / tokens,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DomainQuality:
+    """One domain with 95 % bootstrap intervals over its sequences."""
+
+    tokens: int
+    figures: Figures
+    low: Figures
+    high: Figures
+
+
+@torch.inference_mode()
+def divergence(
+    original: Checkpoint,
+    pruned: Checkpoint,
+    sequences: Sequences,
+    work: Path,
+    device: torch.device,
+    batch_tokens: int,
+    progress: Progress,
+) -> list[Sums]:
+    """Totals per sequence.
+
+    Memory: one layer, then two output matrices and the logits of 1,024 tokens. Hidden states of
+    both models lie in ``work``.
+
+    Args:
+        original: the reference.
+        pruned: compact, tied or native, or any other checkpoint with the same vocabulary.
+        sequences: tokens of texts neither was calibrated on.
+        work: an existing directory for temporary files.
+        device: where to compute.
+        batch_tokens: tokens at once.
+        progress: told about layers.
+
+    Raises:
+        CheckpointError: the vocabularies differ, or weights are damaged.
+    """
+    if original.shape.vocabulary != pruned.shape.vocabulary:
+        raise CheckpointError(
+            f"has {pruned.shape.vocabulary} tokens in its vocabulary, "
+            f"the original {original.shape.vocabulary}",
+            where=str(pruned.path),
+            remedy="compare checkpoints of one model",
+        )
+    progress.start("compare", original.shape.layers + pruned.shape.layers + 1)
+    final = [
+        _run(checkpoint, sequences, work / name, device, batch_tokens, progress)
+        for name, checkpoint in (("original", original), ("pruned", pruned))
+    ]
+    heads = [Decoder(checkpoint, device).head() for checkpoint in (original, pruned)]
+    sums = []
+    for tokens, start in zip(sequences.tokens, sequences.offsets, strict=True):
+        ids = torch.from_numpy(np.ascontiguousarray(tokens)).to(device)
+        parts = []
+        for begin in range(0, len(ids) - 1, _LOGIT_TOKENS):
+            count = min(_LOGIT_TOKENS, len(ids) - 1 - begin)
+            logs = [
+                torch.log_softmax(head(s.read(start + begin, count).to(device)), dim=-1)
+                for head, s in zip(heads, final, strict=True)
+            ]
+            parts.append(_chunk(logs[0], logs[1], ids[begin + 1 : begin + 1 + count]))
+        sums.append(_add(parts))
+    progress.advance()
+    for states in final:
+        states.remove()
+    return sums
+
+
+def _run(
+    checkpoint: Checkpoint,
+    sequences: Sequences,
+    stem: Path,
+    device: torch.device,
+    batch_tokens: int,
+    progress: Progress,
+) -> States:
+    """The last layer's output for every token."""
+    decoder = Decoder(checkpoint, device)
+    hidden = checkpoint.shape.hidden
+    states = [States(stem.with_suffix(f".{i}.f32"), hidden) for i in (0, 1)]
+    embed(decoder, sequences, states[0])
+    for index in range(decoder.layers):
+        layer = decoder.layer(index)
+        before, after = states[index % 2], states[(index + 1) % 2]
+        for batch in batches(sequences, batch_tokens, device):
+            r_BLD = layer.attend(batch.load(before), decoder.rotary(*batch.shape))
+            batch.store(after, r_BLD + layer.feed_forward(layer.normed(r_BLD)))
+        progress.advance()
+    states[(decoder.layers + 1) % 2].remove()
+    return states[decoder.layers % 2]
+
+
+def _chunk(a_TV: torch.Tensor, b_TV: torch.Tensor, next_T: torch.Tensor) -> Sums:
+    kl = (a_TV.exp() * (a_TV - b_TV)).sum(dim=-1)
+    rows = torch.arange(len(next_T), device=next_T.device)
+    return Sums(
+        tokens=len(next_T),
+        kl=float(kl.double().sum()),
+        agree=int((a_TV.argmax(dim=-1) == b_TV.argmax(dim=-1)).sum()),
+        loss_original=float(-a_TV[rows, next_T].double().sum()),
+        loss_pruned=float(-b_TV[rows, next_T].double().sum()),
+    )
+
+
+def _add(parts: list[Sums]) -> Sums:
+    return Sums(
+        tokens=sum(p.tokens for p in parts),
+        kl=sum(p.kl for p in parts),
+        agree=sum(p.agree for p in parts),
+        loss_original=sum(p.loss_original for p in parts),
+        loss_pruned=sum(p.loss_pruned for p in parts),
+    )
+
+
+def by_domain(sequences: Sequences, sums: list[Sums], seed: int) -> dict[str, DomainQuality]:
+    """Figures and percentile bootstrap intervals per domain, resampling whole sequences."""
+    random = np.random.default_rng(seed)
+    return {
+        name: _domain(np.array(list(_rows(sequences, sums, number))), random)
+        for number, name in enumerate(sequences.domains)
+    }
+
+
+def _rows(sequences: Sequences, sums: list[Sums], domain: int) -> Iterator[tuple[float, ...]]:
+    for owner, s in zip(sequences.domain, sums, strict=True):
+        if owner == domain:
+            yield (s.tokens, s.kl, s.agree, s.loss_original, s.loss_pruned)
+
+
+def _domain(rows: np.ndarray, random: np.random.Generator) -> DomainQuality:  # type: ignore[type-arg]
+    drawn = random.integers(0, len(rows), (_RESAMPLES, len(rows)))
+    totals = rows[drawn].sum(axis=1)
+    samples = [Figures.of(total) for total in totals]
+
+    def percentile(q: float) -> Figures:
+        return Figures(
+            kl_nats=float(np.percentile([s.kl_nats for s in samples], q)),
+            perplexity_ratio=float(np.percentile([s.perplexity_ratio for s in samples], q)),
+            top1_agreement=float(np.percentile([s.top1_agreement for s in samples], q)),
+        )
+
+    return DomainQuality(
+        tokens=int(rows[:, 0].sum()),
+        figures=Figures.of(rows.sum(axis=0)),
+        low=percentile(2.5),
+        high=percentile(97.5),
+    )

@@ -1,0 +1,77 @@
+"""``inspect``: what a checkpoint is, where its bytes are, and what can serve it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Describe a checkpoint from its config and headers; reads no weights.
+
+    Raises:
+        CheckpointError: it can't be opened.
+    """
+    checkpoint = open_checkpoint(path)
+    shape, family = checkpoint.shape, checkpoint.family
+    parts = _parts(checkpoint)
+    total = sum(parts.values())
+    experts = checkpoint.expert_bytes()
+    table = checkpoint.table.layers
+    return {
+        "path": str(path),
+        "family": family.model_type,
+        "architecture": checkpoint.config.get("architectures", [family.architecture])[0],
+        "layers": shape.layers,
+        "moe_layers": len(experts),
+        "experts_per_layer": shape.experts,
+        "top_k": shape.top_k,
+        "expert_width": shape.width,
+        "hidden": shape.hidden,
+        "number_formats": sorted({e.dtype for e in checkpoint.tensors.values()}),
+        "bytes": {"total": total, **dict(sorted(parts.items()))},
+        "routed_expert_share": parts.get("routed_experts", 0) / total,
+        "expert_bytes_per_layer": {str(i): size for i, size in experts.items()},
+        "compact": {
+            str(i): {
+                "width": t.width,
+                "blocks": t.blocks,
+                "dropped": len(t.dropped),
+                "most_blocks_of_an_expert": max(len(e or ()) for e in t.experts),
+            }
+            for i, t in table.items()
+        },
+        "served_by": (
+            "vLLM 0.32 with the moe-serve plugin (--load-format moe_serve)"
+            if checkpoint.is_compact
+            else "transformers, vLLM and other software that knows the architecture"
+        ),
+        "gpu_memory_for_weights_bytes": total,
+    }
+
+
+def _parts(checkpoint: Checkpoint) -> Counter[str]:
+    """Bytes by what they are for."""
+    family = checkpoint.family
+    layers = family.moe_layers(checkpoint.config)
+    experts = tuple(map(family.expert_prefix, layers))
+    routers = set(map(family.gate_name, layers))
+    parts: Counter[str] = Counter()
+    for entry in checkpoint.tensors.values():
+        name = entry.name
+        if name.startswith(experts):
+            parts["routed_experts"] += entry.size
+        elif name in routers:
+            parts["routers"] += entry.size
+        elif "shared_expert" in name:
+            parts["shared_experts"] += entry.size
+        elif ".self_attn." in name:
+            parts["attention"] += entry.size
+        elif "embed_tokens" in name or name.startswith("lm_head"):
+            parts["embeddings"] += entry.size
+        else:
+            parts["other"] += entry.size
+    return parts

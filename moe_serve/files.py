@@ -1,0 +1,83 @@
+"""Small files read strictly and written atomically; the operating system's words translated."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from moe_serve.errors import CheckpointError, IncompleteCheckpoint, OutputError
+
+REFETCH: Final = "fetch this file again and compare its size and SHA-256 with the source"
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Translate what the operating system and the JSON parser say about ``path``."""
+    try:
+        yield
+    except FileNotFoundError as exc:
+        raise IncompleteCheckpoint(
+            "the file does not exist", where=str(path), remedy="check the path"
+        ) from exc
+    except OSError as exc:
+        raise CheckpointError(
+            f"cannot be read ({exc.strerror})", where=str(path), remedy="check permissions and disk"
+        ) from exc
+    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise CheckpointError(
+            f"is not valid JSON ({exc})", where=str(path), remedy=REFETCH
+        ) from exc
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: unreadable, not JSON, or not an object.
+    """
+    with reading(path):
+        value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise CheckpointError("is not a JSON object", where=str(path), remedy=REFETCH)
+    return value
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Translate what the operating system says about writing ``path``."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OutputError(
+                "the disk is full",
+                where=str(path),
+                remedy="free some space and run the same command again; it resumes",
+            ) from exc
+        raise OutputError(
+            f"cannot be written ({exc.strerror or exc})",
+            where=str(path),
+            remedy="check permissions and the path",
+        ) from exc
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, keys sorted, so that equal content is equal bytes."""
+    text = json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True)
+    write_atomic(path, (text + "\n").encode())
