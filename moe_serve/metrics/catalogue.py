@@ -70,7 +70,7 @@ CATALOGUE: Final = {
             "moe_serve_requests_total",
             "counter",
             (*_V, "outcome"),
-            "Requests counted at the proxy: ok, client_error, server_error.",
+            "Requests counted at the proxy by who answered: answered (below 500), failed.",
         ),
         Metric(
             "moe_serve_traffic_weight_ratio",

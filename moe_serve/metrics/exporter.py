@@ -17,14 +17,13 @@ from prometheus_client.samples import Sample
 
 from moe_serve.metrics.catalogue import CATALOGUE
 from moe_serve.metrics.memory import process_tree, read_gpus, resident_bytes
-from moe_serve.metrics.sources import Source, buckets, total
+from moe_serve.metrics.sources import Endpoints, Source, buckets, total
 
 _HISTOGRAMS: Final = {
     "moe_serve_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "moe_serve_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "moe_serve_request_duration_seconds": "vllm:e2e_request_latency_seconds",
 }
-_OUTCOMES: Final = {"2": "ok", "4": "client_error", "5": "server_error"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +44,7 @@ class Exporter(Collector):
 
     model: str
     engines: list[Watched]
-    proxy: Source
+    proxy: Endpoints
     weight: Callable[[], float | None]
     """The pruned variant's share from the route file, 0 to 1."""
     state: Callable[[], str | None]
@@ -110,22 +109,11 @@ class Exporter(Collector):
                 families["moe_serve_rollout_state"].add_metric([name], float(name == present))
         for (decision, reason), count in self.decisions().items():
             families["moe_serve_rollout_decisions_total"].add_metric([decision, reason], count)
-        samples = self.proxy.read()
-        for engine in self.engines if samples is not None else ():
-            for digit, outcome in _OUTCOMES.items():
-                count = total(
-                    samples or (),
-                    "envoy_cluster_upstream_rq_xx_total",
-                    envoy_cluster_name=engine.variant,
-                    envoy_response_code_class=digit,
-                ) or total(
-                    samples or (),
-                    "envoy_cluster_upstream_rq_xx",
-                    envoy_cluster_name=engine.variant,
-                    envoy_response_code_class=digit,
-                )
+        counts = self.proxy.read() or {}
+        for engine in self.engines:
+            for outcome, count in counts.get(engine.variant, {}).items():
                 families["moe_serve_requests_total"].add_metric(
-                    [engine.variant, self.model, outcome], count or 0.0
+                    [engine.variant, self.model, outcome], count
                 )
 
 

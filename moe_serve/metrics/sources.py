@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -12,14 +13,23 @@ from prometheus_client.samples import Sample
 
 
 @dataclass(kw_only=True, slots=True)
-class Source:
-    """One address with Prometheus text."""
+class _Asked:
+    """An address that may or may not answer."""
 
     name: str
     url: str
     answered_at: float | None = None
     """Monotonic seconds of the last answer."""
     began: float = field(default_factory=time.monotonic)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it last answered, or since it was first asked."""
+        return time.monotonic() - (self.answered_at or self.began)
+
+
+class Source(_Asked):
+    """Prometheus text."""
 
     def read(self, timeout: float = 2.0) -> list[Sample] | None:
         """All samples, or ``None`` when it does not answer in the format."""
@@ -32,10 +42,34 @@ class Source:
         self.answered_at = time.monotonic()
         return [sample for family in families for sample in family.samples]
 
-    @property
-    def age(self) -> float:
-        """Seconds since it last answered, or since it was first asked."""
-        return time.monotonic() - (self.answered_at or self.began)
+
+class Endpoints(_Asked):
+    """Envoy's ``/clusters``: requests per endpoint, whichever route led there."""
+
+    def read(self, timeout: float = 2.0) -> dict[str, dict[str, int]] | None:
+        """Cluster → outcome → requests; ``None`` when it does not answer.
+
+        ``answered``: any status below 500; ``failed``: 500 and above, resets and time-outs.
+        Statistics by cluster would charge a request to the route's cluster, not to who answered.
+        """
+        try:
+            response = httpx.get(self.url, timeout=timeout)
+            response.raise_for_status()
+            found = response.json()["cluster_statuses"]
+            counts = {
+                cluster["name"]: _outcomes(host)
+                for cluster in found
+                for host in cluster.get("host_statuses", ())
+            }
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+        self.answered_at = time.monotonic()
+        return counts
+
+
+def _outcomes(host: dict[str, Any]) -> dict[str, int]:
+    stats = {stat["name"]: int(stat.get("value", 0)) for stat in host["stats"]}
+    return {"answered": stats["rq_success"], "failed": stats["rq_error"]}
 
 
 def total(samples: Iterable[Sample], name: str, **labels: str) -> float | None:

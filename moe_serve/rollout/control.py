@@ -23,7 +23,7 @@ from starlette.routing import Route
 from moe_serve.errors import MoeServeError
 from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
-from moe_serve.metrics.sources import Source
+from moe_serve.metrics.sources import Endpoints, Source
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move, status
 from moe_serve.serving.routes import read_split
@@ -137,7 +137,7 @@ def exporter(state: Path, stack: StackState) -> Exporter:
     return Exporter(
         model=stack.served_model,
         engines=engines,
-        proxy=Source(name="envoy", url=f"http://{stack.admin}/stats/prometheus"),
+        proxy=Endpoints(name="envoy", url=f"http://{stack.admin}/clusters?format=json"),
         weight=share,
         state=name,
         decisions=decisions,

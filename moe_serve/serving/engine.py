@@ -11,6 +11,7 @@ import httpx
 
 from moe_serve.errors import ServingError
 from moe_serve.files import read_json
+from moe_serve.serving.envoy import KEEP_ALIVE_SECONDS
 from moe_serve.serving.process import Child, start
 
 _SERVER: Final = "vllm.entrypoints.openai.api_server"
@@ -56,6 +57,7 @@ class EngineSpec:
         """Start it; it is ready later."""
         environment = {
             "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
             "DO_NOT_TRACK": "1",
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",

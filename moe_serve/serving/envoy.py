@@ -15,6 +15,8 @@ from moe_serve.serving.routes import NAME, ROUTES, WITH_FALLBACK, route_file
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
 MAX_REQUEST_BYTES: Final = 16 * 1024**2
+KEEP_ALIVE_SECONDS: Final = 60
+"""How long an engine keeps an idle connection; the proxy gives it up after half of that."""
 _MAX_HEADERS_KB: Final = 64
 
 
@@ -129,6 +131,15 @@ def _cluster(variant: str, port: int) -> dict[str, Any]:
         "load_assignment": {
             "cluster_name": variant,
             "endpoints": [{"lb_endpoints": [endpoint]}],
+        },
+        # Shorter than the engine's own, so that no request meets a connection it just closed.
+        "typed_extension_protocol_options": {
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
+                "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3"
+                ".HttpProtocolOptions",
+                "common_http_protocol_options": {"idle_timeout": f"{KEEP_ALIVE_SECONDS // 2}s"},
+                "explicit_http_config": {"http_protocol_options": {}},
+            }
         },
         "health_checks": [
             {

@@ -147,8 +147,10 @@ def _patience() -> dict[str, Any]:
         "timeout": "0s",
         "idle_timeout": "600s",
         "retry_policy": {
-            "retry_on": "connect-failure,refused-stream,reset-before-request",
-            "num_retries": 2,
+            # "reset" is only retried while no response header has been passed on.
+            "retry_on": "connect-failure,refused-stream,reset",
+            "num_retries": 3,
+            "retry_back_off": {"base_interval": "0.05s", "max_interval": "0.5s"},
         },
     }
 
