@@ -86,11 +86,15 @@ def collect(
                 embed(decoder, sequences, before)
             layer = decoder.layer(index)
             mixture = layer.mixture
-            accumulator = mixture and Accumulator(
-                domains=len(sequences.domains),
-                experts=checkpoint.shape.experts,
-                width=checkpoint.shape.width,
-                hidden=hidden,
+            accumulator = (
+                None
+                if mixture is None
+                else Accumulator(
+                    domains=len(sequences.domains),
+                    experts=checkpoint.shape.experts,
+                    width=checkpoint.shape.width,
+                    hidden=hidden,
+                )
             )
             for batch in batches(sequences, settings.batch_tokens, settings.device):
                 r_BLD = layer.attend(batch.load(before), decoder.rotary(*batch.shape))

@@ -23,7 +23,7 @@ class Layer:
     """One decoder layer. B sequences, L tokens each, D hidden size."""
 
     index: int
-    module: nn.Module
+    module: Any
     mixture: Mixture | None
     """``None`` where the layer's feed-forward is dense."""
 
@@ -34,7 +34,8 @@ class Layer:
             attention_mask=None,
             position_embeddings=rotary,
         )
-        return x_BLD + attended
+        r_BLD: torch.Tensor = x_BLD + attended
+        return r_BLD
 
     def normed(self, r_BLD: torch.Tensor) -> torch.Tensor:
         """What the feed-forward reads, z."""
@@ -46,7 +47,7 @@ class Layer:
         if self.mixture is None:
             y: torch.Tensor = self.module.mlp(z_BLD)
             return y
-        return self.mixture(z_BLD.flatten(0, 1)).unflatten(0, z_BLD.shape[:2])
+        return self.mixture(z_BLD.flatten(0, 1)).view_as(z_BLD)
 
 
 class Decoder:
@@ -63,7 +64,7 @@ class Decoder:
         self.device = device
         config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False)
         # SDPA with no mask is causal; other implementations would want one spelled out.
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers has no public setter
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=False

@@ -148,7 +148,9 @@ def read_mixture(checkpoint: Checkpoint, layer: int, device: torch.device) -> Mi
     family, shape = checkpoint.family, checkpoint.shape
     stored = checkpoint.table.layers.get(layer)
     table = stored or whole_experts(shape.experts, shape.width)
-    gates, ups, downs = [], [], []
+    gates: list[torch.Tensor] = []
+    ups: list[torch.Tensor] = []
+    downs: list[torch.Tensor] = []
     for block in range(table.blocks):
         names = family.expert_names(layer, block)
         for name, into in zip(names, (gates, ups, downs), strict=True):

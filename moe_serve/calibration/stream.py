@@ -27,7 +27,7 @@ class Batch:
     def load(self, states: States) -> torch.Tensor:
         """Its hidden states [B, L, D]."""
         rows = states.read(self.tokens.start, self.tokens.stop - self.tokens.start)
-        return rows.to(self.device).unflatten(0, self.shape)
+        return rows.to(self.device).view(*self.shape, -1)
 
     def load_flat(self, states: States) -> torch.Tensor:
         """Its rows [B·L, D]."""

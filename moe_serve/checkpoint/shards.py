@@ -152,7 +152,7 @@ class ShardWriter:
             )
         if spec.size:
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            self.write_bytes(name, memoryview(raw.numpy()))
+            self.write_bytes(name, memoryview(raw.numpy().data))
 
     def sync(self) -> None:
         """Bring everything written so far to the disk itself."""

@@ -187,7 +187,8 @@ def _tensors(path: Path) -> dict[str, TensorEntry]:
         for entry in read_header(file):
             if entry.name in tensors:
                 raise CheckpointError(
-                    f"tensor {entry.name!r} is stored twice, also in {tensors[entry.name].file.name}",
+                    f"tensor {entry.name!r} is stored twice, "
+                    f"also in {tensors[entry.name].file.name}",
                     where=str(file),
                     remedy="remove the stale shard",
                 )
@@ -207,7 +208,8 @@ def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Ten
             )
     if extra := sorted(set(tensors) - set(weight_map)):
         raise CheckpointError(
-            f"the shards hold {len(extra)} tensors that the index does not name, first {extra[0]!r}",
+            f"the shards hold {len(extra)} tensors that the index does not name, "
+            f"first {extra[0]!r}",
             where=str(index),
             remedy="fetch index and shards from the same revision",
         )
@@ -228,7 +230,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
         compact = checkpoint.table.layers.get(layer)
         count = compact.blocks if compact else shape.experts
         width = compact.width if compact else shape.width
-        expected = set()
+        expected: set[str] = set()
         for expert in range(count):
             names = family.expert_names(layer, expert)
             expected.update(names)

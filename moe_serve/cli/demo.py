@@ -46,7 +46,7 @@ def demo_command(
 
 
 def comparison_table(result: DemoResult) -> Table:
-    """original | pruned."""
+    """Original and pruned side by side."""
     table = Table("", *VARIANTS)
 
     def row(name: str, *values: str) -> None:

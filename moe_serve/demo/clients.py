@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Self
 
 from openai import OpenAI, OpenAIError
 
@@ -94,7 +94,7 @@ class Load:
     _threads: list[threading.Thread] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Self:
         """Begin."""
         self._threads = [threading.Thread(target=self._run) for _ in range(self.streams)]
         for thread in self._threads:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from moe_serve.errors import PlanError
 
 
-def allocate(error_NR: np.ndarray, total: int) -> list[int]:  # type: ignore[type-arg]
+def allocate(error_NR: npt.NDArray[np.float64], total: int) -> list[int]:
     """Minimise the summed error over experts under a total of blocks.
 
     Args:

@@ -165,7 +165,7 @@ def _best(
         fit.a_FF += held.a_FF
         fit.b_FD += held.b_FD
         return ridge, fit.solve(start_FD, ridge)
-    except torch.linalg.LinAlgError as exc:
+    except RuntimeError as exc:  # torch.linalg.LinAlgError is one
         raise CalibrationError(
             "the re-fit's normal equations are singular",
             remedy="calibrate on more tokens, or prune with --no-refit",

@@ -108,7 +108,8 @@ def _header(file: Path, problems: list[str]) -> Iterator[tuple[str, tuple[int, .
         if name == "__metadata__":
             continue
         entry = dict(spec) if isinstance(spec, list) else {}
-        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        shape: Any = entry.get("shape")
+        offsets: Any = entry.get("data_offsets")
         bits = _BITS.get(str(entry.get("dtype")))
         whole = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
         if (

@@ -38,6 +38,28 @@ def table_for(prefix: str) -> LayerTable | None:
     return tables.get(int(found.group(1))) if found else None
 
 
+class _Remap(nn.Module):
+    """The table on the device; not among the parameters that a checkpoint must fill."""
+
+    slots: torch.Tensor
+    used: torch.Tensor
+
+    def __init__(self, slots: torch.Tensor, used: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("slots", slots, persistent=False)
+        self.register_buffer("used", used, persistent=False)
+
+
+class _Drops(nn.Module):
+    """Which experts are never selected."""
+
+    mask: torch.Tensor
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask, persistent=False)
+
+
 @PluggableLayer.register_oot(name="RoutedExperts")
 class CompactRoutedExperts(RoutedExperts):
     """Stores M blocks of width b instead of N experts of width I."""
@@ -70,11 +92,9 @@ class CompactRoutedExperts(RoutedExperts):
                     "choose another --moe-backend",
                 )
             slots, used = table.slots()
-            self.remap = nn.Module()
-            self.remap.register_buffer("slots", slots, persistent=False)
-            self.remap.register_buffer("used", used, persistent=False)
+            self.remap = _Remap(slots, used)
 
-    def weight_loader(  # type: ignore[override]
+    def weight_loader(
         self,
         param: nn.Parameter,
         loaded_weight: torch.Tensor,
@@ -159,8 +179,7 @@ class CompactGate(GateLinear):
         if table is not None and self.masked:
             mask = torch.zeros(len(table.experts), dtype=torch.bool)
             mask[list(table.dropped)] = True
-            self.remap = nn.Module()
-            self.remap.register_buffer("dropped", mask, persistent=False)
+            self.drops = _Drops(mask)
 
     def forward(self, x: torch.Tensor) -> Any:
         """Logits, those of dropped experts at the lowest finite value."""
@@ -172,7 +191,7 @@ class CompactGate(GateLinear):
         return self._mask(out)
 
     def _mask(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits.masked_fill(self.remap.dropped, torch.finfo(logits.dtype).min)
+        return logits.masked_fill(self.drops.mask, torch.finfo(logits.dtype).min)
 
 
 def compact_layers(model: nn.Module) -> list[CompactRoutedExperts]:

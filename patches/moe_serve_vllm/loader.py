@@ -16,7 +16,6 @@ from moe_serve_vllm.files import check_files, check_hashes
 from moe_serve_vllm.support import LOAD_FORMAT, config_of, read_tables
 
 if TYPE_CHECKING:
-    from torch import nn
     from vllm.config import LoadConfig, ModelConfig
 
 logger = init_logger("vllm.moe_serve")
@@ -42,7 +41,7 @@ class CompactLoader(DefaultModelLoader):
             )
         )
 
-    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Load; refuse anything missing, doubled, truncated or left over.
 
         Raises:
@@ -71,7 +70,7 @@ class CompactLoader(DefaultModelLoader):
         """Compact checkpoints are local."""
 
 
-def _check_loaded(model: nn.Module, loaded: set[str], where: str) -> None:
+def _check_loaded(model: Any, loaded: set[str], where: str) -> None:
     """Every parameter came from the files.
 
     vLLM's own check exempts all parameters of layers that post-process their weights, which on an

@@ -62,9 +62,7 @@ def check(vllm_config: VllmConfig) -> None:
     _, tables = read_tables(vllm_config)
     parallel = vllm_config.parallel_config
     tp = parallel.tensor_parallel_size
-    narrow = [
-        i for i, t in tables.items() if t.width % tp or (t.width // tp) % WIDTH_MULTIPLE and tp > 1
-    ]
+    narrow = [i for i, t in tables.items() if tp > 1 and t.width % (tp * WIDTH_MULTIPLE)]
     wishes = {
         f"--load-format {vllm_config.load_config.load_format}, "
         f"it must be {LOAD_FORMAT}": vllm_config.load_config.load_format != LOAD_FORMAT,

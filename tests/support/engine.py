@@ -55,6 +55,7 @@ def ask(models: list[Path], prompts: list[list[int]], **engine: Any) -> list[lis
             text=True,
             cwd=Path(__file__).parents[2],
             timeout=900,
+            check=False,
         )
         if not answer.exists():
             raise RuntimeError(f"no answer, exit {done.returncode}: {done.stderr[-4000:]}")
