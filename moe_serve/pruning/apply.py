@@ -169,7 +169,7 @@ class _Walk:
             # goal - residual is r + P W on the rounded weights: what will be served.
             batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))
         record = {
-            "ridge": list(fitted.ridges),
+            "ridge": fitted.ridge,
             "error_before": fitted.error_before,
             "error_after": fitted.error_after,
         }

@@ -5,7 +5,7 @@ down projection W minimises Σ_t ω_t ‖target - P W‖² + λ s ‖W - W₀‖
 normal matrix and W₀ the present values: ridge regression towards what training found. λ is the
 candidate with the least error on held-out sequences. Where a layer keeps more neurons than one
 normal matrix should hold, groups of them are solved in turn against the others' residual
-(block-coordinate descent; exact at its fixed point).
+(block-coordinate descent: its fixed point is the joint solution; the first group chooses λ).
 
 Shape suffixes: T tokens, D hidden size, F neurons of a group.
 """
@@ -41,8 +41,8 @@ class Fitted:
     """The outcome for one layer."""
 
     units: tuple[Unit, ...]
-    ridges: tuple[float, ...]
-    """λ chosen for each group."""
+    ridge: float
+    """λ chosen."""
     error_before: float
     """Σ ω ‖target - P W₀‖² / Σ ω."""
     error_after: float
@@ -55,11 +55,10 @@ class _Normal:
         self.a_FF = torch.zeros(neurons, neurons, dtype=torch.float64)
         self.b_FD = torch.zeros(neurons, hidden, dtype=torch.float64)
 
-    def solve(self, start_FD: torch.Tensor, ridge: float) -> torch.Tensor:
-        scale = max(float(self.a_FF.diagonal().mean()), torch.finfo(torch.float32).tiny)
+    def solve(self, start_FD: torch.Tensor, penalty: float) -> torch.Tensor:
         a_FF = self.a_FF.clone()
-        a_FF.diagonal().add_(ridge * scale)
-        b_FD = self.b_FD + ridge * scale * start_FD
+        a_FF.diagonal().add_(penalty)
+        b_FD = self.b_FD + penalty * start_FD
         return torch.cholesky_solve(b_FD, torch.linalg.cholesky(a_FF))
 
     def error(self, w_FD: torch.Tensor) -> float:
@@ -101,16 +100,16 @@ def refit(
     downs = [unit.down_DF.T.clone() for unit in mixture.units]
     before = _mean_square(residual, tokens)
     groups = list(_groups(mixture.units, settings.side))
-    chosen: list[float] = []
-    for sweep in range(settings.sweeps if len(groups) > 1 else 1):
+    scale = _mean_diagonal(mixture, inputs, tokens)
+    candidates = settings.ridges
+    for _ in range(settings.sweeps if len(groups) > 1 else 1):
         for slots in groups:
             present_FD = torch.cat([downs[s.unit] for s in slots])
             start_FD = torch.cat([mixture.units[s.unit].down_DF.T for s in slots])
             fit, held = _accumulate(mixture, slots, present_FD, inputs, residual, tokens)
-            ridge, w_FD = _best(fit, held, start_FD.double(), settings.ridges)
+            ridge, w_FD = _best(fit, held, start_FD.double(), candidates, scale)
+            candidates = (ridge,)
             w_FD = w_FD.to(dtype).float().to(present_FD.device)
-            if sweep == 0:
-                chosen.append(ridge)
             _subtract(mixture, slots, w_FD - present_FD, inputs, residual, tokens)
             for slot in slots:
                 downs[slot.unit] = w_FD[slot.columns]
@@ -120,7 +119,7 @@ def refit(
     ]
     return Fitted(
         units=_join(fitted, wide.units),
-        ridges=tuple(chosen),
+        ridge=candidates[0],
         error_before=before,
         error_after=_mean_square(residual, tokens),
     )
@@ -153,23 +152,46 @@ def _accumulate(
 
 
 def _best(
-    fit: _Normal, held: _Normal, start_FD: torch.Tensor, ridges: Sequence[float]
+    fit: _Normal, held: _Normal, start_FD: torch.Tensor, ridges: Sequence[float], scale: float
 ) -> tuple[float, torch.Tensor]:
-    """λ with the least held-out error, and the solution on all tokens with it."""
+    """λ with the least held-out error, and the solution on all tokens with it.
+
+    Args:
+        fit: the tokens that fit.
+        held: the tokens that choose.
+        start_FD: W₀.
+        ridges: candidates for λ.
+        scale: s of all tokens.
+    """
     start_FD = start_FD.cpu()
     try:
-        if bool(held.a_FF.any()):
-            ridge = min(ridges, key=lambda r: held.error(fit.solve(start_FD, r)))
+        if len(ridges) == 1:
+            ridge = ridges[0]
+        elif bool(held.a_FF.any()):
+            traces = [float(n.a_FF.diagonal().sum()) for n in (fit, held)]
+            part = scale * traces[0] / sum(traces)
+            ridge = min(ridges, key=lambda r: held.error(fit.solve(start_FD, r * part)))
         else:
             ridge = max(ridges)  # Nothing was held out: trust few tokens least.
         fit.a_FF += held.a_FF
         fit.b_FD += held.b_FD
-        return ridge, fit.solve(start_FD, ridge)
+        return ridge, fit.solve(start_FD, ridge * scale)
     except RuntimeError as exc:  # torch.linalg.LinAlgError is one
         raise CalibrationError(
             "the re-fit's normal equations are singular",
             remedy="calibrate on more tokens, or prune with --no-refit",
         ) from exc
+
+
+def _mean_diagonal(mixture: Mixture, inputs: States, tokens: FitTokens) -> float:
+    """Mean of Σ ω p² over all neurons of the layer: the scale of λ."""
+    total, neurons = 0.0, sum(unit.width for unit in mixture.units)
+    for batch in tokens.batches:
+        omega_T = tokens.omega_T[batch.tokens]
+        for _, index, weight_t, h_tF in mixture.activations(batch.load_flat(inputs)):
+            square_t = (h_tF * weight_t[:, None]).square().sum(dim=1).double().cpu()
+            total += float(square_t @ omega_T[index.cpu()].double())
+    return max(total / neurons, torch.finfo(torch.float32).tiny)
 
 
 def _activations(

@@ -38,11 +38,13 @@ def check_files(
     """
     problems: list[str] = []
     shapes: Shapes = {}
+    places: dict[str, str] = {}
     for file in _shards(folder, problems):
         for name, shape in _header(file, problems):
             if name in shapes:
-                problems.append(f"{file.name}: tensor {name} is stored twice")
-            shapes[name] = shape
+                also = f"also in {places[name]}"
+                problems.append(f"{file.name}: tensor {name} is stored twice, {also}")
+            shapes[name], places[name] = shape, file.name
     if not problems:
         problems += _index_problems(folder, shapes)
         problems += _expert_problems(shapes, family, tables, config)

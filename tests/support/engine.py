@@ -45,9 +45,9 @@ def ask(models: list[Path], prompts: list[list[int]], **engine: Any) -> list[lis
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder) / "request.json"
         answer = Path(folder) / "answer.json"
+        environment = {**os.environ, **ENVIRONMENT, **engine.pop("environment", {})}
         body = {"models": [str(m) for m in models], "prompts": prompts, "engine": engine}
         request.write_text(json.dumps(body))
-        environment = {**os.environ, **ENVIRONMENT, **engine.pop("environment", {})}
         done = subprocess.run(
             [sys.executable, "-m", "tests.support.engine", str(request), str(answer)],
             env=environment,

@@ -1,0 +1,84 @@
+"""Compact in vLLM equals its full-size twin, in stock transformers and in stock vLLM."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.support.engine import Answer, ask
+from tests.support.models import FAMILIES, VOCABULARY, make_model
+from tests.support.twins import make_twins, random_table, reference_logprobs
+
+BOUND = 2e-5
+KINDS = ("whole", "blocks", "merged", "empty", "dropped", "mixed")
+EXPERTS, TOP_K, WIDTH = 8, 2, 96
+
+
+def prompts() -> list[list[int]]:
+    """Three prompts of different length."""
+    rng = random.Random(1)
+    return [[rng.randrange(1, VOCABULARY) for _ in range(n)] for n in (40, 17, 3)]
+
+
+def apart(a: list[Answer], b: list[Answer]) -> float:
+    """Largest difference of log-probabilities over prompt and generated tokens."""
+    pairs = [
+        (x, y)
+        for left, right in zip(a, b, strict=True)
+        for x, y in zip(
+            [*left.prompt[1:], *left.generated], [*right.prompt[1:], *right.generated], strict=True
+        )
+    ]
+    return max(abs(float(x or 0) - float(y or 0)) for x, y in pairs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compact_equals_its_twin(family: str, tmp_path: Path) -> None:
+    """Same log-probabilities to 2e-5 and the same tokens, for every kind of table.
+
+    Stock vLLM can't mask an expert, so kinds with dropped experts are held against transformers
+    with the mask added, all others against both.
+    """
+    source = make_model(
+        tmp_path / "source", family, experts=EXPERTS, top_k=TOP_K, width=WIDTH, num_hidden_layers=3
+    )
+    folders, references, with_twin = [], {}, []
+    for number, kind in enumerate(KINDS):
+        # Counts differ between the layers; the middle one is left out of the table in two kinds.
+        tables = {
+            layer: random_table(number + layer, kind, experts=EXPERTS, width=WIDTH, top_k=TOP_K)
+            for layer in ((0, 2) if kind in ("merged", "mixed") else (0, 1, 2))
+        }
+        compact, tied = tmp_path / f"{kind}-compact", tmp_path / f"{kind}-tied"
+        dropped = make_twins(source, compact, tied, tables, seed=number)
+        folders.append(compact)
+        references[kind] = reference_logprobs(tied, prompts(), dropped)
+        if not any(dropped.values()):
+            with_twin.append(kind)
+            folders.append(tied)
+    assert {"blocks", "merged", "empty"} <= set(with_twin)
+    answers = dict(zip((f.name for f in folders), ask(folders, prompts()), strict=True))
+    for kind in KINDS:
+        compact_answer = answers[f"{kind}-compact"]
+        assert not isinstance(compact_answer, str), compact_answer
+        for ours, reference in zip(compact_answer, references[kind], strict=True):
+            pairs = zip(ours.prompt[1:], reference, strict=True)
+            assert max(abs(float(a or 0) - b) for a, b in pairs) <= BOUND, kind
+        if kind in with_twin:
+            tied_answer = answers[f"{kind}-tied"]
+            assert not isinstance(tied_answer, str), tied_answer
+            assert apart(compact_answer, tied_answer) <= BOUND, kind
+            assert [a.tokens for a in compact_answer] == [a.tokens for a in tied_answer], kind
+
+
+def test_a_wrong_block_would_show(tmp_path: Path) -> None:
+    """The oracle can fail: another choice of neurons is far outside the bound."""
+    source = make_model(tmp_path / "source", "qwen3_moe", experts=EXPERTS, width=WIDTH)
+    table = {0: random_table(0, "blocks", experts=EXPERTS, width=WIDTH, top_k=TOP_K)}
+    make_twins(source, tmp_path / "a-compact", tmp_path / "a-tied", table, seed=1)
+    make_twins(source, tmp_path / "b-compact", tmp_path / "b-tied", table, seed=2)
+    a, b = (reference_logprobs(tmp_path / f"{n}-tied", prompts(), {}) for n in "ab")
+    far = max(abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+    assert far > 1000 * BOUND

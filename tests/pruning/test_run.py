@@ -1,0 +1,255 @@
+"""Whole offline runs on tiny models: identity, budgets, determinism, faults, resumption."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_serve.checkpoint.export import export
+from moe_serve.checkpoint.manifest import Manifest
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.errors import CheckpointError, MoeServeError, OutputError, PlanError, UsageError
+from moe_serve.progress import Silent
+from moe_serve.pruning.plan import Plan
+from moe_serve.pruning.request import Selection, TextOptions
+from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.verify import verify
+from tests.support.models import FAMILIES, make_model, write_texts
+from tests.support.twins import reference_logprobs
+
+METHODS = ("block-obs", "block-magnitude", "drop-reap", "merge-cka")
+
+
+def request(model: Path, output: Path, texts: Path | None, **selection: object) -> PruneRequest:
+    """A run with small sequences."""
+    form = str(selection.pop("form", "compact"))
+    batch = int(str(selection.pop("batch_tokens", 512)))
+    wanted = {"keep": 0.5} if "experts" not in selection else {}
+    return PruneRequest(
+        model=model,
+        output=output,
+        texts=TextOptions(paths=(texts,) if texts else (), tokens=2048, length=128),
+        selection=Selection(**(wanted | selection)),  # type: ignore[arg-type]
+        form=form,
+        batch_tokens=batch,
+    )
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration texts."""
+    return write_texts(tmp_path_factory.mktemp("texts") / "texts.jsonl")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BF16 model of each family."""
+    return make_model(tmp_path_factory.mktemp("model") / "m", request.param, dtype=torch.bfloat16)
+
+
+def test_keeping_everything_is_identity(model: Path, texts: Path, tmp_path: Path) -> None:
+    """keep = 1 gives byte-identical tensors."""
+    prune(request(model, tmp_path / "out", texts, keep=1.0), Silent())
+    before, after = open_checkpoint(model), open_checkpoint(tmp_path / "out")
+    assert before.tensors.keys() == after.tensors.keys()
+    for name in before.tensors:
+        assert before.read_bytes(name) == after.read_bytes(name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_stay_within_the_budget(
+    method: str, model: Path, texts: Path, tmp_path: Path
+) -> None:
+    """At most keep times the original's bytes, and within one block per layer of it."""
+    chosen = None if method == "block-magnitude" else texts
+    result = prune(request(model, tmp_path / "out", chosen, method=method, keep=0.6), Silent())
+    assert verify(tmp_path / "out", model, Silent()).problems == []
+    before, after = open_checkpoint(model), open_checkpoint(tmp_path / "out")
+    for layer, size in before.expert_bytes().items():
+        kept = after.expert_bytes()[layer]
+        block = kept / after.table.layers[layer].blocks
+        assert 0.6 * size - block <= kept <= 0.6 * size
+    assert result.manifest.expert_bytes.kept == sum(after.expert_bytes().values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_runs_are_deterministic(method: str, model: Path, texts: Path, tmp_path: Path) -> None:
+    """The same seed gives the same hash of every file."""
+    chosen = None if method == "block-magnitude" else texts
+    hashes = [
+        prune(request(model, tmp_path / n, chosen, method=method), Silent()).manifest.files
+        for n in "ab"
+    ]
+    assert hashes[0] == hashes[1]
+    assert (tmp_path / "a/moe_serve.json").read_bytes() == (
+        tmp_path / "b/moe_serve.json"
+    ).read_bytes()
+
+
+def test_batch_size_changes_only_rounding(texts: Path, tmp_path: Path) -> None:
+    """The plan is the same; re-fitted weights agree to 1e-3 of their norm."""
+    model = make_model(tmp_path / "m", "qwen3_moe")
+    for size in (128, 700):
+        prune(request(model, tmp_path / str(size), texts, batch_tokens=size), Silent())
+    plans = [Plan.load(tmp_path / str(s) / "plan.json") for s in (128, 700)]
+    tables = [{i: [b.parts for b in p.layers[i].blocks] for i in p.layers} for p in plans]
+    assert tables[0] == tables[1]
+    weights = [load_file(tmp_path / str(s) / "model.safetensors") for s in (128, 700)]
+    for name, weight in weights[0].items():
+        assert float((weight - weights[1][name]).norm()) <= 1e-3 * float(weight.norm())
+
+
+def test_native_loads_in_stock_transformers(model: Path, texts: Path, tmp_path: Path) -> None:
+    """Dropped whole experts, or every expert narrower: tied and native say the same."""
+    for method in ("drop-reap", "block-obs"):
+        compact, native, tied = (tmp_path / f"{method}-{n}" for n in ("compact", "native", "tied"))
+        run = request(model, compact, texts, method=method, uniform=True)
+        prune(run, Silent())
+        export(compact, native, "native", Silent())
+        export(compact, tied, "tied", Silent())
+        prompt = [[1, 2, 3, 50, 60, 70]]
+        a = reference_logprobs(native, prompt, {})
+        b = reference_logprobs(tied, prompt, {})
+        assert a[0] == pytest.approx(b[0], abs=1e-4)
+        assert open_checkpoint(native).expert_bytes() == open_checkpoint(compact).expert_bytes()
+
+
+def test_a_planted_duplicate_is_merged_and_a_dead_expert_goes(texts: Path, tmp_path: Path) -> None:
+    """CKA merges two equal experts; REAP drops an expert whose output is zero."""
+    model = make_model(tmp_path / "m", "qwen3_moe", seed=3)
+    weights = load_file(model / "model.safetensors")
+    for layer in (0, 1):
+        names = [f"model.layers.{layer}.mlp.experts.{e}." for e in range(8)]
+        for projection in ("gate_proj", "up_proj", "down_proj"):
+            weights[f"{names[5]}{projection}.weight"] = weights[
+                f"{names[2]}{projection}.weight"
+            ].clone()
+        weights[f"{names[6]}down_proj.weight"].zero_()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    prune(request(model, tmp_path / "merge", texts, method="merge-cka", experts=7), Silent())
+    for layer in Plan.load(tmp_path / "merge/plan.json").layers.values():
+        assert layer.experts[2] == layer.experts[5]
+    prune(request(model, tmp_path / "drop", texts, method="drop-reap", experts=7), Silent())
+    for layer in Plan.load(tmp_path / "drop/plan.json").layers.values():
+        assert [e for e, blocks in enumerate(layer.experts) if blocks is None] == [6]
+
+
+def test_a_killed_run_resumes_to_the_same_hashes(texts: Path, tmp_path: Path) -> None:
+    """kill -9 at random moments, then the same command: as if nothing had happened."""
+    model = make_model(tmp_path / "m", "qwen3_moe", experts=16, width=128, num_hidden_layers=4)
+    whole = prune(request(model, tmp_path / "whole", texts), Silent()).manifest
+    command = [
+        *(sys.executable, "-m", "moe_serve", "prune", str(model), str(tmp_path / "out")),
+        *("--keep", "0.5", "--calibration", str(texts), "--tokens", "2048"),
+        *("--sequence-length", "128", "--batch-tokens", "512"),
+    ]
+    rng = random.Random(0)
+    killed = 0
+    for _ in range(6):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        # Most of the first seconds are imports; the work itself is the second half.
+        time.sleep(rng.uniform(3.0, 6.0))
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        killed += 1
+        assert not (tmp_path / "out").exists()
+    subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+    assert killed
+    assert Manifest.load(tmp_path / "out").files == whole.files
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("selection", "error", "words"),
+    [
+        ({"method": "nonsense"}, UsageError, "choose from auto, block-magnitude, block-obs"),
+        ({"keep": 0.0}, UsageError, "not in"),
+        ({"experts": 1, "method": "drop-reap"}, PlanError, "the router selects 2"),
+        ({"experts": 9}, PlanError, "the model has 8 experts"),
+        ({"block_width": 33}, UsageError, "not a multiple of 32"),
+        ({"method": "merge-cka", "form": "native"}, PlanError, "share blocks|combinations"),
+    ],
+)
+def test_impossible_requests_are_refused(
+    selection: dict[str, object],
+    error: type[MoeServeError],
+    words: str,
+    texts: Path,
+    tmp_path: Path,
+) -> None:
+    """Before anything is written, with the way out."""
+    model = make_model(tmp_path / "m", "mixtral")
+    with pytest.raises(error, match=words):
+        prune(request(model, tmp_path / "out", texts, **selection), Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_methods_that_need_texts_say_so(tmp_path: Path) -> None:
+    """Without texts the weights alone decide, or the message names what can."""
+    model = make_model(tmp_path / "m", "mixtral")
+    with pytest.raises(UsageError, match="from the weights alone: block-magnitude"):
+        prune(request(model, tmp_path / "out", None, method="drop-reap"), Silent())
+    result = prune(request(model, tmp_path / "auto", None), Silent())
+    assert result.manifest.method == "block-magnitude"
+
+
+def test_nan_weights_are_named(texts: Path, tmp_path: Path) -> None:
+    """The tensor and the file are in the message; nothing appears at the output."""
+    model = make_model(tmp_path / "m", "qwen3_moe")
+    weights = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    weights[name][0, 0] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        prune(request(model, tmp_path / "out", texts), Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_run_with_other_settings_is_not_mixed(texts: Path, tmp_path: Path) -> None:
+    """The differing setting is named, and the way out."""
+    model = make_model(tmp_path / "m", "mixtral")
+    partial = tmp_path / "out.partial" / "work"
+    partial.mkdir(parents=True)
+    (partial / "journal.json").write_text(json.dumps({"run": {"keep": 0.3}, "done": {}}))
+    with pytest.raises(OutputError, match="other settings.*keep"):
+        prune(request(model, tmp_path / "out", texts), Silent())
+
+
+def test_a_full_disk_is_said_before_the_work(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is needed and what is free."""
+    model = make_model(tmp_path / "m", "mixtral")
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: real._replace(free=1000))
+    with pytest.raises(OutputError, match="GB on disk"):
+        prune(request(model, tmp_path / "out", texts), Silent())
+    monkeypatch.undo()
+    prune(request(model, tmp_path / "out", texts), Silent())
+
+
+def test_verify_finds_a_flipped_byte(texts: Path, tmp_path: Path) -> None:
+    """One bit in one weight."""
+    model = make_model(tmp_path / "m", "mixtral")
+    out = tmp_path / "out"
+    prune(request(model, out, texts, method="drop-reap"), Silent())
+    file = out / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    found = verify(out, model, Silent())
+    assert any("SHA-256" in problem for problem in found.problems)
+    assert not found.passed

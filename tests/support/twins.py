@@ -1,0 +1,147 @@
+"""A compact checkpoint and its full-size twin, made by plain loops: the oracle's two sides.
+
+Independent of the product's own writer, so that an error there can't hide here.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+_NAMES = {
+    "mixtral": ("model.layers.{l}.block_sparse_moe.experts.{e}.", ("w1", "w3", "w2")),
+    "qwen3_moe": ("model.layers.{l}.mlp.experts.{e}.", ("gate_proj", "up_proj", "down_proj")),
+}
+Table = dict[str, Any]
+
+
+def random_table(seed: int, kind: str, *, experts: int, width: int, top_k: int) -> Table:
+    """One layer's table of a kind: whole, blocks, merged, empty, dropped or mixed."""
+    rng = random.Random(f"{seed}/{kind}")
+    block = width if kind in ("whole", "merged") else 32
+    most = width // block
+    lists: list[list[int] | None] = []
+    count = 0
+    for expert in range(experts):
+        size = rng.randint(1, most)
+        lists.append(list(range(count, count + size)))
+        count += size
+        if kind in ("merged", "mixed") and expert % 3 == 2:
+            lists[-1] = list(lists[-2] or [])
+            count -= size
+        if kind in ("empty", "mixed") and expert % 4 == 1:
+            count -= size
+            lists[-1] = []
+    if kind in ("dropped", "mixed", "whole"):
+        limit = experts - top_k
+        for expert in rng.sample(range(experts), min(limit, 1 + seed % 3)):
+            lists[expert] = None
+    return _renumbered(block, lists)
+
+
+def _renumbered(width: int, lists: list[list[int] | None]) -> Table:
+    """Number the blocks that are used without gaps."""
+    used: dict[int, int] = {}
+    for blocks in lists:
+        for block in blocks or ():
+            used.setdefault(block, len(used))
+    renamed = [None if b is None else [used[x] for x in b] for b in lists]
+    return {"width": width, "blocks": len(used), "experts": renamed}
+
+
+def make_twins(
+    source: Path, compact: Path, tied: Path, tables: dict[int, Table], seed: int = 0
+) -> dict[int, list[int]]:
+    """Write both sides; return the dropped experts of each layer.
+
+    Every block takes its neurons from random experts, so a block in the wrong place shows.
+    """
+    config = json.loads((source / "config.json").read_text())
+    prefix, (gate, up, down) = _NAMES[config["model_type"]]
+    weights = load_file(source / "model.safetensors")
+    experts = config.get("num_local_experts") or config["num_experts"]
+    width = weights[f"{prefix.format(l=0, e=0)}{gate}.weight"].shape[0]
+    small, full = dict(weights), dict(weights)
+    generator = torch.Generator().manual_seed(seed)
+    for layer, table in tables.items():
+        names = [prefix.format(l=layer, e=e) for e in range(experts)]
+        blocks = []
+        for _ in range(table["blocks"]):
+            expert = int(torch.randint(experts, (1,), generator=generator))
+            rows = torch.randperm(width, generator=generator)[: table["width"]]
+            blocks.append(
+                (
+                    weights[f"{names[expert]}{gate}.weight"][rows].clone(),
+                    weights[f"{names[expert]}{up}.weight"][rows].clone(),
+                    weights[f"{names[expert]}{down}.weight"][:, rows].clone(),
+                )
+            )
+        for name in names:
+            for projection in (gate, up, down):
+                del small[f"{name}{projection}.weight"]
+        for number, (g, u, d) in enumerate(blocks):
+            name = prefix.format(l=layer, e=number)
+            small[f"{name}{gate}.weight"] = g
+            small[f"{name}{up}.weight"] = u
+            small[f"{name}{down}.weight"] = d
+        for expert, members in enumerate(table["experts"]):
+            wide = torch.zeros(2, width, weights[f"{names[0]}{gate}.weight"].shape[1])
+            tall = torch.zeros_like(weights[f"{names[0]}{down}.weight"])
+            for place, member in enumerate(members or []):
+                span = slice(place * table["width"], (place + 1) * table["width"])
+                wide[0, span], wide[1, span] = blocks[member][0], blocks[member][1]
+                tall[:, span] = blocks[member][2]
+            full[f"{names[expert]}{gate}.weight"] = wide[0].clone()
+            full[f"{names[expert]}{up}.weight"] = wide[1].clone()
+            full[f"{names[expert]}{down}.weight"] = tall
+    for target in (compact, tied):
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_file(small, compact / "model.safetensors", metadata={"format": "pt"})
+    save_file(full, tied / "model.safetensors", metadata={"format": "pt"})
+    table_config = {"version": 1, "layers": {str(i): t for i, t in tables.items()}}
+    changed = config | {
+        "architectures": ["Compact" + config["architectures"][0]],
+        "compact_experts": table_config,
+    }
+    (compact / "config.json").write_text(json.dumps(changed))
+    return {
+        layer: [e for e, blocks in enumerate(table["experts"]) if blocks is None]
+        for layer, table in tables.items()
+    }
+
+
+@torch.inference_mode()
+def reference_logprobs(
+    tied: Path, prompts: list[list[int]], dropped: dict[int, list[int]]
+) -> list[list[float]]:
+    """transformers' log-probability of each prompt token, dropped experts masked out."""
+    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
+    for layer, experts in dropped.items():
+        if experts:
+            _mask(model.model.layers[layer].mlp.gate, experts)
+    rows = []
+    for prompt in prompts:
+        logits = model(torch.tensor([prompt])).logits[0].log_softmax(dim=-1)
+        rows.append([float(logits[i, t]) for i, t in enumerate(prompt[1:])])
+    return rows
+
+
+def _mask(gate: Any, experts: list[int]) -> None:
+    """Give a transformers router minus infinity for some experts, before it scores."""
+    renormalise = getattr(gate, "norm_topk_prob", True)
+
+    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = hidden.reshape(-1, gate.hidden_dim) @ gate.weight.T
+        logits[:, experts] = -torch.inf
+        top = logits.softmax(dim=-1).topk(gate.top_k, dim=-1)
+        values = top.values / top.values.sum(dim=-1, keepdim=True) if renormalise else top.values
+        return logits, values, top.indices
+
+    gate.forward = forward
