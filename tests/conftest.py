@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turn a skip without the gpu mark into a failure that says so."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("gpu"):
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped; only tests marked gpu may be"
-    return report  # type: ignore[return-value]
+    return report

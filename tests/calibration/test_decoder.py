@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("renormalise", [True, False])
 def test_streamed_logits_equal_transformers(family: str, renormalise: bool, tmp_path: Path) -> None:
     """Layer by layer gives the whole model's logits."""
-    extra = {} if family == "mixtral" else {"norm_topk_prob": renormalise}
+    extra: dict[str, Any] = {} if family == "mixtral" else {"norm_topk_prob": renormalise}
     path = make_model(tmp_path / "m", family, **extra)
     ids = torch.randint(1, 250, (3, 60), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

@@ -59,7 +59,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_keeping_everything_is_identity(model: Path, texts: Path, tmp_path: Path) -> None:
-    """keep = 1 gives byte-identical tensors."""
+    """Keep = 1 gives byte-identical tensors."""
     prune(request(model, tmp_path / "out", texts, keep=1.0), Silent())
     before, after = open_checkpoint(model), open_checkpoint(tmp_path / "out")
     assert before.tensors.keys() == after.tensors.keys()
@@ -138,15 +138,15 @@ def test_a_planted_duplicate_is_merged_and_a_dead_expert_goes(texts: Path, tmp_p
         weights[f"{names[6]}down_proj.weight"].zero_()
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     prune(request(model, tmp_path / "merge", texts, method="merge-cka", experts=7), Silent())
-    for layer in Plan.load(tmp_path / "merge/plan.json").layers.values():
-        assert layer.experts[2] == layer.experts[5]
+    for merged in Plan.load(tmp_path / "merge/plan.json").layers.values():
+        assert merged.experts[2] == merged.experts[5]
     prune(request(model, tmp_path / "drop", texts, method="drop-reap", experts=7), Silent())
-    for layer in Plan.load(tmp_path / "drop/plan.json").layers.values():
-        assert [e for e, blocks in enumerate(layer.experts) if blocks is None] == [6]
+    for dropped in Plan.load(tmp_path / "drop/plan.json").layers.values():
+        assert [e for e, blocks in enumerate(dropped.experts) if blocks is None] == [6]
 
 
 def test_a_killed_run_resumes_to_the_same_hashes(texts: Path, tmp_path: Path) -> None:
-    """kill -9 at random moments, then the same command: as if nothing had happened."""
+    """Kill -9 at random moments, then the same command: as if nothing had happened."""
     model = make_model(tmp_path / "m", "qwen3_moe", experts=16, width=128, num_hidden_layers=4)
     whole = prune(request(model, tmp_path / "whole", texts), Silent()).manifest
     command = [
@@ -224,7 +224,7 @@ def test_an_unfinished_run_with_other_settings_is_not_mixed(texts: Path, tmp_pat
     partial = tmp_path / "out.partial" / "work"
     partial.mkdir(parents=True)
     (partial / "journal.json").write_text(json.dumps({"run": {"keep": 0.3}, "done": {}}))
-    with pytest.raises(OutputError, match="other settings.*keep"):
+    with pytest.raises(OutputError, match=r"other settings.*keep"):
         prune(request(model, tmp_path / "out", texts), Silent())
 
 

@@ -36,4 +36,4 @@ def test_a_planted_pair_is_grouped_first() -> None:
     y[3] = y[1] + 0.01 * torch.randn(80, 8)
     groups = average_linkage(linear_cka(y), 4)
     assert [1, 3] in groups
-    assert sorted(sum(groups, [])) == [0, 1, 2, 3, 4]
+    assert sorted(e for group in groups for e in group) == [0, 1, 2, 3, 4]

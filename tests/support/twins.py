@@ -121,7 +121,7 @@ def make_twins(
 def reference_logprobs(
     tied: Path, prompts: list[list[int]], dropped: dict[int, list[int]]
 ) -> list[list[float]]:
-    """transformers' log-probability of each prompt token, dropped experts masked out."""
+    """Transformers' log-probability of each prompt token, dropped experts masked out."""
     model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
     for layer, experts in dropped.items():
         if experts:

@@ -1,0 +1,1 @@
+"""Memory, identity and resumption of the pruner."""

@@ -1,0 +1,69 @@
+"""Kill -9 at random moments: ``python -m benchmarks.pruning.resume``.
+
+Each trial kills one run, once, at a random moment after it began to work, resumes it, and compares
+the hashes of all files with those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.fixtures import CALIBRATION, MODEL
+from moe_serve.checkpoint.manifest import Manifest
+
+
+def main() -> None:
+    """Print a row per trial; exit 1 when one differs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=10)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--tokens", type=int, default=2048)
+    options = parser.parse_args()
+    rng = random.Random(0)
+    failures = 0
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        began = time.monotonic()
+        run(options, root / "whole").wait()
+        seconds = time.monotonic() - began
+        whole = Manifest.load(root / "whole").files
+        print("| trial | killed after s | steps done then | same hashes |\n|---|---|---|---|")
+        for trial in range(options.trials):
+            output = root / f"out-{trial}"
+            after = rng.uniform(0.3, 0.98) * seconds
+            process = run(options, output)
+            time.sleep(after)
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            journal = root / f"out-{trial}.partial/work/journal.json"
+            steps = journal.read_text().count(":") - 20 if journal.exists() else 0
+            resumed = run(options, output).wait()
+            same = resumed == 0 and Manifest.load(output).files == whole
+            failures += not same
+            print(f"| {trial + 1} | {after:.2f} | {max(steps, 0)} | {same} |", flush=True)
+    sys.exit(bool(failures))
+
+
+def run(options: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:
+    """Start a pruning run."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-m", "moe_serve", "prune", str(options.model), str(output)),
+            *("--keep", "0.5", "--calibration", str(CALIBRATION)),
+            *("--tokens", str(options.tokens), "--sequence-length", "256"),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+if __name__ == "__main__":
+    main()

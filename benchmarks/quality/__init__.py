@@ -1,0 +1,1 @@
+"""Quality at equal expert bytes."""

@@ -1,0 +1,66 @@
+"""Compact in vLLM against its tied twin: ``python -m benchmarks.serving.oracle``.
+
+For each family and kind of table: largest difference of log-probabilities over prompt and
+generated tokens, in FP32, to stock vLLM and to transformers on the twin, and whether the generated
+tokens are the same.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from tests.patches.test_oracle import EXPERTS, KINDS, TOP_K, WIDTH, apart, prompts
+from tests.support.engine import ask
+from tests.support.models import FAMILIES, make_model
+from tests.support.twins import make_twins, random_table, reference_logprobs
+
+
+def main() -> None:
+    """Print a table."""
+    print("| family | table | Δ to stock vLLM | Δ to transformers | same tokens |")
+    print("|---|---|---|---|---|")
+    for family in FAMILIES:
+        with tempfile.TemporaryDirectory() as folder:
+            for row in rows(family, Path(folder)):
+                print(row, flush=True)
+
+
+def rows(family: str, root: Path) -> list[str]:
+    """One row per kind of table."""
+    source = make_model(
+        root / "source", family, experts=EXPERTS, top_k=TOP_K, width=WIDTH, num_hidden_layers=3
+    )
+    plans, folders = [], []
+    for number, kind in enumerate(KINDS):
+        tables = {
+            layer: random_table(number + layer, kind, experts=EXPERTS, width=WIDTH, top_k=TOP_K)
+            for layer in (0, 1, 2)
+        }
+        compact, tied = root / f"{kind}-compact", root / f"{kind}-tied"
+        dropped = make_twins(source, compact, tied, tables, seed=number)
+        plans.append((kind, compact, tied, dropped))
+        folders += [compact, tied]
+    answers = dict(zip(folders, ask(folders, prompts()), strict=True))
+    result = []
+    for kind, compact, tied, dropped in plans:
+        ours, stock = answers[compact], answers[tied]
+        if isinstance(ours, str) or isinstance(stock, str):
+            raise TypeError(f"{kind}: {ours if isinstance(ours, str) else stock}")
+        reference = reference_logprobs(tied, prompts(), dropped)
+        pairs = [
+            abs(float(a or 0) - b)
+            for answer, row in zip(ours, reference, strict=True)
+            for a, b in zip(answer.prompt[1:], row, strict=True)
+        ]
+        masked = any(dropped.values())
+        same = [a.tokens for a in ours] == [a.tokens for a in stock]
+        stock_words = ("can't mask", "-") if masked else (f"{apart(ours, stock):.1e}", str(same))
+        result.append(
+            f"| {family} | {kind} | {stock_words[0]} | {max(pairs):.1e} | {stock_words[1]} |"
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Two real engines, the real Envoy and control process, real clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.fixtures import CALIBRATION, MODEL
+from moe_serve.demo.clients import Load, ask_everything, client
+from moe_serve.metrics.catalogue import CATALOGUE
+from moe_serve.progress import Silent
+from moe_serve.pruning.request import Selection, TextOptions
+from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.serving.process import free_port
+from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """A stack started by the command."""
+
+    process: subprocess.Popen[str]
+    info: dict[str, Any]
+
+    @property
+    def endpoint(self) -> str:
+        """The OpenAI endpoint."""
+        return str(self.info["endpoint"])
+
+    def rollout(self, *arguments: str) -> dict[str, Any]:
+        """Run ``moe-serve rollout … --json``."""
+        command = [sys.executable, "-m", "moe_serve", "rollout", *arguments]
+        done = subprocess.run(
+            [*command, "--state", self.info["state"], "--json"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return dict(json.loads(done.stdout))
+
+
+def command(original: Path, pruned: Path, state: Path, *more: str) -> list[str]:
+    """``moe-serve up --json``."""
+    return [
+        *(sys.executable, "-m", "moe_serve", "up", "--json", "--state", str(state)),
+        *("--original", str(original), "--pruned", str(pruned)),
+        *("--port", str(free_port()), "--control-port", str(free_port()), *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """The fixture model and half of it."""
+    root = tmp_path_factory.mktemp("stack")
+    request = PruneRequest(
+        model=MODEL,
+        output=root / "pruned",
+        texts=TextOptions(paths=(CALIBRATION,), tokens=2048, length=256),
+        selection=Selection(keep=0.5),
+    )
+    prune(request, Silent())
+    log = (root / "up.log").open("w")
+    process = subprocess.Popen(
+        command(MODEL, root / "pruned", root / "state", "--model", "fixture"),
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line, (root / "up.log").read_text()
+    yield Running(process=process, info=json.loads(line))
+    process.terminate()
+    process.wait(90)
+    log.close()
+
+
+def test_both_variants_answer_the_openai_client(stack: Running) -> None:
+    """Models, completions, chat, streams; the pruned model answers as itself."""
+    with client(stack.endpoint) as openai:
+        assert [m.id for m in openai.models.list()] == ["fixture"]
+    for variant in VARIANTS:
+        assert len(ask_everything(stack.endpoint, "fixture", variant)) == 4
+
+    def logprobs(variant: str) -> list[float]:
+        with client(stack.endpoint, variant) as openai:
+            answer = openai.completions.create(
+                model="fixture", prompt="def main(", max_tokens=4, temperature=0, logprobs=1
+            )
+        found = answer.choices[0].logprobs
+        assert found is not None
+        return [float(x) for x in found.token_logprobs or []]
+
+    assert logprobs(ORIGINAL) != logprobs(PRUNED)
+
+
+def test_metrics_have_the_contracts_names(stack: Running) -> None:
+    """Everything in the catalogue that a machine without a GPU can have, with data."""
+    text = httpx.get(stack.info["metrics"], timeout=30).text
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    without_gpu = {name for name in CATALOGUE if "gpu" not in name}
+    for name in without_gpu:
+        assert name.removesuffix("_total") in families, name
+    memory = {
+        (s.labels["variant"], s.labels["kind"]): s.value
+        for s in families["moe_serve_engine_memory_bytes"].samples
+    }
+    assert memory[PRUNED, "weights"] < memory[ORIGINAL, "weights"]
+    assert memory[PRUNED, "rss"] > 1e8
+    tokens = families["moe_serve_tokens"].samples
+    assert all(s.value > 0 for s in tokens)
+    for variant in VARIANTS:
+        url = f"{stack.info['control']}/engines/{variant}/metrics"
+        assert "vllm:generation_tokens_total" in httpx.get(url, timeout=10).text
+
+
+def test_nothing_of_control_is_reachable_from_the_public_port(stack: Running) -> None:
+    """Neither our API nor the engines' own control paths."""
+    base = stack.endpoint.removesuffix("/v1")
+    for path in ("/metrics", "/api/status", "/tokenize", "/pause", "/load", "/docs"):
+        assert httpx.get(base + path).status_code == 404
+
+
+def test_bad_requests_get_the_engines_answer(stack: Running) -> None:
+    """Malformed bodies and unknown models are client errors, and harm nobody."""
+    url = f"{stack.endpoint}/completions"
+    assert httpx.post(url, content=b"{").status_code in (400, 422)
+    assert httpx.post(url, json={"model": "other", "prompt": "x"}).status_code == 404
+    assert httpx.post(url, json={"model": "fixture", "prompt": "x", "max_tokens": 2}).is_success
+
+
+def test_rollback_with_the_control_process_killed(stack: Running) -> None:
+    """Sixteen streams in flight; the command works alone; nothing fails."""
+    stack.rollout("set", "100")
+    state = json.loads((Path(stack.info["state"]) / "stack.json").read_text())
+    control = [
+        p
+        for p in psutil.Process(stack.process.pid).children(recursive=True)
+        if "moe_serve.rollout.control" in " ".join(p.cmdline())
+    ]
+    assert control
+    with Load(endpoint=stack.endpoint, model="fixture", streams=16, tokens=32) as load:
+        load.phase = "before"
+        time.sleep(2)
+        for process in control:
+            process.kill()
+        moved = stack.rollout("rollback")
+        time.sleep(1)
+        load.phase = "after"
+        time.sleep(3)
+    assert load.failed == 0
+    assert load.outcomes["before", PRUNED] >= 16
+    assert load.outcomes["after", PRUNED] == 0
+    assert load.outcomes["after", ORIGINAL] > 0
+    assert moved["effective_seconds"] < 0.1
+    assert stack.rollout("history")["changes"][0]["decision"] == "rollback"
+    assert state["pid"] == stack.process.pid
+
+
+def test_sigterm_lets_streams_end(stack: Running) -> None:
+    """Last in this module: the stack stops, what was in flight is whole, nothing is left over."""
+    children = psutil.Process(stack.process.pid).children(recursive=True)
+    reasons: list[str | None] = []
+
+    def stream(openai: OpenAI) -> None:
+        answer = openai.completions.create(
+            model="fixture",
+            prompt="x",
+            max_tokens=300,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        reasons.append([c.choices[0].finish_reason for c in answer][-1])
+
+    with client(stack.endpoint) as openai:
+        threads = [threading.Thread(target=stream, args=(openai,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+        stack.process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+    assert reasons == ["length"] * 4
+    assert stack.process.wait(90) == 0
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []
+
+
+def test_a_failing_engine_is_named_with_its_log(tmp_path: Path) -> None:
+    """A pruned model with a damaged table: which part, and its own words."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in MODEL.iterdir():
+        os.link(file, broken / file.name) if file.name != "config.json" else None
+    config = json.loads((MODEL / "config.json").read_text())
+    config["architectures"] = ["CompactQwen3MoeForCausalLM"]
+    config["compact_experts"] = {"version": 1, "layers": {"0": {"width": 1}}}
+    (broken / "config.json").write_text(json.dumps(config))
+    done = subprocess.run(
+        command(MODEL, broken, tmp_path / "state"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: pruned engine: ended with exit code" in done.stderr
+    assert "layer 0: malformed entry" in (tmp_path / "state/logs/pruned.log").read_text()
+
+
+def test_a_taken_port_is_said_at_once(tmp_path: Path) -> None:
+    """Before an engine is started."""
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            command(MODEL, MODEL, tmp_path / "state", "--port", port),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert f"port {port} is taken" in done.stderr

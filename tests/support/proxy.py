@@ -1,0 +1,79 @@
+"""A real Envoy in front of two upstreams, with a state directory as ``up`` makes it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_serve.serving import envoy
+from moe_serve.serving.process import Child, free_port, start
+from moe_serve.serving.routes import write_split
+from moe_serve.serving.state import EngineState, StackState
+from moe_serve.serving.variants import ORIGINAL, PRUNED
+from tests.support.upstream import Upstream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxied:
+    """What a test needs to know."""
+
+    state: Path
+    endpoint: str
+    admin: envoy.Admin
+    original: Upstream
+    pruned: Upstream
+    child: Child
+
+
+@contextmanager
+def proxied(state: Path, *, chunks: int = 20, pause: float = 0.05) -> Iterator[Proxied]:
+    """Start two upstreams and Envoy; everything on the original."""
+    ports = {ORIGINAL: free_port(), PRUNED: free_port()}
+    port, admin_port = free_port(), free_port()
+    write_split(state, 0.0)
+    config = envoy.bootstrap(
+        state, port=port, host="127.0.0.1", admin_port=admin_port, engines=ports
+    )
+    (state / "envoy.json").write_text(json.dumps(config))
+    command = [envoy.binary(), "-c", str(state / "envoy.json"), "--use-dynamic-base-id"]
+    with (
+        Upstream(ORIGINAL, ports[ORIGINAL], chunks=chunks, pause=pause) as original,
+        Upstream(PRUNED, ports[PRUNED], chunks=chunks, pause=pause) as pruned,
+    ):
+        child = start("envoy", [*command, "--log-level", "warning"], state / "envoy.log")
+        try:
+            admin = envoy.Admin(f"127.0.0.1:{admin_port}")
+            until = time.monotonic() + 30
+            while not admin.ready():
+                assert child.exit_code is None, child.tail()
+                assert time.monotonic() < until, child.tail()
+                time.sleep(0.05)
+            endpoint = f"http://127.0.0.1:{port}/v1"
+            StackState(
+                pid=child.pid,
+                endpoint=endpoint,
+                control="http://127.0.0.1:1",
+                admin=f"127.0.0.1:{admin_port}",
+                envoy_pid=child.pid,
+                served_model=ORIGINAL,
+                engines={
+                    name: EngineState(
+                        url=f"http://127.0.0.1:{p}", pid=child.pid, model="none", log="none"
+                    )
+                    for name, p in ports.items()
+                },
+            ).save(state)
+            yield Proxied(
+                state=state,
+                endpoint=endpoint,
+                admin=admin,
+                original=original,
+                pruned=pruned,
+                child=child,
+            )
+        finally:
+            child.stop(5)

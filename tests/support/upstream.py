@@ -1,0 +1,84 @@
+"""A small real HTTP server that streams like an engine, for tests of the proxy itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from types import TracebackType
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+
+class Upstream:
+    """Serves ``/health``, ``/v1/models`` and streamed completions on a loopback port."""
+
+    def __init__(self, name: str, port: int, *, chunks: int = 20, pause: float = 0.05) -> None:
+        """Name it; each completion streams ``chunks`` events, ``pause`` seconds apart."""
+        self.name, self.port = name, port
+        self.started = 0
+        self._chunks, self._pause = chunks, pause
+        routes = [
+            Route("/health", self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/secret", self._health),
+        ]
+        config = uvicorn.Config(
+            Starlette(routes=routes), host="127.0.0.1", port=port, log_level="error"
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self) -> Upstream:  # noqa: PYI034 - a plain class
+        """Start, and wait until it listens."""
+        self._thread.start()
+        while not self._server.started:
+            pass
+        return self
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _exc: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        """Stop."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Close the port at once, dropping what is in flight."""
+        self._server.force_exit = True
+        self._server.should_exit = True
+        self._thread.join(10)
+
+    async def _health(self, _request: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    async def _models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
+
+    async def _completions(self, request: Request) -> Response:
+        await request.body()
+        self.started += 1
+
+        async def events() -> object:
+            for number in range(self._chunks):
+                reason = "length" if number == self._chunks - 1 else None
+                choice = {"index": 0, "text": "x", "finish_reason": reason, "logprobs": None}
+                chunk = {
+                    "id": "1",
+                    "object": "text_completion",
+                    "created": 0,
+                    "model": self.name,
+                    "choices": [choice],
+                }
+                yield f"data: {json.dumps(chunk)}\n\n"
+                await asyncio.sleep(self._pause)
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream")  # type: ignore[arg-type]
