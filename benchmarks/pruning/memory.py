@@ -1,4 +1,4 @@
-"""Peak memory of a pruning run against file and layer size: ``python -m benchmarks.pruning.memory``.
+"""Peak memory of pruning against file and layer size: ``python -m benchmarks.pruning.memory``.
 
 Generates random models of the same layer size and growing depth, prunes each in a process of its
 own, and prints peak resident memory beside the size of the file and of its largest layer.

@@ -19,7 +19,7 @@ class Timing:
     """Medians over requests, one at a time."""
 
     tokens_per_second: float
-    """Generated tokens over the time from the first to the last."""
+    """Generated tokens over the time from sending the request to the last of them."""
     ttft_seconds: float
     """From sending the request to its first token."""
     itl_seconds: float
@@ -70,10 +70,9 @@ def time_requests(endpoint: str, model: str, variant: str, *, requests: int, tok
             arrivals = [time.perf_counter() for _ in stream]
             if number == 0:
                 continue  # Warm-up.
-            span = arrivals[-1] - arrivals[0]
             first.append(arrivals[0] - began)
-            between.append(span / (tokens - 1))
-            rate.append((tokens - 1) / span)
+            between.append((arrivals[-1] - arrivals[0]) / (tokens - 1))
+            rate.append(tokens / (arrivals[-1] - began))
     return Timing(
         tokens_per_second=median(rate), ttft_seconds=median(first), itl_seconds=median(between)
     )

@@ -18,6 +18,18 @@ def drop_reap(view: LayerView, budget: Budget) -> LayerPlan:
     return keep_best(view, saliency_N, budget, {"reap": saliency_N.tolist()})
 
 
+def drop_frequency(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts that were selected least (M-SMoE's usage count, arXiv 2310.01334)."""
+    frequency_N = view.observed().frequency()
+    return keep_best(view, frequency_N, budget, {"frequency": frequency_N.tolist()})
+
+
+def drop_random(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop experts by lot: what any rule has to beat."""
+    generator = torch.Generator().manual_seed(1_000_003 * budget.seed + view.index)
+    return keep_best(view, torch.rand(view.shape.experts, generator=generator), budget, {})
+
+
 def keep_best(
     view: LayerView, saliency_N: torch.Tensor, budget: Budget, scores: dict[str, list[float]]
 ) -> LayerPlan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from moe_serve.errors import UsageError
-from moe_serve.pruning.drops import drop_reap
+from moe_serve.pruning.drops import drop_frequency, drop_random, drop_reap
 from moe_serve.pruning.merging import merge_cka
 from moe_serve.pruning.neurons import block_magnitude, block_obs
 from moe_serve.pruning.plan import LayerPlan
@@ -34,6 +34,8 @@ METHODS: Final = {
         Method(name="block-obs", choose=block_obs, blocks=True, refit=True),
         Method(name="block-magnitude", choose=block_magnitude, needs_texts=False, blocks=True),
         Method(name="drop-reap", choose=drop_reap),
+        Method(name="drop-frequency", choose=drop_frequency),
+        Method(name="drop-random", choose=drop_random, needs_texts=False),
         Method(name="merge-cka", choose=merge_cka),
     )
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -115,6 +115,7 @@ class Selection:
             block_width=width or checkpoint.shape.width,
             experts=None if method.blocks else self.experts,
             uniform=self.uniform,
+            seed=self.seed,
         )
         return method, budget, refit
 
@@ -141,10 +142,6 @@ class Selection:
                 remedy=f"give a number from 1 to {checkpoint.shape.experts}",
             )
         return count / checkpoint.shape.experts
-
-    def with_seed(self, seed: int) -> Selection:
-        """The same with another seed."""
-        return replace(self, seed=seed)
 
 
 def block_width(checkpoint: Checkpoint, wanted: int | None) -> int:

@@ -25,6 +25,8 @@ class Budget:
     """Whole experts per layer, where the request was made in experts."""
     uniform: bool = False
     """Every expert keeps the same number of neurons: what stock software can load."""
+    seed: int = 0
+    """For methods that draw lots."""
 
     def whole_experts(self, shape: Shape) -> int:
         """Experts a layer may keep whole."""

@@ -1,0 +1,122 @@
+"""The exporter over real HTTP: names, labels, and absence instead of zero."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from moe_serve.metrics.catalogue import CATALOGUE
+from moe_serve.metrics.exporter import Exporter, Watched
+from moe_serve.metrics.sources import Endpoints, Source
+from moe_serve.serving.process import free_port
+
+ENGINE = """\
+# TYPE vllm:generation_tokens_total counter
+vllm:generation_tokens_total{engine="0",model_name="m"} 30
+vllm:generation_tokens_total{engine="1",model_name="m"} 12
+# TYPE vllm:time_to_first_token_seconds histogram
+vllm:time_to_first_token_seconds_bucket{le="0.1",model_name="m"} 2
+vllm:time_to_first_token_seconds_bucket{le="+Inf",model_name="m"} 5
+vllm:time_to_first_token_seconds_count{model_name="m"} 5
+vllm:time_to_first_token_seconds_sum{model_name="m"} 1.5
+# TYPE vllm:cache_config_info gauge
+vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1
+"""
+
+
+@pytest.fixture
+def engine() -> Iterator[str]:
+    """An address that serves an engine's metrics."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(ENGINE.encode())
+
+        def log_message(self, *_args: object) -> None:
+            """Say nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/metrics"
+    server.shutdown()
+
+
+def samples(exporter: Exporter) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Scrape through the text format, as Prometheus does."""
+    registry = CollectorRegistry()
+    registry.register(exporter)
+    text = generate_latest(registry).decode()
+    return {
+        (s.name, tuple(sorted(s.labels.items()))): s.value
+        for family in text_string_to_metric_families(text)
+        for s in family.samples
+    }
+
+
+def exporter(engine: str, pid: int) -> Exporter:
+    """One engine that answers, one that doesn't; no proxy."""
+    dead = f"http://127.0.0.1:{free_port()}/metrics"
+    return Exporter(
+        model="m",
+        engines=[
+            Watched(
+                variant=name,
+                pid=pid,
+                weight_bytes=7,
+                kv_bytes_per_token=8,
+                source=Source(name=name, url=url),
+            )
+            for name, url in (("original", engine), ("pruned", dead))
+        ],
+        proxy=Endpoints(name="envoy", url=dead),
+        weight=lambda: 0.25,
+        state=lambda: "canary",
+        decisions=lambda: {("set", "by hand"): 3},
+    )
+
+
+def test_what_an_engine_says_appears_under_our_names(engine: str) -> None:
+    """Counters are summed over an engine's ranks; buckets stay exact."""
+    found = samples(exporter(engine, os.getpid()))
+    who = (("model", "m"), ("variant", "original"))
+    assert found["moe_serve_tokens_total", (("kind", "generation"), *who)] == 42
+    bucket = "moe_serve_time_to_first_token_seconds_bucket"
+    assert found[bucket, (("le", "0.1"), *who)] == 2
+    assert found[bucket, (("le", "+Inf"), *who)] == 5
+    assert found["moe_serve_kv_cache_capacity_tokens", who] == 1600
+    assert found["moe_serve_engine_memory_bytes", (("kind", "kv_cache"), *who)] == 12800
+    assert found["moe_serve_traffic_weight_ratio", who] == 0.75
+    assert found["moe_serve_rollout_state", (("state", "canary"),)] == 1
+    assert {name for name, _ in found if name.startswith("moe_serve")}
+
+
+def test_a_silent_engine_is_absent_not_zero(engine: str) -> None:
+    """No token count and no outcome for it, but an age that grows."""
+    found = samples(exporter(engine, os.getpid()))
+    pruned = {name for name, labels in found if ("variant", "pruned") in labels}
+    assert "moe_serve_tokens_total" not in pruned
+    assert "moe_serve_requests_total" not in pruned
+    assert found["moe_serve_input_age_seconds", (("source", "pruned"),)] >= 0
+
+
+def test_a_dead_process_has_no_memory(engine: str) -> None:
+    """Resident memory disappears with the process."""
+    gone = 2**22 - 1
+    found = samples(exporter(engine, gone))
+    assert not [labels for name, labels in found if ("kind", "rss") in labels]
+
+
+def test_the_catalogue_follows_the_rules() -> None:
+    """Our prefix, base units, and ``_total`` on counters only."""
+    for name, metric in CATALOGUE.items():
+        assert name.startswith("moe_serve_")
+        assert name.endswith("_total") == (metric.kind == "counter")
+        assert metric.help.endswith(".")

@@ -1,0 +1,80 @@
+"""The record of changes, without a stack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_serve.errors import RolloutError
+from moe_serve.rollout.store import Store
+from moe_serve.rollout.traffic import move, status
+from moe_serve.serving.process import free_port
+from moe_serve.serving.routes import read_split, route_file, write_split
+from moe_serve.serving.state import EngineState, StackState
+
+
+def fake_stack(state: Path) -> None:
+    """A state directory whose processes are gone."""
+    engine = EngineState(url="http://127.0.0.1:1", pid=1, model="m", log="l")
+    StackState(
+        pid=1,
+        endpoint="e",
+        control="c",
+        admin=f"127.0.0.1:{free_port()}",
+        envoy_pid=1,
+        served_model="m",
+        engines={"original": engine, "pruned": engine},
+    ).save(state)
+
+
+def test_intent_comes_before_confirmation(tmp_path: Path) -> None:
+    """A change that nobody confirmed is on record as such."""
+    store = Store(tmp_path)
+    change = store.intend(actor="a", decision="set", reason="r", before=0.0, after=5.0)
+    assert store.history()[0].confirmed_at is None
+    store.written(change, "v1")
+    store.confirmed("v1")
+    found = store.history()[0]
+    assert (found.version, found.percent_after, found.actor) == ("v1", 5.0, "a")
+    assert found.confirmed_at is not None
+
+
+def test_traffic_moves_on_disk_while_envoy_is_away(tmp_path: Path) -> None:
+    """The file is written, the warning says that nobody confirmed it."""
+    fake_stack(tmp_path)
+    write_split(tmp_path, 40)
+    moved = move(tmp_path, 0, decision="rollback", reason="fire")
+    assert read_split(tmp_path).percent == 0
+    assert moved.before == 40
+    assert moved.effective_seconds is None
+    assert any("not confirmed" in w for w in moved.warnings)
+    assert status(tmp_path)["in_force"] is None
+    last = Store(tmp_path).history()[0]
+    assert (last.decision, last.reason, last.confirmed_at) == ("rollback", "fire", None)
+
+
+def test_a_damaged_route_file_does_not_stop_a_rollback(tmp_path: Path) -> None:
+    """Rolling back needs no knowledge of what was before."""
+    fake_stack(tmp_path)
+    write_split(tmp_path, 40)
+    route_file(tmp_path).write_text("{")
+    moved = move(tmp_path, 0, decision="rollback", reason="")
+    assert moved.before is None
+    assert read_split(tmp_path).percent == 0
+
+
+@pytest.mark.parametrize("percent", [-1.0, 100.5, float("nan")])
+def test_impossible_shares_are_refused(percent: float, tmp_path: Path) -> None:
+    """The old split stays."""
+    fake_stack(tmp_path)
+    write_split(tmp_path, 40)
+    with pytest.raises(RolloutError, match="share between 0 and 100"):
+        move(tmp_path, percent, decision="set", reason="")
+    assert read_split(tmp_path).percent == 40
+
+
+def test_no_stack_is_said(tmp_path: Path) -> None:
+    """With the option that would name one."""
+    with pytest.raises(RolloutError, match="--state directory of a running moe-serve up"):
+        move(tmp_path, 0, decision="rollback", reason="")
