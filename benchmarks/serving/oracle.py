@@ -50,11 +50,11 @@ def rows(family: str, root: Path) -> list[str]:
         reference = reference_logprobs(tied, prompts(), dropped)
         pairs = [
             abs(float(a or 0) - b)
-            for answer, row in zip(ours, reference, strict=True)
+            for answer, row in zip(ours.answers, reference, strict=True)
             for a, b in zip(answer.prompt[1:], row, strict=True)
         ]
         masked = any(dropped.values())
-        same = [a.tokens for a in ours] == [a.tokens for a in stock]
+        same = [a.tokens for a in ours.answers] == [a.tokens for a in stock.answers]
         stock_words = ("can't mask", "-") if masked else (f"{apart(ours, stock):.1e}", str(same))
         result.append(
             f"| {family} | {kind} | {stock_words[0]} | {max(pairs):.1e} | {stock_words[1]} |"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.engine import Answer, ask
+from moe_serve.checkpoint.source import open_checkpoint
+from tests.support.engine import Reply, ask
 from tests.support.models import FAMILIES, VOCABULARY, make_model
 from tests.support.twins import make_twins, random_table, reference_logprobs
 
@@ -22,11 +23,11 @@ def prompts() -> list[list[int]]:
     return [[rng.randrange(1, VOCABULARY) for _ in range(n)] for n in (40, 17, 3)]
 
 
-def apart(a: list[Answer], b: list[Answer]) -> float:
+def apart(a: Reply, b: Reply) -> float:
     """Largest difference of log-probabilities over prompt and generated tokens."""
     pairs = [
         (x, y)
-        for left, right in zip(a, b, strict=True)
+        for left, right in zip(a.answers, b.answers, strict=True)
         for x, y in zip(
             [*left.prompt[1:], *left.generated], [*right.prompt[1:], *right.generated], strict=True
         )
@@ -37,6 +38,8 @@ def apart(a: list[Answer], b: list[Answer]) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compact_equals_its_twin(family: str, tmp_path: Path) -> None:
     """Same log-probabilities to 2e-5 and the same tokens, for every kind of table.
+
+    The engine holds as many expert bytes as the file, no more.
 
     Stock vLLM can't mask an expert, so kinds with dropped experts are held against transformers
     with the mask added, all others against both.
@@ -63,14 +66,18 @@ def test_compact_equals_its_twin(family: str, tmp_path: Path) -> None:
     for kind in KINDS:
         compact_answer = answers[f"{kind}-compact"]
         assert not isinstance(compact_answer, str), compact_answer
-        for ours, reference in zip(compact_answer, references[kind], strict=True):
+        stored = open_checkpoint(tmp_path / f"{kind}-compact").expert_bytes()
+        assert compact_answer.expert_bytes == sum(stored.values()), kind
+        for ours, reference in zip(compact_answer.answers, references[kind], strict=True):
             pairs = zip(ours.prompt[1:], reference, strict=True)
             assert max(abs(float(a or 0) - b) for a, b in pairs) <= BOUND, kind
         if kind in with_twin:
             tied_answer = answers[f"{kind}-tied"]
             assert not isinstance(tied_answer, str), tied_answer
             assert apart(compact_answer, tied_answer) <= BOUND, kind
-            assert [a.tokens for a in compact_answer] == [a.tokens for a in tied_answer], kind
+            assert [a.tokens for a in compact_answer.answers] == [
+                a.tokens for a in tied_answer.answers
+            ], kind
 
 
 def test_a_wrong_block_would_show(tmp_path: Path) -> None:

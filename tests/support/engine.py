@@ -36,11 +36,21 @@ class Answer:
     """Their log-probabilities."""
 
 
-def ask(models: list[Path], prompts: list[list[int]], **engine: Any) -> list[list[Answer] | str]:
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What one engine said."""
+
+    answers: list[Answer]
+    """One per prompt."""
+    expert_bytes: int
+    """Memory of its routed experts' weights."""
+
+
+def ask(models: list[Path], prompts: list[list[int]], **engine: Any) -> list[Reply | str]:
     """Put the same prompts to several checkpoints, one engine after the other in one process.
 
     Returns:
-        For each checkpoint the answers, or the message with which the engine refused it.
+        For each checkpoint the reply, or the message with which the engine refused it.
     """
     with tempfile.TemporaryDirectory() as folder:
         request = Path(folder) / "request.json"
@@ -60,7 +70,12 @@ def ask(models: list[Path], prompts: list[list[int]], **engine: Any) -> list[lis
         if not answer.exists():
             raise RuntimeError(f"no answer, exit {done.returncode}: {done.stderr[-4000:]}")
         results = json.loads(answer.read_text())
-    return [r if isinstance(r, str) else [Answer(**a) for a in r] for r in results]
+    return [
+        r
+        if isinstance(r, str)
+        else Reply(answers=[Answer(**a) for a in r["answers"]], expert_bytes=r["expert_bytes"])
+        for r in results
+    ]
 
 
 def _serve(request: dict[str, Any]) -> list[Any]:
@@ -87,7 +102,13 @@ def _serve(request: dict[str, Any]) -> list[Any]:
                 **(options | request["engine"]),
             )
             prompts = [{"prompt_token_ids": p} for p in request["prompts"]]
-            results.append([_answer(o) for o in llm.generate(prompts, sampling, use_tqdm=False)])
+            outputs = llm.generate(prompts, sampling, use_tqdm=False)
+            results.append(
+                {
+                    "answers": [_answer(o) for o in outputs],
+                    "expert_bytes": llm.apply_model(_expert_bytes)[0],
+                }
+            )
         except Exception as exc:  # noqa: BLE001 - the refusal is what the caller asks for
             results.append(f"{type(exc).__name__}: {exc}")
         finally:
@@ -95,6 +116,15 @@ def _serve(request: dict[str, Any]) -> list[Any]:
             del llm
             gc.collect()
     return results
+
+
+def _expert_bytes(model: Any) -> int:
+    """Bytes of the fused expert weights that a model holds."""
+    return sum(
+        parameter.numel() * parameter.element_size()
+        for name, parameter in model.named_parameters()
+        if name.endswith((".w13_weight", ".w2_weight"))
+    )
 
 
 def _answer(output: Any) -> dict[str, Any]:
