@@ -23,7 +23,7 @@ from moe_serve.progress import Progress
 from moe_serve.pruning.request import DEFAULT_BATCH, Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, PruneResult, prune
 from moe_serve.pruning.verify import verify
-from moe_serve.rollout.traffic import move
+from moe_serve.rollout.traffic import Decision, move
 from moe_serve.serving.process import free_port
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
@@ -201,7 +201,7 @@ def _roll(endpoint: str, model: str, state: Path, tell: Tell) -> tuple[Load, flo
     seconds = None
     with Load(endpoint=endpoint, model=model) as load:
         for phase, percent in (("0 %", 0.0), ("50 %", 50.0), ("100 %", 100.0), ("rollback", 0.0)):
-            decision = "rollback" if phase == "rollback" else "set"
+            decision: Decision = "rollback" if phase == "rollback" else "set"
             moved = move(state, percent, decision=decision, reason="demo", actor="demo")
             load.phase = phase
             time.sleep(_HOLD_SECONDS)

@@ -25,7 +25,7 @@ from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
 from moe_serve.metrics.sources import Endpoints, Source
 from moe_serve.rollout.store import Store
-from moe_serve.rollout.traffic import move, status
+from moe_serve.rollout.traffic import DECISIONS, move, status
 from moe_serve.serving.routes import read_split
 from moe_serve.serving.state import StackState
 
@@ -121,7 +121,10 @@ def exporter(state: Path, stack: StackState) -> Exporter:
         except MoeServeError:
             return {}
         # A person's words may be anything; as a label only whether there were some.
-        counted = Counter((c.decision, "by hand") for c in changes)
+        # Those never taken are there as zero: a rate needs the sample before the first one.
+        counted: Counter[tuple[str, str]] = Counter()
+        counted.update({(known, "by hand"): 0 for known in DECISIONS})
+        counted.update((c.decision, "by hand") for c in changes)
         return dict(counted)
 
     engines = [

@@ -10,13 +10,16 @@ import getpass
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal
 
 from moe_serve.errors import RolloutError
 from moe_serve.rollout.store import Store
 from moe_serve.serving.envoy import Admin
 from moe_serve.serving.routes import read_split, write_split
 from moe_serve.serving.state import StackState
+
+Decision = Literal["set", "promote", "rollback"]
+DECISIONS: Final[tuple[Decision, ...]] = ("set", "promote", "rollback")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +47,9 @@ class Moved:
         }
 
 
-def move(state: Path, percent: float, *, decision: str, reason: str, actor: str = "") -> Moved:
+def move(
+    state: Path, percent: float, *, decision: Decision, reason: str, actor: str = ""
+) -> Moved:
     """Give the pruned variant ``percent`` of the traffic.
 
     Raises:

@@ -64,7 +64,15 @@ class EngineSpec:
         }
         if not gpu:
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.kv_cache_gib)
-        return start(f"{self.variant} engine", self.command(gpu=gpu), self.log, environment)
+        # An engine that computes on the processor would keep Envoy waiting for its turn, for
+        # seconds where there are few cores.
+        return start(
+            f"{self.variant} engine",
+            self.command(gpu=gpu),
+            self.log,
+            environment,
+            yielding=not gpu,
+        )
 
 
 def _for_checkpoint(config: dict[str, Any]) -> tuple[str, ...]:

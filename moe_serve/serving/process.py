@@ -57,12 +57,21 @@ class Child:
 
 
 def start(
-    name: str, command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+    name: str,
+    command: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    yielding: bool = False,
 ) -> Child:
-    """Start a command in its own group; it ends when this process does."""
+    """Start a command in its own group; it ends when this process does.
+
+    A ``yielding`` one leaves the processor to the others when they want it.
+    """
+    options = ["--yield"] if yielding else []
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "moe_serve.serving.guard", "--", *command],
+            [sys.executable, "-m", "moe_serve.serving.guard", *options, "--", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

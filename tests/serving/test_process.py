@@ -1,0 +1,73 @@
+"""Child processes: priority, logs, and never outliving the parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from moe_serve.serving.process import Child, start
+
+SLEEP = (sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)")
+
+
+def wait_for_words(log: Path) -> None:
+    """Until the command itself runs."""
+    deadline = time.monotonic() + 20
+    while not log.exists() or "here" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def started(log: Path, command: tuple[str, ...] = SLEEP, *, yielding: bool = False) -> Child:
+    """A child that has said its word."""
+    child = start("sleeper", command, log, yielding=yielding)
+    wait_for_words(log)
+    return child
+
+
+def test_a_yielding_child_has_low_priority_in_every_scheduler_group(tmp_path: Path) -> None:
+    """Nice alone counts for nothing between sessions where tasks are grouped by session."""
+    ours = os.nice(0)
+    for yielding in (False, True):
+        child = started(tmp_path / f"{yielding}.log", yielding=yielding)
+        try:
+            nice = psutil.Process(child.pid).nice()
+            assert nice == min(19, ours + 10) if yielding else nice == ours
+            group = Path(f"/proc/{child.pid}/autogroup")
+            if group.exists():
+                assert group.read_text().split()[-1] == ("10" if yielding else "0")
+        finally:
+            child.stop(5)
+        assert child.exit_code == -signal.SIGTERM
+
+
+def test_a_stubborn_child_is_killed_after_its_grace(tmp_path: Path) -> None:
+    """SIGKILL when SIGTERM is ignored."""
+    code = "import signal, time; signal.signal(15, signal.SIG_IGN); print('here', flush=True); "
+    command = (sys.executable, "-c", code + "time.sleep(60)")
+    child = started(tmp_path / "log", command)
+    child.stop(0.3)
+    assert child.exit_code == -signal.SIGKILL
+
+
+def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
+    """Even when the parent is killed outright."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom moe_serve.serving.process import start\n"
+        f"print(start('c', {SLEEP!r}, Path({str(tmp_path / 'log')!r})).pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    wait_for_words(tmp_path / "log")
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs([child], timeout=10)
+    assert alive == [] or alive[0].status() == psutil.STATUS_ZOMBIE
