@@ -47,9 +47,7 @@ class Moved:
         }
 
 
-def move(
-    state: Path, percent: float, *, decision: Decision, reason: str, actor: str = ""
-) -> Moved:
+def move(state: Path, percent: float, *, decision: Decision, reason: str, actor: str = "") -> Moved:
     """Give the pruned variant ``percent`` of the traffic.
 
     Raises:
