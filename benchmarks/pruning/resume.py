@@ -7,6 +7,7 @@ the hashes of all files with those of an undisturbed run.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from benchmarks.fixtures import CALIBRATION, MODEL
 from moe_serve.checkpoint.manifest import Manifest
+from moe_serve.checkpoint.staging import WORK
 
 
 def main() -> None:
@@ -43,13 +45,17 @@ def main() -> None:
             time.sleep(after)
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-            journal = root / f"out-{trial}.partial/work/journal.json"
-            steps = journal.read_text().count(":") - 20 if journal.exists() else 0
+            steps = steps_done(root / f"out-{trial}.partial" / WORK / "journal.json")
             resumed = run(options, output).wait()
             same = resumed == 0 and Manifest.load(output).files == whole
             failures += not same
-            print(f"| {trial + 1} | {after:.2f} | {max(steps, 0)} | {same} |", flush=True)
+            print(f"| {trial + 1} | {after:.2f} | {steps} | {same} |", flush=True)
     sys.exit(bool(failures))
+
+
+def steps_done(journal: Path) -> int:
+    """Finished steps on record; 0 before there is a journal."""
+    return len(json.loads(journal.read_text())["done"]) if journal.exists() else 0
 
 
 def run(options: argparse.Namespace, output: Path) -> subprocess.Popen[bytes]:
