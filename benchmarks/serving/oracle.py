@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.patches.test_oracle import EXPERTS, KINDS, TOP_K, WIDTH, apart, prompts
 from tests.support.engine import ask
-from tests.support.models import FAMILIES, make_model
+from tests.support.models import SERVED, make_model
 from tests.support.twins import make_twins, random_table, reference_logprobs
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     """Print a table."""
     print("| family | table | Δ to stock vLLM | Δ to transformers | same tokens |")
     print("|---|---|---|---|---|")
-    for family in FAMILIES:
+    for family in SERVED:
         with tempfile.TemporaryDirectory() as folder:
             for row in rows(family, Path(folder)):
                 print(row, flush=True)

@@ -10,9 +10,10 @@ from typing import Final
 import torch
 
 from moe_serve.calibration.decoder import Decoder
+from moe_serve.calibration.reverse import LayerInputs, ReversePass
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
-from moe_serve.calibration.statistics import Accumulator
+from moe_serve.calibration.statistics import Accumulator, LayerStatistics
 from moe_serve.calibration.store import (
     CalibrationRecord,
     Statistics,
@@ -20,13 +21,13 @@ from moe_serve.calibration.store import (
 )
 from moe_serve.calibration.stream import Batch, batches, embed
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.checkpoint.staging import Staging
+from moe_serve.checkpoint.staging import Staging, require_space
 from moe_serve.errors import UsageError
 from moe_serve.progress import Progress
 
-RESERVOIR: Final = 512
+RESERVOIR: Final = 1024
 """Tokens per layer kept for criteria that need all experts on the same inputs."""
-_STEP: Final = "calibrate"
+_DONE: Final = "calibrate"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +38,6 @@ class Collection:
     batch_tokens: int = 4096
 
 
-@torch.inference_mode()
 def collect(
     checkpoint: Checkpoint,
     sequences: Sequences,
@@ -49,8 +49,8 @@ def collect(
 ) -> Statistics:
     """Stream all layers and write ``statistics.safetensors`` and ``statistics.json``.
 
-    Reads every weight of the decoder once. Peak memory: one layer in FP32, its normal matrices
-    (N · I² · 4 bytes) and one batch; hidden states stay on disk.
+    Reads every weight of the decoder twice: forward, and back for the gradients. Peak memory: one
+    layer in FP32, its normal matrices (N · I² · 4 bytes) and one batch; hidden states stay on disk.
 
     Args:
         checkpoint: an uncompacted checkpoint.
@@ -63,6 +63,7 @@ def collect(
 
     Raises:
         UsageError: the checkpoint is already compact.
+        OutputError: the disk has no room for the hidden states.
         CheckpointError: weights are missing, misshapen or not finite.
         CalibrationError: activations are not finite.
     """
@@ -70,56 +71,97 @@ def collect(
         raise UsageError(
             "is already compact", where=str(checkpoint.path), remedy="calibrate the original"
         )
-    writer = StatisticsWriter(folder, checkpoint, record)
-    decoder = Decoder(checkpoint, settings.device)
-    hidden = checkpoint.shape.hidden
-    domain_T, omega_T = sequences.token_domains(), sequences.weights()
-    sample = _reservoir(sequences.total, record.reservoir, record.seed)
-    layers = decoder.layers
-    progress.start("calibrate", layers)
-    states = [States(staging.work / f"calibrate-{i}.f32", hidden) for i in (0, 1)]
-    for index in range(layers):
-        step = f"{_STEP}/{index}"
-        if staging.done(step) is None:
-            before, after = states[index % 2], states[(index + 1) % 2]
-            if index == 0:
-                embed(decoder, sequences, before)
-            layer = decoder.layer(index)
-            mixture = layer.mixture
-            accumulator = (
-                None
-                if mixture is None
-                else Accumulator(
-                    domains=len(sequences.domains),
-                    experts=checkpoint.shape.experts,
-                    width=checkpoint.shape.width,
-                    hidden=hidden,
-                )
-            )
-            for batch in batches(sequences, settings.batch_tokens, settings.device):
-                r_BLD = layer.attend(batch.load(before), decoder.rotary(*batch.shape))
-                z_BLD = layer.normed(r_BLD)
-                if mixture is None or accumulator is None:
-                    y_BLD = layer.feed_forward(z_BLD)
-                else:
-                    y_BLD = accumulator.observe(
-                        mixture,
-                        z_BLD.flatten(0, 1),
-                        domain_T[batch.tokens],
-                        omega_T[batch.tokens].to(settings.device),
-                        _within(sample, batch),
-                    ).view_as(r_BLD)
-                batch.store(after, r_BLD + y_BLD)
-            if accumulator is not None:
-                writer.write(index, accumulator.result())
-            staging.finish(step)
-        progress.advance()
-    if staging.done(_STEP) is None:
+    if staging.done(_DONE) is None:
+        writer = StatisticsWriter(folder, checkpoint, record)
+        decoder = Decoder(checkpoint, settings.device)
+        hidden, layers = checkpoint.shape.hidden, decoder.layers
+        inputs = LayerInputs.of(sequences, staging, layers=layers, hidden=hidden)
+        states = [States(staging.work / f"calibrate-{i}.f32", hidden) for i in (0, 1)]
+        if not staging.resumed:
+            room = inputs.bytes_needed + 2 * states[0].size(sequences.total)
+            require_space(staging.path, room)
+        progress.start("calibrate", 2 * layers)
+        forward = _Forward(
+            decoder=decoder,
+            sequences=sequences,
+            states=(states[0], states[1]),
+            sample=_reservoir(sequences.total, record.reservoir, record.seed),
+            inputs=inputs,
+            settings=settings,
+        )
+        for index in range(layers):
+            step = f"calibrate/{index}"
+            if staging.done(step) is None:
+                if (found := forward.step(index)) is not None:
+                    writer.write(index, found)
+                staging.finish(step)
+            progress.advance()
+        reverse = ReversePass(decoder, inputs, staging, settings.batch_tokens)
+        for index in reversed(range(layers)):
+            step = f"reverse/{index}"
+            if staging.done(step) is None:
+                if index == layers - 1:
+                    reverse.begin()
+                if (gradients := reverse.step(index)) is not None:
+                    writer.write_gradients(index, gradients)
+                staging.finish(step)
+            progress.advance()
         writer.close()
-        staging.finish(_STEP)
-    for state in states:
-        state.remove()
+        staging.finish(_DONE)
+        for state in states:
+            state.remove()
+        inputs.remove()
+        reverse.end()
     return Statistics(folder)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Forward:
+    """The forward half, one layer per step."""
+
+    decoder: Decoder
+    sequences: Sequences
+    states: tuple[States, States]
+    sample: list[int]
+    inputs: LayerInputs
+    settings: Collection
+
+    @torch.inference_mode()
+    def step(self, index: int) -> LayerStatistics | None:
+        """Push all tokens through a layer; its statistics, or ``None`` where it is dense."""
+        shape, device = self.decoder.checkpoint.shape, self.settings.device
+        before, after = self.states[index % 2], self.states[(index + 1) % 2]
+        if index == 0:
+            embed(self.decoder, self.sequences, before)
+        layer = self.decoder.layer(index)
+        domain_T, omega_T = self.sequences.token_domains(), self.sequences.weights()
+        accumulator = Accumulator(
+            domains=len(self.sequences.domains),
+            experts=shape.experts,
+            width=shape.width,
+            hidden=shape.hidden,
+        )
+        last = index == self.decoder.layers - 1
+        for batch in batches(self.sequences, self.settings.batch_tokens, device):
+            x_BLD = batch.load(before)
+            self.inputs.keep(index, batch, x_BLD)
+            r_BLD = layer.attend(x_BLD, self.decoder.rotary(*batch.shape))
+            z_BLD = layer.normed(r_BLD)
+            if layer.mixture is None:
+                y_BLD = layer.feed_forward(z_BLD)
+            else:
+                y_BLD = accumulator.observe(
+                    layer.mixture,
+                    z_BLD.flatten(0, 1),
+                    domain_T[batch.tokens],
+                    omega_T[batch.tokens].to(device),
+                    _within(self.sample, batch),
+                ).view_as(r_BLD)
+            x_BLD = r_BLD + y_BLD
+            batch.store(after, x_BLD)
+            if last:
+                self.inputs.keep(index + 1, batch, x_BLD)
+        return accumulator.result() if layer.mixture is not None else None
 
 
 def _reservoir(total: int, size: int, seed: int) -> list[int]:

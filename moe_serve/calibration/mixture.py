@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import LayerTable
 from moe_serve.errors import CheckpointError
+from moe_serve.families import Routing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,13 +34,14 @@ class Unit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Router:
-    """Softmax over logits, top k, optionally renormalised (Mixtral; Qwen3-MoE)."""
+    """From the mixture's input to each expert's weight, by the family's rule."""
 
     weight_ND: torch.Tensor
-    top_k: int
-    renormalise: bool
+    rule: Routing
+    bias_N: torch.Tensor | None = None
+    """Added to the scores for selection only."""
     dropped: tuple[int, ...] = ()
-    """Experts whose logit is minus infinity."""
+    """Experts that are never selected: their logit is minus infinity."""
 
     def logits(self, z_TD: torch.Tensor) -> torch.Tensor:
         """Router logits [T, N], dropped experts at minus infinity."""
@@ -50,20 +52,61 @@ class Router:
 
     def __call__(self, z_TD: torch.Tensor) -> torch.Tensor:
         """Weights [T, N] given to each expert, zero where it is not selected."""
-        probabilities_TN = torch.softmax(self.logits(z_TD), dim=-1)
-        values_TK, chosen_TK = torch.topk(probabilities_TN, self.top_k, dim=-1)
-        if self.renormalise:
-            values_TK = values_TK / values_TK.sum(dim=-1, keepdim=True)
-        return torch.zeros_like(probabilities_TN).scatter_(1, chosen_TK, values_TK)
+        rule, logits_TN = self.rule, self.logits(z_TD)
+        if rule.score == "softmax":
+            scores_TN = torch.softmax(logits_TN, dim=-1)
+        else:
+            scores_TN = torch.sigmoid(logits_TN)
+        chosen_TK = torch.topk(self._choice(scores_TN), rule.top_k, dim=-1).indices
+        values_TK = scores_TN.gather(1, chosen_TK)
+        if rule.renormalise:
+            values_TK = values_TK / values_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
+        values_TK = values_TK * rule.scale
+        return torch.zeros_like(scores_TN).scatter(1, chosen_TK, values_TK)
+
+    def _choice(self, scores_TN: torch.Tensor) -> torch.Tensor:
+        """What selection ranks by."""
+        rule = self.rule
+        choice_TN = scores_TN if self.bias_N is None else scores_TN + self.bias_N
+        if self.dropped:
+            choice_TN = choice_TN.clone()
+            choice_TN[:, list(self.dropped)] = -torch.inf
+        if rule.groups == 1:
+            return choice_TN
+        grouped_TGn = choice_TN.view(len(choice_TN), rule.groups, -1)
+        best = 1 if rule.group_score == "best" else 2
+        group_TG = grouped_TGn.topk(best, dim=-1).values.sum(dim=-1)
+        kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
+        kept_TG.scatter_(1, group_TG.topk(rule.groups_selected, dim=-1).indices, value=True)
+        return grouped_TGn.masked_fill(~kept_TG[:, :, None], -torch.inf).flatten(1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shared:
+    """The expert that every token takes."""
+
+    unit: Unit
+    gate_1D: torch.Tensor | None = None
+    """Its sigmoid scales the output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
-    """Router and units of one layer."""
+    """Router and units of one layer, and the shared expert where there is one."""
 
     router: Router
     units: tuple[Unit, ...]
     activation: Callable[[torch.Tensor], torch.Tensor]
+    shared: Shared | None = None
+
+    def always(self, z_TD: torch.Tensor) -> torch.Tensor:
+        """What the shared expert adds [T, D]; zeros without one."""
+        if self.shared is None:
+            return torch.zeros_like(z_TD)
+        out_TD = self.hidden(self.shared.unit, z_TD) @ self.shared.unit.down_DF.T
+        if self.shared.gate_1D is not None:
+            out_TD = out_TD * torch.sigmoid(z_TD @ self.shared.gate_1D.T)
+        return out_TD
 
     def hidden(self, unit: Unit, z_TD: torch.Tensor) -> torch.Tensor:
         """A unit's neurons h [T, F] on tokens z, before any routing weight."""
@@ -84,10 +127,11 @@ class Mixture:
                 yield unit, index, weight_T[index], self.hidden(unit, z_TD[index])
 
     def __call__(self, z_TD: torch.Tensor) -> torch.Tensor:
-        """The layer's routed output [T, D]."""
-        out_TD = torch.zeros_like(z_TD)
+        """The layer's output [T, D]."""
+        out_TD = self.always(z_TD)
         for unit, index, weight_t, h_tF in self.activations(z_TD):
-            out_TD.index_add_(0, index, (h_tF * weight_t[:, None]) @ unit.down_DF.T)
+            part_tD = (h_tF * weight_t[:, None]) @ unit.down_DF.T
+            out_TD = out_TD.index_add(0, index, part_tD)
         return out_TD
 
 
@@ -130,12 +174,28 @@ def read_router(checkpoint: Checkpoint, layer: int, device: torch.device) -> Rou
     """Load one layer's router in FP32."""
     family, shape = checkpoint.family, checkpoint.shape
     table = checkpoint.table.layers.get(layer)
-    weight = checkpoint.read(family.gate_name(layer), (shape.experts, shape.hidden))
+    bias = family.correction_bias
     return Router(
-        weight_ND=_finite(weight, family.gate_name(layer), checkpoint).to(device, torch.float32),
-        top_k=shape.top_k,
-        renormalise=family.renormalises(checkpoint.config),
+        weight_ND=_read(checkpoint, family.gate_name(layer), device, (shape.experts, shape.hidden)),
+        rule=family.routing_of(checkpoint.config),
+        bias_N=_read(checkpoint, bias.format(layer=layer), device, (shape.experts,))
+        if bias
+        else None,
         dropped=table.dropped if table else (),
+    )
+
+
+def read_shared(checkpoint: Checkpoint, layer: int, device: torch.device) -> Shared | None:
+    """Load the shared expert in FP32, if the family has one."""
+    family = checkpoint.family
+    names = family.shared_names(layer)
+    if names is None or names.gate not in checkpoint.tensors:
+        return None
+    gate, up, down = (_read(checkpoint, name, device) for name in names)
+    scale = family.shared_gate
+    return Shared(
+        unit=Unit(owners=(), gate_FD=gate, up_FD=up, down_DF=down),
+        gate_1D=_read(checkpoint, scale.format(layer=layer), device) if scale else None,
     )
 
 
@@ -154,20 +214,23 @@ def read_mixture(checkpoint: Checkpoint, layer: int, device: torch.device) -> Mi
     for block in range(table.blocks):
         names = family.expert_names(layer, block)
         for name, into in zip(names, (gates, ups, downs), strict=True):
-            weight = _finite(checkpoint.read(name), name, checkpoint)
-            into.append(weight.to(device, torch.float32))
+            into.append(_read(checkpoint, name, device))
     return Mixture(
         router=read_router(checkpoint, layer, device),
         units=make_units(table, gates, ups, downs),
         activation=ACT2FN[checkpoint.config.get("hidden_act", "silu")],
+        shared=read_shared(checkpoint, layer, device),
     )
 
 
-def _finite(weight: torch.Tensor, name: str, checkpoint: Checkpoint) -> torch.Tensor:
+def _read(
+    checkpoint: Checkpoint, name: str, device: torch.device, shape: tuple[int, ...] | None = None
+) -> torch.Tensor:
+    weight = checkpoint.read(name, shape)
     if not bool(torch.isfinite(weight).all()):
         raise CheckpointError(
             f"tensor {name!r} holds NaN or infinite values",
             where=str(checkpoint.entry(name).file),
             remedy="the file is damaged or the model diverged in training; fetch it again",
         )
-    return weight
+    return weight.to(device, torch.float32)

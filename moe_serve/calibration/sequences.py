@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -74,6 +74,15 @@ class Sequences:
             batch.append(index)
         if batch:
             yield tuple(batch)
+
+    def subset(self, numbers: Iterable[int]) -> Sequences:
+        """Some of the sequences, in the order given; all domains stay on the list."""
+        chosen = tuple(numbers)
+        return Sequences(
+            domains=self.domains,
+            tokens=tuple(self.tokens[n] for n in chosen),
+            domain=tuple(self.domain[n] for n in chosen),
+        )
 
     def sha256(self) -> str:
         """Identifies exactly these tokens in this order."""

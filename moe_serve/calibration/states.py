@@ -23,6 +23,10 @@ class States:
         self._row = hidden * 4
         self._hidden = hidden
 
+    def size(self, tokens: int) -> int:
+        """Bytes on disk of that many rows."""
+        return tokens * self._row
+
     def write(self, start: int, rows_TD: torch.Tensor) -> None:
         """Store rows beginning at token ``start``."""
         data = rows_TD.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()

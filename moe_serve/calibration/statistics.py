@@ -20,6 +20,8 @@ from moe_serve.errors import CalibrationError
 class LayerStatistics:
     """What one layer's experts did on the calibration tokens. FP32 unless said otherwise."""
 
+    weight: torch.Tensor
+    """Σ ω over all tokens [1] (F64)."""
     count_CN: torch.Tensor
     """Tokens that selected the expert, per domain (exact up to 2^53; F64)."""
     weight_CN: torch.Tensor
@@ -46,6 +48,7 @@ class LayerStatistics:
         """Name → (safetensors type, shape) of every field."""
         sums = ("F64", (domains, experts))
         return {
+            "weight": ("F64", (1,)),
             "count_CN": sums,
             "weight_CN": sums,
             "weighted_norm_CN": sums,
@@ -102,6 +105,7 @@ class Accumulator:
             name: torch.zeros(sums, dtype=torch.float64)
             for name in ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
         }
+        self._weight = torch.zeros(1, dtype=torch.float64)
         self._normal_NII = torch.zeros(experts, width, width)
         self._output_ND = torch.zeros(experts, hidden)
         self._reservoir: list[torch.Tensor] = []
@@ -132,10 +136,11 @@ class Accumulator:
                 "hidden states hold NaN or infinite values",
                 remedy="the weights of an earlier layer are damaged; run moe-serve verify",
             )
+        self._weight += omega_T.double().sum().cpu()
         chosen = list(sample)
         self._reservoir.append(z_TD[chosen].cpu())
         self._reservoir_domain.append(domain_T[chosen].cpu())
-        out_TD = torch.zeros_like(z_TD)
+        out_TD = mixture.always(z_TD)
         for unit, index, weight_t, h_tI in mixture.activations(z_TD):
             (expert,) = unit.owners
             f_tD = h_tI @ unit.down_DF.T
@@ -167,6 +172,7 @@ class Accumulator:
         """The statistics of everything observed."""
         return LayerStatistics(
             **self._sums,
+            weight=self._weight,
             normal_NII=self._normal_NII,
             output_ND=self._output_ND,
             reservoir_SD=torch.cat(self._reservoir),

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.calibration.texts import Source
@@ -21,7 +22,8 @@ from moe_serve.files import read_json, reading, write_json
 
 TENSORS: Final = "statistics.safetensors"
 RECORD: Final = "statistics.json"
-VERSION: Final = 1
+VERSION: Final = 2
+_GRADIENTS: Final = "gradients."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +92,10 @@ class StatisticsWriter:
             hidden=shape.hidden,
             reservoir=record.reservoir,
         )
+        gradients = LayerGradients.shapes(
+            experts=shape.experts, width=shape.width, hidden=shape.hidden
+        )
+        shapes |= {_GRADIENTS + field: form for field, form in gradients.items()}
         runs = [
             tuple(
                 TensorSpec(name=_name(layer, field), dtype=dtype, shape=form)
@@ -104,6 +110,12 @@ class StatisticsWriter:
         """Store one layer and bring it to the disk."""
         for field, tensor in statistics.tensors().items():
             self._shards.write(_name(layer, field), tensor)
+        self._shards.sync()
+
+    def write_gradients(self, layer: int, gradients: LayerGradients) -> None:
+        """Store what the reverse pass found for one layer."""
+        for field, tensor in gradients.tensors().items():
+            self._shards.write(_name(layer, _GRADIENTS + field), tensor)
         self._shards.sync()
 
     def close(self) -> str:
@@ -163,6 +175,13 @@ class Statistics:
         fields = LayerStatistics.__slots__
         return LayerStatistics.from_tensors(
             {field: self._read(_name(layer, field)) for field in fields}
+        )
+
+    def gradients(self, layer: int) -> LayerGradients:
+        """Read one layer's part from the reverse pass."""
+        fields = LayerGradients.__slots__
+        return LayerGradients(
+            **{field: self._read(_name(layer, _GRADIENTS + field)) for field in fields}
         )
 
     def _read(self, name: str) -> torch.Tensor:

@@ -24,6 +24,8 @@ from moe_serve.checkpoint.table import CompactTable
 from moe_serve.errors import PlanError, UsageError
 
 ROUTER_MASK: Final = "router_mask.safetensors"
+_SILENCE: Final = -1e30
+"""A correction bias under which no expert is selected; finite in BF16 and FP32."""
 
 
 class LayerBlocks(NamedTuple):
@@ -51,22 +53,48 @@ class Form:
     rows: dict[int, tuple[int, ...]]
     """For layers whose router shrinks, the rows that stay."""
     mask: dict[int, tuple[int, ...]]
-    """For layers with dropped experts that keep all router rows, the ids that are dropped."""
+    """For layers with dropped experts that keep all router rows, the ids that are dropped: what
+    stock software can't express."""
+    silenced: dict[int, tuple[int, ...]]
+    """The same where the router has a correction bias, which can express it."""
 
     def runs(self) -> list[Run]:
         """The tensors to write."""
         return runs(self.checkpoint, self.stored)
 
-    def copy_unchanged(self, writer: ShardWriter) -> None:
-        """Write every tensor that is not an expert of a changed layer, byte for byte."""
+    def edited(self) -> dict[str, int]:
+        """Tensors beside the experts that do not go over byte for byte, with their layers."""
         family = self.checkpoint.family
-        gates = {family.gate_name(layer): rows for layer, rows in self.rows.items()}
+        names = {family.gate_name(layer): layer for layer in self.rows}
+        for layer in (*self.rows, *self.silenced):
+            if bias := family.bias_name(layer):
+                names[bias] = layer
+        for layer, stored in self.stored.items():
+            if stored.shared is not None:
+                names |= dict.fromkeys(family.shared_names(layer) or (), layer)
+        return names
+
+    def copy_unchanged(self, writer: ShardWriter) -> None:
+        """Write every tensor that is not an expert of a changed layer."""
+        edited = self.edited()
         for entry in copied_entries(self.checkpoint, set(self.stored)):
-            if entry.name in gates:
-                rows = torch.tensor(gates[entry.name])
-                writer.write(entry.name, self.checkpoint.read(entry.name).index_select(0, rows))
+            if entry.name in edited:
+                writer.write(entry.name, self._edit(entry.name, edited[entry.name]))
             else:
                 writer.write_bytes(entry.name, self.checkpoint.read_bytes(entry.name))
+
+    def _edit(self, name: str, layer: int) -> torch.Tensor:
+        """A shared expert with neurons of zero added, a router with rows gone or silenced."""
+        weight = self.checkpoint.read(name)
+        shared = self.checkpoint.family.shared_names(layer)
+        if shared is not None and name in shared:
+            axis = 1 if name == shared.down else 0
+            return _side_by_side([weight], weight, axis, self.stored[layer].shared or 0)
+        if layer in self.rows:
+            return weight.index_select(0, torch.tensor(self.rows[layer]))
+        weight = weight.clone()
+        weight[list(self.silenced[layer])] = _SILENCE
+        return weight
 
     def write_layer(self, writer: ShardWriter, layer: int, blocks: LayerBlocks) -> None:
         """Write one changed layer's experts. Memory beyond the blocks: one expert."""
@@ -115,7 +143,16 @@ def compact_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
         slots={i: tuple((b,) for b in range(t.blocks)) for i, t in table.layers.items()},
         rows={},
         mask={},
+        silenced=_silenced(checkpoint, {i: t.dropped for i, t in table.layers.items()}),
     )
+
+
+def _silenced(
+    checkpoint: Checkpoint, dropped: dict[int, tuple[int, ...]]
+) -> dict[int, tuple[int, ...]]:
+    if checkpoint.family.correction_bias is None:
+        return {}
+    return {layer: ids for layer, ids in dropped.items() if ids}
 
 
 def tied_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
@@ -123,21 +160,27 @@ def tied_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
     shape = checkpoint.shape
     layers = checkpoint.family.moe_layers(checkpoint.config)
     dropped = {i: table.layers[i].dropped if i in table.layers else () for i in layers}
-    same = len({len(d) for d in dropped.values()}) == 1
+    # Groups are runs of equal length: with rows gone they would be other groups.
+    grouped = checkpoint.family.routing_of(checkpoint.config).groups > 1
+    same = len({len(d) for d in dropped.values()}) == 1 and not grouped
     kept = {
         i: tuple(e for e in range(shape.experts) if not same or e not in dropped[i])
         for i in table.layers
     }
     shrunk = same and any(dropped.values())
+    silenced = _silenced(checkpoint, dropped)
     count = len(kept[layers[0]]) if shrunk else shape.experts
     return Form(
         name="tied",
         checkpoint=checkpoint,
-        config=stock_config(checkpoint, experts=count if shrunk else None),
+        config=stock_config(
+            checkpoint, changed=bool(table.layers), experts=count if shrunk else None
+        ),
         stored={i: Stored(count=count, width=shape.width, rows=count) for i in table.layers},
         slots={i: tuple(t.experts[e] or () for e in kept[i]) for i, t in table.layers.items()},
         rows=kept if shrunk else {},
-        mask={} if same else {i: d for i, d in dropped.items() if d},
+        mask={} if same or silenced else {i: d for i, d in dropped.items() if d},
+        silenced={} if same else silenced,
     )
 
 
@@ -170,14 +213,24 @@ def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
             remedy="use --format compact, or prune with --format native from the start",
         )
     count, width = sizes.pop()
+    if count < shape.experts and checkpoint.family.routing_of(checkpoint.config).groups > 1:
+        raise PlanError(
+            "the router selects among groups of experts, which dropping would shift",
+            remedy="use --format compact, or a method that keeps every expert",
+        )
+    shared = checkpoint.family.shared_count(checkpoint.config, width)
+    grown = shared * width if shared is not None and width != shape.width else None
     return Form(
         name="native",
         checkpoint=checkpoint,
-        config=stock_config(checkpoint, experts=count, width=width),
-        stored={i: Stored(count=count, width=width, rows=count) for i in table.layers},
+        config=stock_config(checkpoint, changed=bool(table.layers), experts=count, width=width),
+        stored={
+            i: Stored(count=count, width=width, rows=count, shared=grown) for i in table.layers
+        },
         slots={i: tuple(table.layers[i].experts[e] or () for e in kept[i]) for i in kept},
         rows={i: k for i, k in kept.items() if len(k) < shape.experts},
         mask={},
+        silenced={},
     )
 
 

@@ -29,10 +29,14 @@ class Stored:
     count: int
     width: int
     rows: int
+    shared: int | None = None
+    """Neurons of the shared expert where it has to grow."""
 
 
 def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
     """The tensors of the output in stored order: the original's, changed layers re-shaped.
+
+    Layers for multi-token prediction go where others change: they draft for the original model.
 
     Args:
         checkpoint: the original.
@@ -48,11 +52,16 @@ def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
         for layer in family.moe_layers(checkpoint.config)
     }
     prefixes = {family.expert_prefix(layer): layer for layer in present}
-    gates = {family.gate_name(layer): layer for layer in present}
+    routers = {family.gate_name(layer): layer for layer in present}
+    routers |= {bias: layer for layer in present if (bias := family.bias_name(layer))}
+    shared = _shared_shapes(checkpoint, layers)
+    extra = _extra(checkpoint, changed=bool(layers))
     ordered = sorted(checkpoint.tensors.values(), key=lambda e: (e.file, e.start))
     result: list[Run] = []
     written: set[int] = set()
     for entry in ordered:
+        if extra and entry.name.startswith(extra):
+            continue
         expert_of = next((i for p, i in prefixes.items() if entry.name.startswith(p)), None)
         if expert_of is not None:
             if expert_of not in written:
@@ -60,11 +69,23 @@ def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
                 stored = layers.get(expert_of, present[expert_of])
                 result += _expert_runs(checkpoint, expert_of, stored)
             continue
-        form = entry.shape
-        if entry.name in gates and gates[entry.name] in layers:
-            form = (layers[gates[entry.name]].rows, shape.hidden)
+        form = shared.get(entry.name, entry.shape)
+        if entry.name in routers and routers[entry.name] in layers:
+            form = (layers[routers[entry.name]].rows, *form[1:])
         result.append((TensorSpec(name=entry.name, dtype=entry.dtype, shape=form),))
     return result
+
+
+def _shared_shapes(checkpoint: Checkpoint, layers: dict[int, Stored]) -> dict[str, tuple[int, ...]]:
+    """New shapes of the shared experts' tensors, where they grow."""
+    hidden = checkpoint.shape.hidden
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, stored in layers.items():
+        names = checkpoint.family.shared_names(layer)
+        if names is not None and stored.shared is not None:
+            wide, tall = (stored.shared, hidden), (hidden, stored.shared)
+            shapes |= dict(zip(names, (wide, wide, tall), strict=True))
+    return shapes
 
 
 def _expert_runs(checkpoint: Checkpoint, layer: int, stored: Stored) -> list[Run]:
@@ -88,11 +109,15 @@ def compact_config(checkpoint: Checkpoint, table: CompactTable) -> dict[str, Any
     config = copy.deepcopy(checkpoint.config)
     config["architectures"] = [checkpoint.family.compact_architecture]
     config["compact_experts"] = table.to_config()
-    return config
+    return _without_extra(checkpoint, config, changed=bool(table.layers))
 
 
 def stock_config(
-    checkpoint: Checkpoint, *, experts: int | None = None, width: int | None = None
+    checkpoint: Checkpoint,
+    *,
+    changed: bool,
+    experts: int | None = None,
+    width: int | None = None,
 ) -> dict[str, Any]:
     """A config stock software loads: no table, the original architecture, other sizes if given."""
     family = checkpoint.family
@@ -104,7 +129,22 @@ def stock_config(
             if key in config:
                 config[key] = experts
     if width is not None:
+        if family.shared_count_key and (count := family.shared_count(config, width)):
+            config[family.shared_count_key] = count
         config[family.width_key] = width
+    return _without_extra(checkpoint, config, changed=changed)
+
+
+def _extra(checkpoint: Checkpoint, *, changed: bool) -> tuple[str, ...]:
+    return checkpoint.family.extra_prefixes(checkpoint.config) if changed else ()
+
+
+def _without_extra(
+    checkpoint: Checkpoint, config: dict[str, Any], *, changed: bool
+) -> dict[str, Any]:
+    key = checkpoint.family.extra_layers_key
+    if changed and key and key in config:
+        config[key] = 0
     return config
 
 
@@ -137,7 +177,8 @@ def write_config(target: Path, config: dict[str, Any]) -> None:
 
 
 def copied_entries(checkpoint: Checkpoint, changed: set[int]) -> list[TensorEntry]:
-    """Tensors that go over byte for byte: all but the experts of changed layers."""
+    """Tensors that go over: all but the experts of changed layers."""
     prefixes = tuple(checkpoint.family.expert_prefix(layer) for layer in changed)
+    prefixes += _extra(checkpoint, changed=bool(changed))
     entries = sorted(checkpoint.tensors.values(), key=lambda e: (e.file, e.start))
     return [e for e in entries if not (prefixes and e.name.startswith(prefixes))]

@@ -42,3 +42,10 @@ RefitFlag = Annotated[
     ),
 ]
 FormatName = Annotated[str, typer.Option("--format", help="compact, tied or native.")]
+AcrossLayers = Annotated[
+    bool,
+    typer.Option(
+        "--across-layers/--each-layer",
+        help="Spend the budget where the loss needs it, or give every layer the same share.",
+    ),
+]

@@ -37,6 +37,7 @@ def prune_command(
     method: options.MethodName = AUTO,
     block_width: options.BlockWidth = None,
     refit: options.RefitFlag = None,
+    across_layers: options.AcrossLayers = True,
     form: options.FormatName = "compact",
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan.")] = None,
     statistics: Annotated[
@@ -61,6 +62,7 @@ def prune_command(
             block_width=block_width,
             refit=refit,
             uniform=form == "native",
+            across_layers=across_layers,
             seed=seed,
         ),
         form=form,
@@ -115,6 +117,7 @@ def plan_command(
     method: options.MethodName = AUTO,
     block_width: options.BlockWidth = None,
     refit: options.RefitFlag = None,
+    across_layers: options.AcrossLayers = True,
     form: options.FormatName = "compact",
     model: Annotated[
         Path | None, typer.Option(help="The checkpoint, where it has moved since calibrate.")
@@ -132,6 +135,7 @@ def plan_command(
         block_width=block_width,
         refit=refit,
         uniform=form == "native",
+        across_layers=across_layers,
         seed=seed,
     )
     with progress_bar() as progress:

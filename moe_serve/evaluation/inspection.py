@@ -58,7 +58,7 @@ def _parts(checkpoint: Checkpoint) -> Counter[str]:
     family = checkpoint.family
     layers = family.moe_layers(checkpoint.config)
     experts = tuple(map(family.expert_prefix, layers))
-    routers = set(map(family.gate_name, layers))
+    routers = set(map(family.gate_name, layers)) | set(map(family.bias_name, layers))
     parts: Counter[str] = Counter()
     for entry in checkpoint.tensors.values():
         name = entry.name

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moe_serve.errors import UnsupportedFamily
+from moe_serve.families.routing import Routing, RoutingRule
 
 Config = Mapping[str, Any]
 
@@ -51,12 +52,25 @@ class Family:
     expert: str
     """Prefix of one expert's tensors."""
     projections: Projections
-    renormalise: bool | str
-    """Whether the selected probabilities are scaled to sum to one: fixed, or a config key."""
+    routing: RoutingRule
+    correction_bias: str | None = None
+    """Router bias [N] that counts for selection only."""
+    shared: str | None = None
+    """Prefix of the expert that every token takes."""
+    shared_count_key: str | None = None
+    """Config key n where the shared expert is n times as wide as a routed one."""
+    shared_gate: str | None = None
+    """Weight [1, D] whose sigmoid scales the shared expert."""
     sparse_step_key: str | None = None
     """Config key: every n-th layer is a mixture (absent: every layer)."""
     dense_layers_key: str | None = None
     """Config key: list of layer indices that are dense although the step says otherwise."""
+    first_sparse_key: str | None = None
+    """Config key: index of the first layer that is a mixture."""
+    frequency_key: str | None = None
+    """Config key: from there on, layers whose index it divides are mixtures."""
+    extra_layers_key: str | None = None
+    """Config key: number of layers beyond the decoder's, for multi-token prediction."""
 
     @property
     def compact_architecture(self) -> str:
@@ -89,18 +103,31 @@ class Family:
             )
         return value
 
-    def renormalises(self, config: Config) -> bool:
-        """Whether selected router probabilities are scaled to sum to one."""
-        if isinstance(self.renormalise, bool):
-            return self.renormalise
-        return bool(config.get(self.renormalise, False))
+    def routing_of(self, config: Config) -> Routing:
+        """The routing rule of one checkpoint."""
+        return self.routing.fill(config, self._count(config, self.top_k_key))
 
     def moe_layers(self, config: Config) -> tuple[int, ...]:
         """Indices of the layers that hold routed experts, in order."""
-        step = int(config.get(self.sparse_step_key, 1) or 1) if self.sparse_step_key else 1
+
+        def number(key: str | None, otherwise: int) -> int:
+            return int(config.get(key) or otherwise) if key else otherwise
+
+        step, frequency = number(self.sparse_step_key, 1), number(self.frequency_key, 1)
+        first = number(self.first_sparse_key, 0)
         dense = set(config.get(self.dense_layers_key) or ()) if self.dense_layers_key else set()
-        layers = range(self.shape(config).layers)
-        return tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
+        return tuple(
+            i
+            for i in range(first, self.shape(config).layers)
+            if i not in dense and (i + 1) % step == 0 and i % frequency == 0
+        )
+
+    def shared_names(self, layer: int) -> Projections | None:
+        """Names of the shared expert's gate, up and down weights."""
+        if self.shared is None:
+            return None
+        prefix = self.shared.format(layer=layer)
+        return Projections(*(f"{prefix}.{ending}" for ending in self.projections))
 
     def gate_name(self, layer: int) -> str:
         """Name of the router weight."""
@@ -114,6 +141,23 @@ class Family:
     def expert_prefix(self, layer: int) -> str:
         """What the names of all experts' tensors of a layer begin with."""
         return self.expert.split("{expert}")[0].format(layer=layer)
+
+    def shared_count(self, config: Config, width: int) -> int | None:
+        """``width``'s multiple that holds the shared expert; ``None`` where its size is free."""
+        if self.shared_count_key is None:
+            return None
+        whole = int(config.get(self.shared_count_key) or 0) * self._count(config, self.width_key)
+        return -(-whole // width)
+
+    def bias_name(self, layer: int) -> str | None:
+        """Name of the router's correction bias, where the family has one."""
+        return self.correction_bias.format(layer=layer) if self.correction_bias else None
+
+    def extra_prefixes(self, config: Config) -> tuple[str, ...]:
+        """What tensors of layers beyond the decoder begin with (multi-token prediction)."""
+        count = int(config.get(self.extra_layers_key) or 0) if self.extra_layers_key else 0
+        first = self.shape(config).layers
+        return tuple(self.layer_prefix(i) for i in range(first, first + count))
 
     @staticmethod
     def layer_prefix(layer: int) -> str:

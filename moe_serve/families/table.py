@@ -6,6 +6,17 @@ from typing import Final
 
 from moe_serve.errors import UnsupportedFamily
 from moe_serve.families.family import Config, Family, Projections
+from moe_serve.families.routing import RoutingRule
+
+_GATED: Final = Projections("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+_BLOCK: Final = "model.layers.{layer}.mlp"
+_DEEPSEEK_COUNT: Final = ("n_routed_experts", "num_local_experts")
+_SIGMOID: Final = RoutingRule(
+    score="sigmoid",
+    renormalise="norm_topk_prob",
+    scale_key="routed_scaling_factor",
+    group_score="best-two",
+)
 
 FAMILIES: Final[tuple[Family, ...]] = (
     Family(
@@ -18,7 +29,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         gate="model.layers.{layer}.block_sparse_moe.gate.weight",
         expert="model.layers.{layer}.block_sparse_moe.experts.{expert}",
         projections=Projections("w1.weight", "w3.weight", "w2.weight"),
-        renormalise=True,
+        routing=RoutingRule(renormalise=True),
     ),
     Family(
         model_type="qwen3_moe",
@@ -27,13 +38,97 @@ FAMILIES: Final[tuple[Family, ...]] = (
         count_keys=("num_experts", "num_local_experts"),
         top_k_key="num_experts_per_tok",
         width_key="moe_intermediate_size",
-        block="model.layers.{layer}.mlp",
-        gate="model.layers.{layer}.mlp.gate.weight",
-        expert="model.layers.{layer}.mlp.experts.{expert}",
-        projections=Projections("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
-        renormalise="norm_topk_prob",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=RoutingRule(renormalise="norm_topk_prob"),
         sparse_step_key="decoder_sparse_step",
         dense_layers_key="mlp_only_layers",
+    ),
+    Family(
+        model_type="qwen2_moe",
+        architecture="Qwen2MoeForCausalLM",
+        count_keys=("num_experts", "num_local_experts"),
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=RoutingRule(renormalise="norm_topk_prob"),
+        shared=f"{_BLOCK}.shared_expert",
+        shared_gate=f"{_BLOCK}.shared_expert_gate.weight",
+        sparse_step_key="decoder_sparse_step",
+        dense_layers_key="mlp_only_layers",
+    ),
+    Family(
+        model_type="olmoe",
+        architecture="OlmoeForCausalLM",
+        count_keys=("num_experts", "num_local_experts"),
+        top_k_key="num_experts_per_tok",
+        width_key="intermediate_size",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=RoutingRule(renormalise="norm_topk_prob"),
+    ),
+    Family(
+        model_type="deepseek_v2",
+        architecture="DeepseekV2ForCausalLM",
+        count_keys=_DEEPSEEK_COUNT,
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        # norm_topk_prob is in the configs; neither transformers nor a published model uses it.
+        routing=RoutingRule(
+            scale_key="routed_scaling_factor",
+            group_score="best",
+            grouped_only_if=("topk_method", "group_limited_greedy"),
+        ),
+        shared=f"{_BLOCK}.shared_experts",
+        shared_count_key="n_shared_experts",
+        first_sparse_key="first_k_dense_replace",
+        frequency_key="moe_layer_freq",
+    ),
+    Family(
+        model_type="deepseek_v3",
+        architecture="DeepseekV3ForCausalLM",
+        count_keys=_DEEPSEEK_COUNT,
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        correction_bias=f"{_BLOCK}.gate.e_score_correction_bias",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=_SIGMOID,
+        shared=f"{_BLOCK}.shared_experts",
+        shared_count_key="n_shared_experts",
+        first_sparse_key="first_k_dense_replace",
+        frequency_key="moe_layer_freq",
+        extra_layers_key="num_nextn_predict_layers",
+    ),
+    Family(
+        model_type="glm4_moe",
+        architecture="Glm4MoeForCausalLM",
+        count_keys=_DEEPSEEK_COUNT,
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        correction_bias=f"{_BLOCK}.gate.e_score_correction_bias",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=_SIGMOID,
+        shared=f"{_BLOCK}.shared_experts",
+        shared_count_key="n_shared_experts",
+        first_sparse_key="first_k_dense_replace",
+        extra_layers_key="num_nextn_predict_layers",
     ),
 )
 

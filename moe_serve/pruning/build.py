@@ -34,10 +34,10 @@ def blocks_from_units(plan: LayerPlan, units: tuple[Unit, ...], dtype: torch.dty
 def pruned_mixture(original: Mixture, table: LayerTable, blocks: LayerBlocks) -> Mixture:
     """The layer as it will be served, in FP32 on the stored (rounded) weights."""
     gate, up, down = ([m.float() for m in matrices] for matrices in blocks)
-    return Mixture(
+    return dataclasses.replace(
+        original,
         router=dataclasses.replace(original.router, dropped=table.dropped),
         units=make_units(table, gate, up, down),
-        activation=original.activation,
     )
 
 

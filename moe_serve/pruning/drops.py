@@ -24,6 +24,80 @@ def drop_frequency(view: LayerView, budget: Budget) -> LayerPlan:
     return keep_best(view, frequency_N, budget, {"frequency": frequency_N.tolist()})
 
 
+def drop_seer(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts with the least summed router weight.
+
+    Source: SEER-MoE, arXiv 2404.05089, section 3.1, soft heavy-hitters counting.
+    """
+    weight_N = view.observed().weight_CN.sum(dim=0)
+    return keep_best(view, weight_N, budget, {"seer": weight_N.tolist()})
+
+
+def drop_ean(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts with the least summed output norm over the tokens that selected them.
+
+    Source: expert activation norm, arXiv 2504.05586, as REAP's baseline (arXiv 2510.13999).
+    """
+    norm_N = view.observed().norm_CN.sum(dim=0)
+    return keep_best(view, norm_N, budget, {"ean": norm_N.tolist()})
+
+
+def drop_man(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts with the least mean output norm over the tokens that selected them.
+
+    Source: mean activation norm, arXiv 2606.15716.
+    """
+    statistics = view.observed()
+    mean_N = statistics.norm_CN.sum(dim=0) / statistics.count_CN.sum(dim=0).clamp(min=1)
+    return keep_best(view, mean_N, budget, {"man": mean_N.tolist()})
+
+
+def drop_msan(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts with the least mean squared output norm over their tokens.
+
+    Source: mean squared activation norm, arXiv 2606.15716.
+    """
+    statistics = view.observed()
+    mean_N = statistics.square_CN.sum(dim=0) / statistics.count_CN.sum(dim=0).clamp(min=1)
+    return keep_best(view, mean_N, budget, {"msan": mean_N.tolist()})
+
+
+def drop_taylor(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts whose outputs move the loss least to first order, E|w f·∂L/∂y|.
+
+    Source: Molchanov et al. 2019, arXiv 1906.10771, eq. 6, with the expert as the unit.
+    """
+    effect_N = view.gradients().taylor_N
+    return keep_best(view, effect_N, budget, {"taylor": effect_N.tolist()})
+
+
+def drop_fisher(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts with the least Fisher importance, E(w f·∂L/∂y)².
+
+    Source: Theis et al. 2018, arXiv 1801.05787, eq. 8, with the expert as the unit.
+    """
+    effect_N = view.gradients().fisher_N
+    return keep_best(view, effect_N, budget, {"fisher": effect_N.tolist()})
+
+
+def drop_aimer(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts whose weights are spread most evenly; needs no data.
+
+    Source: AIMER, arXiv 2603.18492: the mean absolute weight over the root mean square of all
+    three projections together; the highest go first.
+    """
+    totals = torch.zeros(3, view.shape.experts, dtype=torch.float64)
+    for which in range(3):
+        flat_NW = view.projection(which).flatten(1)
+        totals[0] += flat_NW.abs().sum(dim=1)
+        totals[1] += flat_NW.square().sum(dim=1)
+        totals[2] += flat_NW.shape[1]
+    absolute_N, square_N, count_N = totals
+    tiny = torch.finfo(torch.float64).tiny
+    score_N = (absolute_N / count_N) / (square_N / count_N).clamp(min=tiny).sqrt()
+    return keep_best(view, -score_N, budget, {"aimer": score_N.tolist()})
+
+
 def drop_random(view: LayerView, budget: Budget) -> LayerPlan:
     """Drop experts by lot: what any rule has to beat."""
     generator = torch.Generator().manual_seed(1_000_003 * budget.seed + view.index)

@@ -5,6 +5,7 @@ Shape suffixes: S reservoir tokens, N experts, I neurons, D hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,12 +91,7 @@ class _Reservoir:
 
     def drop_error(self, router: Router, dropped: list[int]) -> float:
         """Mean squared change of the layer's output when ``dropped`` can't be selected."""
-        fewer = Router(
-            weight_ND=router.weight_ND,
-            top_k=router.top_k,
-            renormalise=router.renormalise,
-            dropped=tuple(dropped),
-        )
+        fewer = dataclasses.replace(router, dropped=tuple(dropped))
         change_SN = fewer(self.z_SD) - self.weights_SN
         change_SD = torch.einsum("sn,nsd->sd", change_SN, self.output_NSD)
         return float(change_SD.square().sum(dim=1).mean())

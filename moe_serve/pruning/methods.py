@@ -1,4 +1,8 @@
-"""The methods by name. A method is a pure function from a layer and a budget to a layer plan."""
+"""The methods by name; each is a pure function.
+
+One that chooses experts goes from a layer and a budget to a layer plan. One that chooses neurons
+goes from a layer to its ladder; the budget is spent afterwards, over a layer or the whole model.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,27 @@ from dataclasses import dataclass
 from typing import Final
 
 from moe_serve.errors import UsageError
-from moe_serve.pruning.drops import drop_frequency, drop_random, drop_reap
+from moe_serve.pruning.drops import (
+    drop_aimer,
+    drop_ean,
+    drop_fisher,
+    drop_frequency,
+    drop_man,
+    drop_msan,
+    drop_random,
+    drop_reap,
+    drop_seer,
+    drop_taylor,
+)
 from moe_serve.pruning.merging import merge_cka
-from moe_serve.pruning.neurons import block_magnitude, block_obs
+from moe_serve.pruning.naee import drop_naee
+from moe_serve.pruning.neurons import (
+    Ladder,
+    block_heapr,
+    block_magnitude,
+    block_obs,
+    block_taylor,
+)
 from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.view import Budget, LayerView
 
@@ -19,11 +41,14 @@ class Method:
     """A registered method."""
 
     name: str
-    choose: Callable[[LayerView, Budget], LayerPlan]
+    experts: Callable[[LayerView, Budget], LayerPlan] | None = None
+    """Set by a method whose unit is the expert."""
+    neurons: Callable[[LayerView], Ladder] | None = None
+    """Set by a method whose unit is the neuron."""
+    comparable: bool = False
+    """Whether the ladders of different layers measure the same thing."""
     needs_texts: bool = True
     """Whether it needs calibration statistics."""
-    blocks: bool = False
-    """Whether it chooses neurons (a budget in bytes) or whole experts."""
     refit: bool = False
     """Whether what is kept is re-fitted unless the user says otherwise."""
 
@@ -31,12 +56,22 @@ class Method:
 METHODS: Final = {
     method.name: method
     for method in (
-        Method(name="block-obs", choose=block_obs, blocks=True, refit=True),
-        Method(name="block-magnitude", choose=block_magnitude, needs_texts=False, blocks=True),
-        Method(name="drop-reap", choose=drop_reap),
-        Method(name="drop-frequency", choose=drop_frequency),
-        Method(name="drop-random", choose=drop_random, needs_texts=False),
-        Method(name="merge-cka", choose=merge_cka),
+        Method(name="block-obs", neurons=block_obs, comparable=True, refit=True),
+        Method(name="block-heapr", neurons=block_heapr, comparable=True),
+        Method(name="block-taylor", neurons=block_taylor, comparable=True),
+        Method(name="block-magnitude", neurons=block_magnitude, needs_texts=False),
+        Method(name="drop-naee", experts=drop_naee),
+        Method(name="drop-reap", experts=drop_reap),
+        Method(name="drop-ean", experts=drop_ean),
+        Method(name="drop-man", experts=drop_man),
+        Method(name="drop-msan", experts=drop_msan),
+        Method(name="drop-seer", experts=drop_seer),
+        Method(name="drop-frequency", experts=drop_frequency),
+        Method(name="drop-taylor", experts=drop_taylor),
+        Method(name="drop-fisher", experts=drop_fisher),
+        Method(name="drop-aimer", experts=drop_aimer, needs_texts=False),
+        Method(name="drop-random", experts=drop_random, needs_texts=False),
+        Method(name="merge-cka", experts=merge_cka),
     )
 }
 

@@ -10,8 +10,12 @@ import torch
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.errors import PlanError
+from moe_serve.families import Shape
 from moe_serve.progress import Progress
+from moe_serve.pruning.allocation import distribute
 from moe_serve.pruning.methods import Method
+from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.plan import LayerPlan, Plan, Refit
 from moe_serve.pruning.request import Selection
 from moe_serve.pruning.view import Budget, LayerView
@@ -43,19 +47,17 @@ def make_plan(
     """
     if statistics is not None:
         statistics.check(checkpoint)
+    shape = checkpoint.shape
     method, budget, refit = selection.resolve(checkpoint, texts=statistics is not None)
-    layers = checkpoint.family.moe_layers(checkpoint.config)
+    layers = checkpoint.family.moe_layers(checkpoint.config) if budget.keep < 1.0 else ()
     progress.start("plan", len(layers))
-    planned: dict[int, LayerPlan] = {}
-    for index in layers:
-        if budget.keep < 1.0:
-            view = LayerView(
-                index=index,
-                checkpoint=checkpoint,
-                statistics=statistics.layer(index) if statistics is not None else None,
-            )
-            planned[index] = method.choose(view, budget)
-        progress.advance()
+    views = (_view(checkpoint, statistics, index, progress) for index in layers)
+    if method.neurons is not None:
+        planned = _spend(
+            {view.index: method.neurons(view) for view in views}, method, budget, shape
+        )
+    elif method.experts is not None:
+        planned = {view.index: method.experts(view, budget) for view in views}
     plan = Plan(
         model=checkpoint.path.resolve().name,
         fingerprint=checkpoint.fingerprint(),
@@ -72,8 +74,48 @@ def make_plan(
     return plan
 
 
+def _view(
+    checkpoint: Checkpoint, statistics: Statistics | None, index: int, progress: Progress
+) -> LayerView:
+    progress.advance()
+    return LayerView(
+        index=index,
+        checkpoint=checkpoint,
+        statistics=statistics.layer(index) if statistics is not None else None,
+        loss=statistics.gradients(index) if statistics is not None else None,
+    )
+
+
+def _spend(
+    ladders: dict[int, Ladder], method: Method, budget: Budget, shape: Shape
+) -> dict[int, LayerPlan]:
+    """Hand out blocks: over the whole model where layers compare, else within each layer."""
+    if not ladders:
+        return {}
+    block, most = budget.block_width, shape.width // budget.block_width
+    total = min(budget.blocks(shape), most * shape.experts)
+    if total < 1:
+        raise PlanError(
+            f"keep={budget.keep:g} leaves no block of {block} neurons in a layer",
+            remedy="keep more, or use narrower blocks with --block-width",
+        )
+    if budget.uniform:
+        counts = even_counts(total, shape.experts, most)
+        return {index: ladder.plan(block, counts) for index, ladder in ladders.items()}
+    curves = {index: ladder.curve(block) for index, ladder in ladders.items()}
+    totals = [total] * len(ladders)
+    if method.comparable and budget.across_layers:
+        everywhere = budget.blocks(shape, layers=len(ladders))
+        room = most * shape.experts * len(ladders)
+        totals = distribute([c.error_K for c in curves.values()], min(everywhere, room))
+    return {
+        index: ladder.plan(block, curves[index].counts(count))
+        for (index, ladder), count in zip(ladders.items(), totals, strict=True)
+    }
+
+
 def _settings(method: Method, budget: Budget) -> dict[str, Any]:
     settings = asdict(budget)
-    if not method.blocks:
-        del settings["block_width"]
+    if method.neurons is None:
+        del settings["block_width"], settings["across_layers"]
     return settings

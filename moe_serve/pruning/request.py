@@ -91,6 +91,7 @@ class Selection:
     refit: bool | None = None
     """``None``: as the method does."""
     uniform: bool = False
+    across_layers: bool = True
     seed: int = 0
 
     def resolve(self, checkpoint: Checkpoint, *, texts: bool) -> tuple[Method, Budget, bool]:
@@ -102,7 +103,7 @@ class Selection:
         """
         method = method_named(self.method, texts=texts)
         keep = self._share(checkpoint)
-        width = block_width(checkpoint, self.block_width) if method.blocks else None
+        width = block_width(checkpoint, self.block_width) if method.neurons else None
         refit = method.refit if self.refit is None else self.refit
         if refit and not texts:
             raise UsageError(
@@ -113,8 +114,9 @@ class Selection:
         budget = Budget(
             keep=keep,
             block_width=width or checkpoint.shape.width,
-            experts=None if method.blocks else self.experts,
+            experts=None if method.neurons else self.experts,
             uniform=self.uniform,
+            across_layers=self.across_layers,
             seed=self.seed,
         )
         return method, budget, refit

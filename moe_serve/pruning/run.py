@@ -182,6 +182,7 @@ def _fingerprint(
         "experts": selection.experts,
         "block_width": selection.block_width,
         "refit": selection.refit,
+        "across_layers": selection.across_layers,
         "seed": selection.seed,
         "version": moe_serve.__version__,
     }

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from moe_serve.calibration.mixture import read_mixture
+from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import copied_entries
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest, hash_files
@@ -101,7 +102,8 @@ def _against(
         return
     plan = Plan.load(checkpoint.path / "plan.json")
     plan.check(original)
-    unchanged = copied_entries(original, set(plan.layers))
+    edited = form_named("compact", original, plan.table()).edited()
+    unchanged = [e for e in copied_entries(original, set(plan.layers)) if e.name not in edited]
     progress.start("compare with original", len(unchanged) + len(plan.layers))
     for entry in unchanged:
         if checkpoint.read_bytes(entry.name) != original.read_bytes(entry.name):

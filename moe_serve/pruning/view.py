@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.mixture import Mixture, read_mixture
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.families import Shape
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +29,9 @@ class Budget:
     """Whole experts per layer, where the request was made in experts."""
     uniform: bool = False
     """Every expert keeps the same number of neurons: what stock software can load."""
+    across_layers: bool = True
+    """Blocks go where the loss needs them in the whole model; otherwise every layer keeps the
+    same share."""
     seed: int = 0
     """For methods that draw lots."""
 
@@ -32,9 +39,10 @@ class Budget:
         """Experts a layer may keep whole."""
         return self.experts if self.experts is not None else int(self.keep * shape.experts + 1e-9)
 
-    def blocks(self, shape: Shape) -> int:
-        """Blocks a layer may store: never more bytes than ``keep`` allows."""
-        return int(self.keep * shape.experts * shape.width / self.block_width + 1e-9)
+    def blocks(self, shape: Shape, layers: int = 1) -> int:
+        """Blocks that so many layers may store: never more bytes than ``keep`` allows."""
+        neurons = layers * shape.experts * shape.width
+        return int(self.keep * neurons / self.block_width + 1e-9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +52,7 @@ class LayerView:
     index: int
     checkpoint: Checkpoint
     statistics: LayerStatistics | None
+    loss: LayerGradients | None
 
     @property
     def shape(self) -> Shape:
@@ -56,13 +65,15 @@ class LayerView:
         Raises:
             UsageError: there are none.
         """
-        if self.statistics is None:
-            raise UsageError(
-                "this method needs calibration texts",
-                where="--method",
-                remedy="give --calibration PATH, or a method that works from the weights alone",
-            )
-        return self.statistics
+        return _present(self.statistics)
+
+    def gradients(self) -> LayerGradients:
+        """What the reverse pass found.
+
+        Raises:
+            UsageError: there are no statistics.
+        """
+        return _present(self.loss)
 
     def mixture(self) -> Mixture:
         """Router and experts, FP32."""
@@ -73,3 +84,13 @@ class LayerView:
         family = self.checkpoint.family
         names = [family.expert_names(self.index, e)[which] for e in range(self.shape.experts)]
         return torch.stack([self.checkpoint.read(name).float() for name in names])
+
+
+def _present(found: _T | None) -> _T:
+    if found is None:
+        raise UsageError(
+            "this method needs calibration texts",
+            where="--method",
+            remedy="give --calibration PATH, or a method that works from the weights alone",
+        )
+    return found

@@ -9,7 +9,7 @@ import pytest
 
 from moe_serve.checkpoint.source import open_checkpoint
 from tests.support.engine import Reply, ask
-from tests.support.models import FAMILIES, VOCABULARY, make_model
+from tests.support.models import SERVED, VOCABULARY, make_model
 from tests.support.twins import make_twins, random_table, reference_logprobs
 
 BOUND = 2e-5
@@ -35,7 +35,7 @@ def apart(a: Reply, b: Reply) -> float:
     return max(abs(float(x or 0) - float(y or 0)) for x, y in pairs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SERVED)
 def test_compact_equals_its_twin(family: str, tmp_path: Path) -> None:
     """Same log-probabilities to 2e-5 and the same tokens, for every kind of table.
 

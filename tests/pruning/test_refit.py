@@ -9,6 +9,7 @@ import torch
 from moe_serve.calibration.mixture import Mixture, Router, Unit
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
+from moe_serve.families import Routing
 from moe_serve.pruning.plan import Refit
 from moe_serve.pruning.refit import FitTokens, refit
 
@@ -27,7 +28,7 @@ def problem(tmp_path: Path) -> tuple[Mixture, torch.Tensor, torch.Tensor, FitTok
         )
         for e in range(EXPERTS)
     )
-    router = Router(weight_ND=torch.randn(EXPERTS, HIDDEN), top_k=2, renormalise=True)
+    router = Router(weight_ND=torch.randn(EXPERTS, HIDDEN), rule=Routing(top_k=2, renormalise=True))
     mixture = Mixture(router=router, units=units, activation=torch.nn.functional.silu)
     z = torch.randn(TOKENS, HIDDEN)
     target = torch.randn(TOKENS, HIDDEN)

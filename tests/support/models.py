@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-FAMILIES = ("mixtral", "qwen3_moe")
+SERVED = ("mixtral", "qwen3_moe")
+"""Families that the vLLM plugin serves."""
 VOCABULARY = 260
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -29,6 +30,60 @@ _COMMON: dict[str, Any] = {
 }
 
 
+_SHARED_MLA: dict[str, Any] = {
+    "num_key_value_heads": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "head_dim": 16,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.7,
+}
+_GROUPS: dict[str, Any] = {"n_group": 4, "topk_group": 2}
+_OF: dict[str, dict[str, Any]] = {
+    "mixtral": {"count": "num_local_experts", "width": "intermediate_size", "sliding_window": None},
+    "qwen3_moe": {"intermediate_size": 64, "norm_topk_prob": True, "mlp_only_layers": []},
+    "qwen2_moe": {
+        "intermediate_size": 64,
+        "shared_expert_intermediate_size": 32,
+        "mlp_only_layers": [0],
+        "num_hidden_layers": 3,
+    },
+    "olmoe": {"width": "intermediate_size"},
+    "deepseek_v2": {
+        "count": "n_routed_experts",
+        "topk_method": "group_limited_greedy",
+        **_SHARED_MLA,
+        **_GROUPS,
+        "intermediate_size": 64,
+    },
+    "deepseek_v3": {
+        "count": "n_routed_experts",
+        **_SHARED_MLA,
+        **_GROUPS,
+        "intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+    "glm4_moe": {
+        "count": "n_routed_experts",
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "n_shared_experts": 1,
+        "intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+    },
+}
+"""What each family's config needs beyond the common part, and its names for count and width."""
+FAMILIES = tuple(_OF)
+
+
 def make_model(
     path: Path,
     family: str,
@@ -42,18 +97,17 @@ def make_model(
 ) -> Path:
     """Write a random model with a byte tokenizer."""
     torch.manual_seed(seed)
-    sizes = _COMMON | {"num_experts_per_tok": top_k} | overrides
-    model: Any
-    if family == "mixtral":
-        config = MixtralConfig(
-            num_local_experts=experts, intermediate_size=width, sliding_window=None, **sizes
-        )
-        model = MixtralForCausalLM(config)
-    else:
-        moe = {"moe_intermediate_size": width, "intermediate_size": width, "norm_topk_prob": True}
-        model = Qwen3MoeForCausalLM(
-            Qwen3MoeConfig(num_experts=experts, mlp_only_layers=[], **(moe | sizes))
-        )
+    extra = dict(_OF[family])
+    sizes = {
+        extra.pop("count", "num_experts"): experts,
+        extra.pop("width", "moe_intermediate_size"): width,
+        "num_experts_per_tok": top_k,
+    }
+    config = AutoConfig.for_model(family, **(_COMMON | extra | sizes | overrides))
+    model = AutoModelForCausalLM.from_config(config)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
     model.to(dtype).save_pretrained(path)
     _write_tokenizer(path)
     return path

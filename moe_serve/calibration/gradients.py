@@ -1,0 +1,127 @@
+"""What the loss feels of one layer's experts. All sums, so shards and machines add up.
+
+With g the gradient of a sequence's summed negative log-likelihood at the mixture's output y, a
+small change Δ of y changes the likelihood by gᵀΔ, and E[(gᵀΔ)²] = tr(M ΔᵀΔ) with M = E[g gᵀ], the
+empirical Fisher matrix, is twice the divergence it causes: the metric in which errors of different
+layers can be compared.
+
+Shape suffixes: T tokens, D hidden size, N experts, I neurons per expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from moe_serve.calibration.mixture import Mixture
+from moe_serve.errors import CalibrationError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerGradients:
+    """One layer's sums over tokens, each times its domain weight ω; w is the router's weight."""
+
+    weight: torch.Tensor
+    """Σ ω over all tokens [1] (F64)."""
+    metric_DD: torch.Tensor
+    """Σ ω g gᵀ (F32)."""
+    reached_N: torch.Tensor
+    """Σ ω over tokens that selected the expert (F64)."""
+    taylor_N: torch.Tensor
+    """Σ ω |w g·f(x)| (F64)."""
+    fisher_N: torch.Tensor
+    """Σ ω (w g·f(x))² (F64)."""
+    activation_NI: torch.Tensor
+    """Σ ω h² (F32)."""
+    slope_NI: torch.Tensor
+    """Σ ω (w g·d)², d the neuron's column of the down projection (F32)."""
+    taylor_NI: torch.Tensor
+    """Σ ω |w h g·d| (F32)."""
+    fisher_NI: torch.Tensor
+    """Σ ω (w h g·d)² (F32)."""
+
+    @staticmethod
+    def shapes(*, experts: int, width: int, hidden: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name → (safetensors type, shape) of every field."""
+        neurons = ("F32", (experts, width))
+        return {
+            "weight": ("F64", (1,)),
+            "metric_DD": ("F32", (hidden, hidden)),
+            "reached_N": ("F64", (experts,)),
+            "taylor_N": ("F64", (experts,)),
+            "fisher_N": ("F64", (experts,)),
+            "activation_NI": neurons,
+            "slope_NI": neurons,
+            "taylor_NI": neurons,
+            "fisher_NI": neurons,
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Field name → tensor."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def metric(self) -> torch.Tensor:
+        """M = E[g gᵀ], [D, D] in FP64."""
+        return self.metric_DD.double() / self.weight
+
+    def heapr(self) -> torch.Tensor:
+        """HEAPr's importance [N, I]: E[h²] · dᵀ E[(w g)(w g)ᵀ] d over tokens of the expert.
+
+        Source: arXiv 2509.22299, eq. 15. Zero for an expert that no token reached.
+        """
+        reached_N1 = self.reached_N[:, None].clamp(min=torch.finfo(torch.float64).tiny)
+        return self.activation_NI.double() * self.slope_NI.double() / reached_N1.square()
+
+
+class GradientSums:
+    """Builds one layer's sums batch by batch. Memory: D² + 4 N I numbers and one batch."""
+
+    def __init__(self, *, experts: int, width: int, hidden: int) -> None:
+        """Start at zero."""
+        kinds = {"F32": torch.float32, "F64": torch.float64}
+        shapes = LayerGradients.shapes(experts=experts, width=width, hidden=hidden)
+        self._sums = {
+            name: torch.zeros(shape, dtype=kinds[kind]) for name, (kind, shape) in shapes.items()
+        }
+
+    @torch.no_grad()
+    def observe(
+        self, mixture: Mixture, z_TD: torch.Tensor, g_TD: torch.Tensor, omega_T: torch.Tensor
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            mixture: an untouched layer: unit e is expert e.
+            z_TD: the mixture's inputs.
+            g_TD: the loss's gradient at its outputs.
+            omega_T: each token's weight.
+
+        Raises:
+            CalibrationError: the gradients are not finite.
+        """
+        if not bool(torch.isfinite(g_TD).all()):
+            raise CalibrationError(
+                "gradients hold NaN or infinite values",
+                remedy="the model's activations overflow; run moe-serve verify on it",
+            )
+        sums = self._sums
+        sums["weight"] += omega_T.double().sum().cpu()
+        sums["metric_DD"] += ((g_TD * omega_T[:, None]).T @ g_TD).cpu()
+        for unit, index, weight_t, h_tI in mixture.activations(z_TD):
+            (expert,) = unit.owners
+            omega_t = omega_T[index]
+            slope_tI = (g_TD[index] @ unit.down_DF) * weight_t[:, None]
+            effect_tI = h_tI * slope_tI
+            effect_t = effect_tI.sum(dim=1)
+            sums["reached_N"][expert] += omega_t.double().sum().cpu()
+            sums["taylor_N"][expert] += (omega_t @ effect_t.abs()).double().cpu()
+            sums["fisher_N"][expert] += (omega_t @ effect_t.square()).double().cpu()
+            sums["activation_NI"][expert] += (omega_t @ h_tI.square()).cpu()
+            sums["slope_NI"][expert] += (omega_t @ slope_tI.square()).cpu()
+            sums["taylor_NI"][expert] += (omega_t @ effect_tI.abs()).cpu()
+            sums["fisher_NI"][expert] += (omega_t @ effect_tI.square()).cpu()
+
+    def result(self) -> LayerGradients:
+        """The sums of everything observed."""
+        return LayerGradients(**self._sums)

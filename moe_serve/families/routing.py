@@ -1,0 +1,62 @@
+"""How a family turns router logits into weights: the rule, and the rule with a config's values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Score = Literal["softmax", "sigmoid"]
+GroupScore = Literal["best", "best-two"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """The rule for one checkpoint.
+
+    Logits become scores; a correction bias, where there is one, is added for selection only;
+    groups of consecutive experts are narrowed down first where there are several; the k best are
+    selected, their scores optionally scaled to sum to one, then multiplied by ``scale``.
+    """
+
+    top_k: int
+    score: Score = "softmax"
+    renormalise: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    groups_selected: int = 1
+    group_score: GroupScore = "best"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingRule:
+    """What a family fixes, and which config keys fill in the rest."""
+
+    score: Score = "softmax"
+    renormalise: bool | str = False
+    """Fixed, or a config key."""
+    scale_key: str | None = None
+    group_score: GroupScore | None = None
+    """``None``: the family knows no groups. Keys are ``n_group`` and ``topk_group``."""
+    grouped_only_if: tuple[str, str] | None = None
+    """Config key and the value it must have for groups to be in use."""
+
+    def fill(self, config: Mapping[str, Any], top_k: int) -> Routing:
+        """The rule with this config's values."""
+        renormalise = self.renormalise
+        if isinstance(renormalise, str):
+            renormalise = bool(config.get(renormalise, False))
+        grouped = self.group_score is not None and (
+            self.grouped_only_if is None
+            or config.get(self.grouped_only_if[0]) == self.grouped_only_if[1]
+        )
+        scale = config.get(self.scale_key) if self.scale_key else None
+        return Routing(
+            top_k=top_k,
+            score=self.score,
+            renormalise=renormalise,
+            scale=float(scale) if scale is not None else 1.0,
+            groups=int(config.get("n_group") or 1) if grouped else 1,
+            groups_selected=int(config.get("topk_group") or 1) if grouped else 1,
+            group_score=self.group_score or "best",
+        )

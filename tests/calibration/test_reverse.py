@@ -1,0 +1,106 @@
+"""The streamed reverse pass against whole-model autograd."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moe_serve.calibration import reverse
+from moe_serve.calibration.collect import Collection, collect
+from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.checkpoint.staging import staged
+from moe_serve.progress import Silent
+from moe_serve.pruning.request import TextOptions, load_corpus
+from tests.support.models import make_model, write_texts
+
+CPU = torch.device("cpu")
+
+
+def gradients(path: Path, texts: Path, out: Path, batch: int) -> list[LayerGradients]:
+    """Both layers' sums from a calibration run."""
+    checkpoint = open_checkpoint(path)
+    corpus = load_corpus(checkpoint, TextOptions(paths=(texts,), tokens=300, length=64))
+    assert corpus is not None
+    record = corpus.record(checkpoint, 0)
+    settings = Collection(device=CPU, batch_tokens=batch)
+    with staged(out, {}) as staging:
+        found = collect(
+            checkpoint, corpus.sequences, record, staging.path, staging, settings, Silent()
+        )
+        return [found.gradients(i) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_gradient_sums_equal_autograd(
+    layer: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metric, attribution and HEAPr's importance from one backward through transformers."""
+    # Small chunks of logits: their seams must not lose a token's loss.
+    monkeypatch.setattr(reverse, "_LOGITS", 260 * 10)
+    path = make_model(tmp_path / "m", "qwen3_moe", experts=4, width=32)
+    texts = write_texts(tmp_path / "t.jsonl")
+    found = gradients(path, texts, tmp_path / "s", 200)[layer]
+    checkpoint = open_checkpoint(path)
+    corpus = load_corpus(checkpoint, TextOptions(paths=(texts,), tokens=300, length=64))
+    assert corpus is not None
+    sequences = corpus.sequences
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    block = model.model.layers[layer].mlp
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(_module: object, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        seen["z"], seen["y"] = args[0].flatten(0, 1), output
+        output.retain_grad()
+
+    block.register_forward_hook(keep)
+    omega_T = sequences.weights()
+    metric = torch.zeros(64, 64)
+    taylor_N, taylor_NI, fisher_NI = torch.zeros(4), torch.zeros(4, 32), torch.zeros(4, 32)
+    reached, square, slope = torch.zeros(4), torch.zeros(4, 32), torch.zeros(4, 32)
+    position = 0
+    for tokens in sequences.tokens:
+        ids = torch.from_numpy(tokens)[None]
+        logits = model(ids).logits[0]
+        torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
+        grad = seen["y"].grad
+        assert grad is not None
+        for z, g in zip(seen["z"].detach(), grad.flatten(0, 1), strict=True):
+            omega = omega_T[position]
+            position += 1
+            metric += omega * torch.outer(g, g)
+            _, weights, chosen = block.gate(z[None])
+            for e, w in zip(chosen[0].tolist(), weights[0].detach(), strict=True):
+                gate, up = (block.experts.gate_up_proj[e].detach() @ z).chunk(2)
+                h = torch.nn.functional.silu(gate) * up
+                v = w * (block.experts.down_proj[e].detach().T @ g)
+                taylor_N[e] += omega * (h @ v).abs()
+                taylor_NI[e] += omega * (h * v).abs()
+                fisher_NI[e] += omega * (h * v) ** 2
+                reached[e] += omega
+                square[e] += omega * h**2
+                slope[e] += omega * v**2
+    close = partial(torch.testing.assert_close, rtol=2e-3, atol=1e-4)
+    close(found.metric().float(), metric / omega_T.sum())
+    close(found.taylor_N.float(), taylor_N)
+    close(found.taylor_NI, taylor_NI)
+    close(found.fisher_NI, fisher_NI)
+    heapr = (square / reached[:, None]) * (slope / reached[:, None])
+    close(found.heapr().float(), heapr)
+
+
+def test_only_a_share_of_each_domain_takes_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit keeps whole sequences of every domain; batch size changes nothing."""
+    monkeypatch.setattr(reverse, "GRADIENT_TOKENS", 200)
+    path = make_model(tmp_path / "m", "mixtral")
+    texts = write_texts(tmp_path / "t.jsonl")
+    small, large = (gradients(path, texts, tmp_path / f"s{b}", b)[0] for b in (64, 1000))
+    assert float(small.weight) == pytest.approx(128.0)
+    torch.testing.assert_close(small.metric_DD, large.metric_DD, rtol=1e-3, atol=1e-4)
+    assert torch.equal(small.reached_N, large.reached_N)
