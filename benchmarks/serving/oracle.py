@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from moe_serve.checkpoint.source import open_checkpoint
 from tests.patches.test_oracle import EXPERTS, KINDS, TOP_K, WIDTH, apart, prompts
 from tests.support.engine import ask
 from tests.support.models import SERVED, make_model
@@ -31,11 +32,13 @@ def rows(family: str, root: Path) -> list[str]:
     source = make_model(
         root / "source", family, experts=EXPERTS, top_k=TOP_K, width=WIDTH, num_hidden_layers=3
     )
+    opened = open_checkpoint(source)
+    sparse = opened.family.moe_layers(opened.config)
     plans, folders = [], []
     for number, kind in enumerate(KINDS):
         tables = {
             layer: random_table(number + layer, kind, experts=EXPERTS, width=WIDTH, top_k=TOP_K)
-            for layer in (0, 1, 2)
+            for layer in sparse
         }
         compact, tied = root / f"{kind}-compact", root / f"{kind}-tied"
         dropped = make_twins(source, compact, tied, tables, seed=number)

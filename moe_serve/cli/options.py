@@ -31,6 +31,17 @@ Experts = Annotated[
     int | None,
     typer.Option("--experts", help="Instead: keep what this many experts per layer take."),
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        help="Instead: keep as much as fits a GPU of this size beside the cache, e.g. 24GiB.",
+    ),
+]
+KvTokens = Annotated[
+    int,
+    typer.Option("--kv-tokens", help="With --memory: tokens whose keys and values must fit."),
+]
 MethodName = Annotated[
     str, typer.Option("--method", help="How to choose; auto is the best we have.")
 ]

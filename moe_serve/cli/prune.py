@@ -23,6 +23,7 @@ from moe_serve.pruning.request import (
     device_named,
 )
 from moe_serve.pruning.run import PruneRequest, PruneResult, calibrate, prune
+from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, parse_size
 
 Model = Annotated[Path, typer.Argument(help="Directory of the original checkpoint.")]
 Output = Annotated[Path, typer.Argument(help="Directory to make; resumed if unfinished.")]
@@ -33,6 +34,8 @@ def prune_command(
     output: Output,
     keep: options.Keep = None,
     experts: options.Experts = None,
+    memory: options.Memory = None,
+    kv_tokens: options.KvTokens = DEFAULT_KV_TOKENS,
     calibration: options.Calibration = None,
     method: options.MethodName = AUTO,
     block_width: options.BlockWidth = None,
@@ -58,6 +61,8 @@ def prune_command(
         selection=Selection(
             keep=keep,
             experts=experts,
+            memory=parse_size(memory) if memory else None,
+            kv_tokens=kv_tokens,
             method=method,
             block_width=block_width,
             refit=refit,
@@ -114,6 +119,8 @@ def plan_command(
     output: Annotated[Path, typer.Argument(help="plan.json to write.")],
     keep: options.Keep = None,
     experts: options.Experts = None,
+    memory: options.Memory = None,
+    kv_tokens: options.KvTokens = DEFAULT_KV_TOKENS,
     method: options.MethodName = AUTO,
     block_width: options.BlockWidth = None,
     refit: options.RefitFlag = None,
@@ -131,6 +138,8 @@ def plan_command(
     selection = Selection(
         keep=keep,
         experts=experts,
+        memory=parse_size(memory) if memory else None,
+        kv_tokens=kv_tokens,
         method=method,
         block_width=block_width,
         refit=refit,

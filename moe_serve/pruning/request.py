@@ -16,6 +16,7 @@ from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError, UsageError
 from moe_serve.pruning.methods import AUTO, Method, method_named
+from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, keep_for_memory
 from moe_serve.pruning.view import Budget
 
 DEFAULT_TOKENS: Final = 8192
@@ -86,6 +87,10 @@ class Selection:
 
     keep: float | None = None
     experts: int | None = None
+    memory: int | None = None
+    """Bytes of the GPU that it must fit."""
+    kv_tokens: int = DEFAULT_KV_TOKENS
+    """Tokens whose cache must fit beside the weights."""
     method: str = AUTO
     block_width: int | None = None
     refit: bool | None = None
@@ -122,12 +127,14 @@ class Selection:
         return method, budget, refit
 
     def _share(self, checkpoint: Checkpoint) -> float:
-        if (self.keep is None) == (self.experts is None):
+        if sum(wish is not None for wish in (self.keep, self.experts, self.memory)) != 1:
             raise UsageError(
-                "give exactly one of --keep and --experts",
-                where="--keep, --experts",
+                "give exactly one of --keep, --experts and --memory",
+                where="--keep, --experts, --memory",
                 remedy="--keep 0.5 keeps half of the routed experts' bytes",
             )
+        if self.memory is not None:
+            return keep_for_memory(checkpoint, self.memory, self.kv_tokens)
         if self.keep is not None:
             if not 0.0 < self.keep <= 1.0:
                 raise UsageError(

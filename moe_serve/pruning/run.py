@@ -180,6 +180,7 @@ def _fingerprint(
         "method": selection.method,
         "keep": selection.keep,
         "experts": selection.experts,
+        "memory": [selection.memory, selection.kv_tokens],
         "block_width": selection.block_width,
         "refit": selection.refit,
         "across_layers": selection.across_layers,

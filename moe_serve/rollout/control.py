@@ -21,6 +21,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from moe_serve.errors import MoeServeError
+from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
 from moe_serve.metrics.sources import Endpoints, Source
@@ -132,7 +133,7 @@ def exporter(state: Path, stack: StackState) -> Exporter:
             variant=variant,
             pid=engine.pid,
             weight_bytes=_weight_bytes(Path(engine.model)),
-            kv_bytes_per_token=_kv_bytes(Path(engine.model)),
+            kv_bytes_per_token=kv_bytes_per_token(read_json(Path(engine.model) / "config.json")),
             source=Source(name=variant, url=f"{engine.url}/metrics"),
         )
         for variant, engine in stack.engines.items()
@@ -154,14 +155,6 @@ def _weight_bytes(model: Path) -> int:
     if index.exists():
         return int(read_json(index)["metadata"]["total_size"])
     return sum(file.stat().st_size for file in model.glob("model*.safetensors"))
-
-
-def _kv_bytes(model: Path) -> int:
-    """Bytes of keys and values per token, two bytes an element."""
-    config = read_json(model / "config.json")
-    heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
-    width = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-    return 2 * int(config["num_hidden_layers"]) * heads * width * 2
 
 
 def _expert_bytes(model: Path) -> dict[tuple[str, str], int]:

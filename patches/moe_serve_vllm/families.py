@@ -23,12 +23,14 @@ class ServedFamily:
     """Endings of gate, up and down weights."""
     sparse_step_key: str | None = None
     dense_layers_key: str | None = None
+    first_sparse_key: str | None = None
 
     def moe_layers(self, config: dict[str, Any]) -> tuple[int, ...]:
         """Indices of the layers with experts."""
         step = int(config.get(self.sparse_step_key, 1) or 1) if self.sparse_step_key else 1
         dense = set(config.get(self.dense_layers_key) or ()) if self.dense_layers_key else set()
-        layers = range(int(config["num_hidden_layers"]))
+        first = int(config.get(self.first_sparse_key) or 0) if self.first_sparse_key else 0
+        layers = range(first, int(config["num_hidden_layers"]))
         return tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
 
     def sizes(self, config: dict[str, Any]) -> tuple[int, int, int]:
@@ -57,6 +59,36 @@ FAMILIES: Final = (
         projections=("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
         sparse_step_key="decoder_sparse_step",
         dense_layers_key="mlp_only_layers",
+    ),
+    ServedFamily(
+        architecture="CompactQwen2MoeForCausalLM",
+        implementation="moe_serve_vllm.models:CompactQwen2MoeForCausalLM",
+        count_keys=("num_experts", "num_local_experts"),
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        experts="model.layers.{layer}.mlp.experts.",
+        projections=("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+        sparse_step_key="decoder_sparse_step",
+        dense_layers_key="mlp_only_layers",
+    ),
+    ServedFamily(
+        architecture="CompactOlmoeForCausalLM",
+        implementation="moe_serve_vllm.models:CompactOlmoeForCausalLM",
+        count_keys=("num_experts", "num_local_experts"),
+        top_k_key="num_experts_per_tok",
+        width_key="intermediate_size",
+        experts="model.layers.{layer}.mlp.experts.",
+        projections=("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+    ),
+    ServedFamily(
+        architecture="CompactGlm4MoeForCausalLM",
+        implementation="moe_serve_vllm.models:CompactGlm4MoeForCausalLM",
+        count_keys=("n_routed_experts", "num_local_experts"),
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        experts="model.layers.{layer}.mlp.experts.",
+        projections=("gate_proj.weight", "up_proj.weight", "down_proj.weight"),
+        first_sparse_key="first_k_dense_replace",
     ),
 )
 

@@ -35,9 +35,22 @@ def apart(a: Reply, b: Reply) -> float:
     return max(abs(float(x or 0) - float(y or 0)) for x, y in pairs)
 
 
+def off(ours: Reply | str, reference: list[list[float]]) -> float:
+    """Largest difference of prompt log-probabilities from transformers'."""
+    assert not isinstance(ours, str), ours
+    return max(
+        abs(float(a or 0) - b)
+        for answer, row in zip(ours.answers, reference, strict=True)
+        for a, b in zip(answer.prompt[1:], row, strict=True)
+    )
+
+
 @pytest.mark.parametrize("family", SERVED)
 def test_compact_equals_its_twin(family: str, tmp_path: Path) -> None:
     """Same log-probabilities to 2e-5 and the same tokens, for every kind of table.
+
+    Against transformers the engine's own distance from it, on the unpruned model, is added: it is
+    up to 2e-5 on these models with their large random weights.
 
     The engine holds as many expert bytes as the file, no more.
 
@@ -47,12 +60,16 @@ def test_compact_equals_its_twin(family: str, tmp_path: Path) -> None:
     source = make_model(
         tmp_path / "source", family, experts=EXPERTS, top_k=TOP_K, width=WIDTH, num_hidden_layers=3
     )
-    folders, references, with_twin = [], {}, []
+    opened = open_checkpoint(source)
+    sparse = opened.family.moe_layers(opened.config)
+    folders, references, with_twin = [source], {}, []
+    references["source"] = reference_logprobs(source, prompts(), {})
     for number, kind in enumerate(KINDS):
-        # Counts differ between the layers; the middle one is left out of the table in two kinds.
+        # Counts differ between the layers; one is left out of the table in two kinds.
+        layers = sparse[1:] if kind in ("merged", "mixed") else sparse
         tables = {
             layer: random_table(number + layer, kind, experts=EXPERTS, width=WIDTH, top_k=TOP_K)
-            for layer in ((0, 2) if kind in ("merged", "mixed") else (0, 1, 2))
+            for layer in layers
         }
         compact, tied = tmp_path / f"{kind}-compact", tmp_path / f"{kind}-tied"
         dropped = make_twins(source, compact, tied, tables, seed=number)
@@ -63,14 +80,14 @@ def test_compact_equals_its_twin(family: str, tmp_path: Path) -> None:
             folders.append(tied)
     assert {"blocks", "merged", "empty"} <= set(with_twin)
     answers = dict(zip((f.name for f in folders), ask(folders, prompts()), strict=True))
+    own = off(answers["source"], references["source"])
+    assert own <= BOUND
     for kind in KINDS:
         compact_answer = answers[f"{kind}-compact"]
         assert not isinstance(compact_answer, str), compact_answer
         stored = open_checkpoint(tmp_path / f"{kind}-compact").expert_bytes()
         assert compact_answer.expert_bytes == sum(stored.values()), kind
-        for ours, reference in zip(compact_answer.answers, references[kind], strict=True):
-            pairs = zip(ours.prompt[1:], reference, strict=True)
-            assert max(abs(float(a or 0) - b) for a, b in pairs) <= BOUND, kind
+        assert off(compact_answer, references[kind]) <= BOUND + own, kind
         if kind in with_twin:
             tied_answer = answers[f"{kind}-tied"]
             assert not isinstance(tied_answer, str), tied_answer

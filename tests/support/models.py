@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SERVED = ("mixtral", "qwen3_moe")
+SERVED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe")
 """Families that the vLLM plugin serves."""
 VOCABULARY = 260
 _COMMON: dict[str, Any] = {

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-_NAMES = {
-    "mixtral": ("model.layers.{l}.block_sparse_moe.experts.{e}.", ("w1", "w3", "w2")),
-    "qwen3_moe": ("model.layers.{l}.mlp.experts.{e}.", ("gate_proj", "up_proj", "down_proj")),
-}
+_MIXTRAL = ("model.layers.{l}.block_sparse_moe.experts.{e}.", ("w1", "w3", "w2"))
+_OTHERS = ("model.layers.{l}.mlp.experts.{e}.", ("gate_proj", "up_proj", "down_proj"))
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_BIAS = "model.layers.{l}.mlp.gate.e_score_correction_bias"
 Table = dict[str, Any]
 
 
@@ -59,15 +59,17 @@ def _renumbered(width: int, lists: list[list[int] | None]) -> Table:
 def make_twins(
     source: Path, compact: Path, tied: Path, tables: dict[int, Table], seed: int = 0
 ) -> dict[int, list[int]]:
-    """Write both sides; return the dropped experts of each layer.
+    """Write both sides; return the dropped experts that stock software has to be told of.
+
+    Where the router has a correction bias it is told by that.
 
     Every block takes its neurons from random experts, so a block in the wrong place shows.
     """
     config = json.loads((source / "config.json").read_text())
-    prefix, (gate, up, down) = _NAMES[config["model_type"]]
+    prefix, (gate, up, down) = _MIXTRAL if config["model_type"] == "mixtral" else _OTHERS
     weights = load_file(source / "model.safetensors")
-    experts = config.get("num_local_experts") or config["num_experts"]
-    width = weights[f"{prefix.format(l=0, e=0)}{gate}.weight"].shape[0]
+    experts = next(config[key] for key in _COUNTS if key in config)
+    width = weights[f"{prefix.format(l=max(tables), e=0)}{gate}.weight"].shape[0]
     small, full = dict(weights), dict(weights)
     generator = torch.Generator().manual_seed(seed)
     for layer, table in tables.items():
@@ -101,6 +103,13 @@ def make_twins(
             full[f"{names[expert]}{gate}.weight"] = wide[0].clone()
             full[f"{names[expert]}{up}.weight"] = wide[1].clone()
             full[f"{names[expert]}{down}.weight"] = tall
+    dropped = {
+        layer: [e for e, blocks in enumerate(table["experts"]) if blocks is None]
+        for layer, table in tables.items()
+    }
+    for layer, ids in dropped.items():
+        if (name := _BIAS.format(l=layer)) in weights:
+            small[name] = full[name] = weights[name].index_fill(0, torch.tensor(ids).long(), -1e30)
     for target in (compact, tied):
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(small, compact / "model.safetensors", metadata={"format": "pt"})
@@ -111,10 +120,7 @@ def make_twins(
         "compact_experts": table_config,
     }
     (compact / "config.json").write_text(json.dumps(changed))
-    return {
-        layer: [e for e, blocks in enumerate(table["experts"]) if blocks is None]
-        for layer, table in tables.items()
-    }
+    return {layer: ids for layer, ids in dropped.items() if _BIAS.format(l=layer) not in weights}
 
 
 @torch.inference_mode()

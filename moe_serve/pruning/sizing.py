@@ -1,0 +1,56 @@
+"""From a GPU's memory to a share of expert bytes."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.errors import PlanError, UsageError
+from moe_serve.families.kv import kv_bytes_per_token
+
+USABLE: Final = 0.85
+"""Of the memory: vLLM takes 0.9 by default, activations and CUDA graphs some of that."""
+DEFAULT_KV_TOKENS: Final = 16_384
+_UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BINARY: Final = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``20GiB``, ``24 GB``, ``512MiB`` or a plain number.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    size = int(float(found[1]) * (_UNITS | _BINARY)[found[2].lower()]) if found else 0
+    if size <= 0:
+        raise UsageError(f"{text!r} is not a size", where="--memory", remedy="e.g. 20GiB or 24GB")
+    return size
+
+
+def keep_for_memory(checkpoint: Checkpoint, memory: int, kv_tokens: int) -> float:
+    """The largest share of expert bytes with which weights and cache fit.
+
+    Args:
+        checkpoint: the original.
+        memory: bytes of one GPU.
+        kv_tokens: tokens whose keys and values must fit beside the weights.
+
+    Raises:
+        PlanError: what can't be pruned fills the memory already.
+    """
+    experts = sum(checkpoint.expert_bytes().values())
+    fixed = sum(entry.size for entry in checkpoint.tensors.values()) - experts
+    cache = kv_tokens * kv_bytes_per_token(checkpoint.config)
+    room = int(memory * USABLE) - fixed - cache
+    if room <= 0:
+        least = (fixed + cache) / USABLE
+        raise PlanError(
+            f"{memory / 2**30:.2f} GiB are too little: the part that is never pruned takes "
+            f"{fixed / 2**30:.2f} GiB, the cache of {kv_tokens:,} tokens {cache / 2**30:.2f} GiB",
+            where="--memory",
+            remedy=f"give more than {least / 2**30:.2f} GiB, or fewer --kv-tokens",
+        )
+    return min(1.0, room / experts)
