@@ -72,7 +72,7 @@ def test_a_config_that_contradicts_the_weights(model: Path) -> None:
 def test_unknown_families_list_the_known(model: Path) -> None:
     """The message names what would work."""
     rewrite(model, model_type="llama")
-    with pytest.raises(UnsupportedFamily, match="supported: mixtral, qwen3_moe"):
+    with pytest.raises(UnsupportedFamily, match=r"supported: .*mixtral, .*qwen3_moe"):
         open_checkpoint(model)
 
 

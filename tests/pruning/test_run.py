@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -21,6 +20,7 @@ from moe_serve.calibration.decoder import Decoder
 from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.checkpoint.staging import WORK
 from moe_serve.errors import CheckpointError, MoeServeError, OutputError, PlanError, UsageError
 from moe_serve.progress import Silent
 from moe_serve.pruning.plan import Plan
@@ -211,22 +211,32 @@ def test_a_killed_run_resumes_to_the_same_hashes(texts: Path, tmp_path: Path) ->
         *("--keep", "0.5", "--calibration", str(texts), "--tokens", "2048"),
         *("--sequence-length", "128", "--batch-tokens", "512"),
     ]
+    journal = tmp_path / "out.partial" / WORK / "journal.json"
     rng = random.Random(0)
-    killed = 0
+    kills = 0
     for _ in range(6):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        # Most of the first seconds are imports; the work itself is the second half.
-        time.sleep(rng.uniform(3.0, 6.0))
-        if process.poll() is not None:
-            break
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        killed += 1
-        assert not (tmp_path / "out").exists()
+        # Waiting for a step rather than for a time: the machine's speed decides nothing.
+        wanted = steps_done(journal) + rng.randint(1, 3)
+        while process.poll() is None and steps_done(journal) < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0.0, 0.02))
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            break  # It had finished.
+        kills += 1
     subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
-    assert killed
+    assert kills >= 2
     assert Manifest.load(tmp_path / "out").files == whole.files
     assert not (tmp_path / "out.partial").exists()
+
+
+def steps_done(journal: Path) -> int:
+    """Finished steps on record; 0 before there is a journal or after the run's end."""
+    try:
+        return len(json.loads(journal.read_text())["done"])
+    except FileNotFoundError:
+        return 0
 
 
 @pytest.mark.parametrize(
