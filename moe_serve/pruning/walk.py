@@ -1,0 +1,112 @@
+"""Two streams of hidden states through the layers, so that each layer fits what is left to fit.
+
+Shape suffixes: B sequences, L tokens each, D hidden size, T tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_serve.calibration.decoder import Decoder, Layer
+from moe_serve.calibration.mixture import Mixture
+from moe_serve.calibration.sequences import Sequences
+from moe_serve.calibration.states import States
+from moe_serve.calibration.stream import Batch, embed
+from moe_serve.checkpoint.formats import LayerBlocks
+from moe_serve.pruning.build import blocks_from_units, expert_dtype, pruned_mixture, with_downs
+from moe_serve.pruning.plan import LayerPlan, Refit
+from moe_serve.pruning.refit import FitTokens, refit
+
+
+class Walk:
+    """Two streams of hidden states through the layers: the original's and the pruned model's."""
+
+    def __init__(
+        self, decoder: Decoder, sequences: Sequences, tokens: FitTokens, folder: Path
+    ) -> None:
+        """Hold the hidden states in files of ``folder``."""
+        self._decoder = decoder
+        self._sequences = sequences
+        self._tokens = tokens
+        hidden = decoder.checkpoint.shape.hidden
+
+        def states(name: str) -> States:
+            return States(folder / f"apply-{name}.f32", hidden)
+
+        self._original = (states("original-0"), states("original-1"))
+        self._pruned = (states("pruned-0"), states("pruned-1"))
+        self._inputs, self._residual = states("inputs"), states("residual")
+
+    def begin(self) -> None:
+        """Both streams start at the embedding."""
+        embed(self._decoder, self._sequences, self._original[0])
+        embed(self._decoder, self._sequences, self._pruned[0])
+
+    def last(self) -> tuple[States, States]:
+        """What both streams hold after the last layer: the original's and the pruned model's."""
+        parity = self._decoder.layers % 2
+        return self._original[parity], self._pruned[parity]
+
+    def end(self) -> None:
+        """Remove the hidden states."""
+        for states in (*self._original, *self._pruned, self._inputs, self._residual):
+            states.remove()
+
+    def pass_through(self, layer: Layer) -> None:
+        """Run an unchanged layer on both streams."""
+        for batch in self._tokens.batches:
+            for streams in (self._original, self._pruned):
+                r_BLD, z_BLD = self._attend(layer, batch, streams)
+                after = streams[(layer.index + 1) % 2]
+                batch.store(after, r_BLD + layer.feed_forward(z_BLD))
+
+    def fit(
+        self, layer: Layer, mixture: Mixture, planned: LayerPlan, settings: Refit
+    ) -> tuple[LayerBlocks, dict[str, Any]]:
+        """Build and re-fit a changed layer; both streams move on."""
+        dtype = expert_dtype(self._decoder.checkpoint, layer.index)
+        table = planned.table()
+        blocks = blocks_from_units(planned, mixture.units, dtype)
+        pruned = pruned_mixture(mixture, table, blocks)
+        original_after = self._original[(layer.index + 1) % 2]
+        pruned_after = self._pruned[(layer.index + 1) % 2]
+        for batch in self._tokens.batches:
+            r_BLD, z_BLD = self._attend(layer, batch, self._original)
+            goal_BLD = r_BLD + layer.feed_forward(z_BLD)
+            batch.store(original_after, goal_BLD)
+            r_BLD, z_BLD = self._attend(layer, batch, self._pruned)
+            y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
+            batch.store(self._inputs, z_BLD)
+            batch.store(self._residual, goal_BLD - r_BLD - y_BLD)
+        fitted = refit(pruned, self._inputs, self._residual, self._tokens, settings, dtype)
+        for batch in self._tokens.batches:
+            # goal - residual is r + P W on the rounded weights: what will be served.
+            batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))
+        record = {
+            "ridge": fitted.ridge,
+            "error_before": fitted.error_before,
+            "error_after": fitted.error_after,
+        }
+        return with_downs(blocks, table, fitted.units, dtype), record
+
+    def _attend(
+        self, layer: Layer, batch: Batch, streams: tuple[States, States]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_BLD = batch.load(streams[layer.index % 2])
+        r_BLD = layer.attend(x_BLD, self._decoder.rotary(*batch.shape))
+        return r_BLD, layer.normed(r_BLD)
+
+
+def held_out(sequences: Sequences, share: float) -> torch.Tensor:
+    """Every n-th sequence of each domain, as a mask over tokens."""
+    every = max(2, round(1 / share))
+    seen: dict[int, int] = {}
+    parts = []
+    for tokens, domain in zip(sequences.tokens, sequences.domain, strict=True):
+        number = seen.get(domain, 0)
+        seen[domain] = number + 1
+        parts.append(torch.full((len(tokens),), number % every == every - 1))
+    return torch.cat(parts)
