@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 import torch
 
 from moe_serve.calibration.decoder import Decoder
+from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.calibration.group import Group
 from moe_serve.calibration.reverse import LayerInputs, ReversePass
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
@@ -36,6 +39,8 @@ class Collection:
 
     device: torch.device
     batch_tokens: int = 4096
+    group: Group = field(default_factory=Group)
+    """Who shares the work."""
 
 
 def collect(
@@ -67,52 +72,105 @@ def collect(
         CheckpointError: weights are missing, misshapen or not finite.
         CalibrationError: activations are not finite.
     """
+    observe(checkpoint, sequences, record, folder, staging, settings, progress)
+    return Statistics(folder)
+
+
+def observe(
+    checkpoint: Checkpoint,
+    sequences: Sequences,
+    record: CalibrationRecord,
+    folder: Path,
+    staging: Staging,
+    settings: Collection,
+    progress: Progress,
+) -> None:
+    """What :func:`collect` does, by each process of a group on its part of the record's share.
+
+    Every process brings a work folder of its own; the first one writes the statistics. A step
+    counts as done when all have recorded it: they wait for one another after each, so whoever is
+    ahead by one still has the inputs to repeat it.
+    """
     if checkpoint.is_compact:
         raise UsageError(
             "is already compact", where=str(checkpoint.path), remedy="calibrate the original"
         )
-    if staging.done(_DONE) is None:
-        writer = StatisticsWriter(folder, checkpoint, record)
-        decoder = Decoder(checkpoint, settings.device)
-        hidden, layers = checkpoint.shape.hidden, decoder.layers
-        inputs = LayerInputs.of(sequences, staging, layers=layers, hidden=hidden)
-        states = [States(staging.work / f"calibrate-{i}.f32", hidden) for i in (0, 1)]
-        if not staging.resumed:
-            room = inputs.bytes_needed + 2 * states[0].size(sequences.total)
-            require_space(staging.path, room)
-        progress.start("calibrate", 2 * layers)
-        forward = _Forward(
-            decoder=decoder,
-            sequences=sequences,
-            states=(states[0], states[1]),
-            sample=_reservoir(sequences.total, record.reservoir, record.seed),
-            inputs=inputs,
-            settings=settings,
-        )
-        for index in range(layers):
-            step = f"calibrate/{index}"
-            if staging.done(step) is None:
-                if (found := forward.step(index)) is not None:
-                    writer.write(index, found)
-                staging.finish(step)
-            progress.advance()
-        reverse = ReversePass(decoder, inputs, staging, settings.batch_tokens)
-        for index in reversed(range(layers)):
-            step = f"reverse/{index}"
-            if staging.done(step) is None:
-                if index == layers - 1:
-                    reverse.begin()
-                if (gradients := reverse.step(index)) is not None:
-                    writer.write_gradients(index, gradients)
-                staging.finish(step)
-            progress.advance()
+    group = settings.group
+    if group.any(staging.done(_DONE) is not None):
+        return
+    numbers = record.share.part(group.rank, group.size).numbers(len(sequences.tokens))
+    ours = sequences.share(numbers)
+    writer = StatisticsWriter(folder, checkpoint, record) if group.rank == 0 else None
+    decoder = Decoder(checkpoint, settings.device)
+    hidden, layers = checkpoint.shape.hidden, decoder.layers
+    inputs = LayerInputs.of(sequences, numbers, staging, layers=layers, hidden=hidden)
+    states = [States(staging.work / f"calibrate-{i}.f32", hidden) for i in (0, 1)]
+    if not staging.resumed:
+        require_space(staging.path, inputs.bytes_needed + 2 * states[0].size(ours.total))
+    progress.start("calibrate", 2 * layers)
+    forward = _Forward(
+        decoder=decoder,
+        sequences=ours,
+        states=(states[0], states[1]),
+        sample=_sample(sequences, numbers, record),
+        reservoir=record.reservoir,
+        inputs=inputs,
+        settings=settings,
+    )
+    steps = _Steps(group=group, staging=staging, progress=progress)
+    steps.take("calibrate", range(layers), forward.step, writer.write if writer else None)
+    reverse = ReversePass(decoder, inputs, staging, settings.batch_tokens)
+
+    def back(index: int) -> LayerGradients | None:
+        if index == layers - 1:
+            reverse.begin()
+        return reverse.step(index)
+
+    write = writer.write_gradients if writer else None
+    steps.take("reverse", reversed(range(layers)), back, write)
+    if writer is not None:
         writer.close()
-        staging.finish(_DONE)
-        for state in states:
-            state.remove()
-        inputs.remove()
-        reverse.end()
-    return Statistics(folder)
+    staging.finish(_DONE)
+    group.all(mine=True)  # The first process has recorded the end before another forgets its part.
+    for state in states:
+        state.remove()
+    inputs.remove()
+    reverse.end()
+
+
+class _Sums(Protocol):
+    """What adds up over the processes of a group."""
+
+    def tensors(self) -> dict[str, torch.Tensor]: ...
+
+
+_Found = TypeVar("_Found", bound=_Sums)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Steps:
+    """One step per layer, each taken once by the whole group and recorded."""
+
+    group: Group
+    staging: Staging
+    progress: Progress
+
+    def take(
+        self,
+        name: str,
+        layers: Iterable[int],
+        step: Callable[[int], _Found | None],
+        store: Callable[[int, _Found], None] | None,
+    ) -> None:
+        for index in layers:
+            key = f"{name}/{index}"
+            if not self.group.all(self.staging.done(key) is not None):
+                if (found := step(index)) is not None:
+                    self.group.sum(found.tensors().values())
+                    if store is not None:
+                        store(index, found)
+                self.staging.finish(key)
+            self.progress.advance()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +180,9 @@ class _Forward:
     decoder: Decoder
     sequences: Sequences
     states: tuple[States, States]
-    sample: list[int]
+    sample: dict[int, int]
+    """Position among our tokens → row of the reservoir."""
+    reservoir: int
     inputs: LayerInputs
     settings: Collection
 
@@ -140,6 +200,7 @@ class _Forward:
             experts=shape.experts,
             width=shape.width,
             hidden=shape.hidden,
+            reservoir=self.reservoir,
         )
         last = index == self.decoder.layers - 1
         for batch in batches(self.sequences, self.settings.batch_tokens, device):
@@ -164,11 +225,25 @@ class _Forward:
         return accumulator.result() if layer.mixture is not None else None
 
 
-def _reservoir(total: int, size: int, seed: int) -> list[int]:
-    """A seeded sample of token positions, the same for any batch size, in ascending order."""
-    return sorted(random.Random(f"{seed}/reservoir").sample(range(total), min(size, total)))
+def _sample(corpus: Sequences, numbers: range, record: CalibrationRecord) -> dict[int, int]:
+    """The reservoir's tokens among ours, and the row of each.
+
+    The sample is drawn from the whole corpus, so it is the same for any batch size and any number
+    of shards.
+    """
+    drawn = random.Random(f"{record.seed}/reservoir").sample(range(corpus.total), record.reservoir)
+    rows = {position: row for row, position in enumerate(sorted(drawn))}
+    offsets = corpus.offsets
+    found, ahead = {}, 0
+    for number in numbers:
+        start, length = offsets[number], len(corpus.tokens[number])
+        for position in range(start, start + length):
+            if position in rows:
+                found[ahead + position - start] = rows[position]
+        ahead += length
+    return found
 
 
-def _within(sample: list[int], batch: Batch) -> list[int]:
+def _within(sample: dict[int, int], batch: Batch) -> dict[int, int]:
     first, last = batch.tokens.start, batch.tokens.stop
-    return [position - first for position in sample if first <= position < last]
+    return {at - first: row for at, row in sample.items() if first <= at < last}

@@ -45,18 +45,30 @@ class LayerInputs:
     """Only those that take part."""
     states: tuple[States, ...]
     place: dict[int, int]
-    """Sequence number among all → position of its first token among those that take part."""
+    """Number among the sequences observed here → position of its first token in ``states``."""
 
     @classmethod
-    def of(cls, sequences: Sequences, staging: Staging, *, layers: int, hidden: int) -> LayerInputs:
-        """Choose the tokens; nothing is written yet."""
-        chosen = share_of(sequences, GRADIENT_TOKENS)
-        part = sequences.subset(chosen)
+    def of(
+        cls, corpus: Sequences, numbers: range, staging: Staging, *, layers: int, hidden: int
+    ) -> LayerInputs:
+        """Choose the tokens among the whole corpus, keep ours; nothing is written yet.
+
+        Args:
+            corpus: all sequences.
+            numbers: which of them this process observes.
+            staging: its work folder holds the files.
+            layers: decoder layers.
+            hidden: D.
+        """
+        chosen = share_of(corpus, GRADIENT_TOKENS)
+        ours = [position for position, number in enumerate(chosen) if number in numbers]
+        part = corpus.subset(chosen).share(ours)
+        own_numbers = (numbers.index(chosen[position]) for position in ours)
         files = (staging.work / f"reverse-input-{i}.f32" for i in range(layers + 1))
         return cls(
             sequences=part,
             states=tuple(States(file, hidden) for file in files),
-            place=dict(zip(chosen, part.offsets, strict=True)),
+            place=dict(zip(own_numbers, part.offsets, strict=True)),
         )
 
     @property

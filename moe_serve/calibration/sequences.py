@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,8 @@ class Sequences:
     """One array of token ids per sequence, at most L long."""
     domain: tuple[int, ...]
     """Index into ``domains`` for each sequence."""
+    corpus: tuple[int, ...] = ()
+    """Tokens per domain of the corpus that these are a share of; empty where they are all."""
 
     @property
     def total(self) -> int:
@@ -47,20 +49,16 @@ class Sequences:
         return counts
 
     def weights(self) -> torch.Tensor:
-        """Weight of each token, [T], mean 1: every domain weighs the same in sum."""
-        counts = self.tokens_by_domain()
-        share = self.total / len(self.domains)
-        per_domain = [share / counts[name] for name in self.domains]
-        parts = [
-            torch.full((len(t),), per_domain[d], dtype=torch.float32)
-            for t, d in zip(self.tokens, self.domain, strict=True)
-        ]
-        return torch.cat(parts)
+        """Weight of each token, [T], mean 1 over the corpus: domains weigh the same in sum."""
+        counts = self._corpus()
+        even = sum(counts) / len(counts)
+        per_domain = [even / count if count else 0.0 for count in counts]
+        return torch.tensor(per_domain, dtype=torch.float32)[self.token_domains()]
 
     def token_domains(self) -> torch.Tensor:
         """Domain index of each token, [T]."""
-        parts = [torch.full((len(t),), d) for t, d in zip(self.tokens, self.domain, strict=True)]
-        return torch.cat(parts)
+        lengths = torch.tensor([len(t) for t in self.tokens], dtype=torch.int64)
+        return torch.tensor(self.domain, dtype=torch.int64).repeat_interleave(lengths)
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[int, ...]]:
         """Indices of consecutive sequences of equal length, at most ``batch_tokens`` tokens."""
@@ -83,6 +81,13 @@ class Sequences:
             tokens=tuple(self.tokens[n] for n in chosen),
             domain=tuple(self.domain[n] for n in chosen),
         )
+
+    def share(self, numbers: Iterable[int]) -> Sequences:
+        """Some of the sequences; each token keeps the weight it has among all."""
+        return replace(self.subset(numbers), corpus=self._corpus())
+
+    def _corpus(self) -> tuple[int, ...]:
+        return self.corpus or tuple(self.tokens_by_domain().values())
 
     def sha256(self) -> str:
         """Identifies exactly these tokens in this order."""

@@ -6,7 +6,7 @@ S reservoir tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -37,7 +37,8 @@ class LayerStatistics:
     output_ND: torch.Tensor
     """Σ ω f(x) over tokens that selected the expert."""
     reservoir_SD: torch.Tensor
-    """The layer's mixture input z at a fixed random sample of tokens."""
+    """The layer's mixture input z at a fixed random sample of the corpus' tokens; zero at those
+    that belong to another shard, so that reservoirs add up like all the rest."""
     reservoir_domain_S: torch.Tensor
     """Domain of each reservoir token (I64)."""
 
@@ -98,7 +99,9 @@ class Accumulator:
     Memory: the N normal matrices, FP32, and one batch.
     """
 
-    def __init__(self, *, domains: int, experts: int, width: int, hidden: int) -> None:
+    def __init__(
+        self, *, domains: int, experts: int, width: int, hidden: int, reservoir: int
+    ) -> None:
         """Start at zero."""
         sums = (domains, experts)
         self._sums = {
@@ -108,8 +111,8 @@ class Accumulator:
         self._weight = torch.zeros(1, dtype=torch.float64)
         self._normal_NII = torch.zeros(experts, width, width)
         self._output_ND = torch.zeros(experts, hidden)
-        self._reservoir: list[torch.Tensor] = []
-        self._reservoir_domain: list[torch.Tensor] = []
+        self._reservoir_SD = torch.zeros(reservoir, hidden)
+        self._reservoir_domain_S = torch.zeros(reservoir, dtype=torch.int64)
 
     def observe(
         self,
@@ -117,7 +120,7 @@ class Accumulator:
         z_TD: torch.Tensor,
         domain_T: torch.Tensor,
         omega_T: torch.Tensor,
-        sample: Iterable[int],
+        sample: Mapping[int, int],
     ) -> torch.Tensor:
         """Add a batch; return the mixture's output [T, D].
 
@@ -126,7 +129,7 @@ class Accumulator:
             z_TD: the mixture's inputs.
             domain_T: each token's domain.
             omega_T: each token's weight.
-            sample: indices into the batch of tokens that belong to the reservoir.
+            sample: which tokens of the batch belong to the reservoir, and to which row of it.
 
         Raises:
             CalibrationError: the activations are not finite.
@@ -137,9 +140,9 @@ class Accumulator:
                 remedy="the weights of an earlier layer are damaged; run moe-serve verify",
             )
         self._weight += omega_T.double().sum().cpu()
-        chosen = list(sample)
-        self._reservoir.append(z_TD[chosen].cpu())
-        self._reservoir_domain.append(domain_T[chosen].cpu())
+        chosen, rows = list(sample), list(sample.values())
+        self._reservoir_SD[rows] = z_TD[chosen].cpu()
+        self._reservoir_domain_S[rows] = domain_T[chosen].cpu()
         out_TD = mixture.always(z_TD)
         for unit, index, weight_t, h_tI in mixture.activations(z_TD):
             (expert,) = unit.owners
@@ -175,6 +178,6 @@ class Accumulator:
             weight=self._weight,
             normal_NII=self._normal_NII,
             output_ND=self._output_ND,
-            reservoir_SD=torch.cat(self._reservoir),
-            reservoir_domain_S=torch.cat(self._reservoir_domain),
+            reservoir_SD=self._reservoir_SD,
+            reservoir_domain_S=self._reservoir_domain_S,
         )

@@ -10,6 +10,7 @@ import torch
 
 from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.sequences import Sequences
+from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.calibration.texts import Source
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
@@ -40,6 +41,8 @@ class CalibrationRecord:
     sources: tuple[dict[str, Any], ...]
     seed: int
     reservoir: int
+    share: Share = WHOLE
+    """The part of the texts that was observed; the other fields describe the whole."""
 
     @classmethod
     def of(
@@ -50,6 +53,7 @@ class CalibrationRecord:
         *,
         seed: int,
         reservoir: int,
+        share: Share = WHOLE,
     ) -> CalibrationRecord:
         """Describe a run."""
         return cls(
@@ -61,6 +65,7 @@ class CalibrationRecord:
             sources=tuple(s.to_json() for s in sources),
             seed=seed,
             reservoir=min(reservoir, sequences.total),
+            share=share,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -75,7 +80,7 @@ class CalibrationRecord:
             "sources": list(self.sources),
             "seed": self.seed,
             "reservoir": self.reservoir,
-        }
+        } | ({"shard": str(self.share)} if self.share.of > 1 else {})
 
 
 class StatisticsWriter:
@@ -158,11 +163,17 @@ class Statistics:
         return tuple(self.record["domains"])
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse statistics of another checkpoint.
+        """Refuse statistics of another checkpoint, and a part of one's.
 
         Raises:
-            CalibrationError: the fingerprints differ.
+            CalibrationError: the fingerprints differ, or these are one shard of several.
         """
+        if "shard" in self.record:
+            raise CalibrationError(
+                f"are shard {self.record['shard']} of a calibration",
+                where=str(self.folder),
+                remedy="add all its shards up with moe-serve merge-statistics",
+            )
         if self.record["fingerprint"] != checkpoint.fingerprint():
             raise CalibrationError(
                 f"were gathered on another checkpoint than {checkpoint.path}",

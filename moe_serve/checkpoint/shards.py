@@ -134,9 +134,16 @@ class ShardWriter:
                 f"tensor {name!r} has {len(data)} bytes, its place has {place.spec.size}",
                 where=str(place.file),
             )
+        self.write_part(name, 0, data)
+
+    def write_part(self, name: str, start: int, data: bytes | bytearray | memoryview) -> None:
+        """Put some of a tensor's bytes in their place, beginning at its byte ``start``."""
+        place = self._places[name]
+        if start + len(data) > place.spec.size:
+            raise OutputError(f"tensor {name!r} ends before these bytes", where=str(place.file))
         with writing(place.file), place.file.open("r+b", buffering=0) as file:
             view = memoryview(data)
-            position = place.offset
+            position = place.offset + start
             while view:
                 count = os.pwrite(file.fileno(), view, position)
                 position += count

@@ -19,7 +19,8 @@ from moe_serve.errors import MoeServeError
 COMMANDS: Final = {
     "inspect": ("inspect", "inspect_command"),
     "prune": ("prune", "prune_command"),
-    "calibrate": ("prune", "calibrate_command"),
+    "calibrate": ("calibrate", "calibrate_command"),
+    "merge-statistics": ("calibrate", "merge_command"),
     "plan": ("prune", "plan_command"),
     "apply": ("prune", "apply_command"),
     "export": ("files", "export_command"),

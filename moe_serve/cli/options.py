@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+Model = Annotated[Path, typer.Argument(help="Directory of the original checkpoint.")]
+Output = Annotated[Path, typer.Argument(help="Directory to make; resumed if unfinished.")]
 Calibration = Annotated[
     list[Path] | None,
     typer.Option(

@@ -1,4 +1,4 @@
-"""``prune``, and the same run in its steps: ``calibrate``, ``plan``, ``apply``."""
+"""``prune``, and the same run in its steps ``plan`` and ``apply``."""
 
 from __future__ import annotations
 
@@ -22,16 +22,13 @@ from moe_serve.pruning.request import (
     TextOptions,
     device_named,
 )
-from moe_serve.pruning.run import PruneRequest, PruneResult, calibrate, prune
+from moe_serve.pruning.run import PruneRequest, PruneResult, prune
 from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, parse_size
-
-Model = Annotated[Path, typer.Argument(help="Directory of the original checkpoint.")]
-Output = Annotated[Path, typer.Argument(help="Directory to make; resumed if unfinished.")]
 
 
 def prune_command(
-    model: Model,
-    output: Output,
+    model: options.Model,
+    output: options.Output,
     keep: options.Keep = None,
     experts: options.Experts = None,
     memory: options.Memory = None,
@@ -93,27 +90,6 @@ def _report(result: PruneResult, *, as_json: bool) -> None:
     out.print(f"next: moe-serve compare {result.manifest.original.name} {result.output} --texts …")
 
 
-def calibrate_command(
-    model: Model,
-    output: Output,
-    calibration: options.Calibration = None,
-    tokens: options.Tokens = DEFAULT_TOKENS,
-    length: options.Length = DEFAULT_LENGTH,
-    batch_tokens: options.BatchTokens = DEFAULT_BATCH,
-    seed: options.Seed = 0,
-    device: options.Device = None,
-    as_json: options.Json = False,
-) -> None:
-    """Observe a model on texts; writes statistics.safetensors and statistics.json."""
-    texts = TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed)
-    with progress_bar() as progress:
-        made = calibrate(model, output, texts, device_named(device), batch_tokens, progress)
-    if as_json:
-        print_json({"output": str(output), **made.record})
-    else:
-        out.print(f"{output}: statistics of {sum(made.record['tokens'].values())} tokens")
-
-
 def plan_command(
     statistics: Annotated[Path, typer.Argument(help="Folder made by calibrate.")],
     output: Annotated[Path, typer.Argument(help="plan.json to write.")],
@@ -157,9 +133,9 @@ def plan_command(
 
 
 def apply_command(
-    model: Model,
+    model: options.Model,
     plan: Annotated[Path, typer.Argument(help="plan.json")],
-    output: Output,
+    output: options.Output,
     calibration: options.Calibration = None,
     form: options.FormatName = "compact",
     tokens: options.Tokens = DEFAULT_TOKENS,

@@ -10,6 +10,7 @@ import torch
 
 from moe_serve.calibration.collect import RESERVOIR
 from moe_serve.calibration.sequences import Sequences, tokenize
+from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import CalibrationRecord
 from moe_serve.calibration.texts import Source, read_texts
 from moe_serve.checkpoint.source import Checkpoint
@@ -48,10 +49,10 @@ class Corpus:
     sequences: Sequences
     sources: tuple[Source, ...]
 
-    def record(self, checkpoint: Checkpoint, seed: int) -> CalibrationRecord:
+    def record(self, checkpoint: Checkpoint, seed: int, share: Share = WHOLE) -> CalibrationRecord:
         """What statistics and manifest say about it."""
         return CalibrationRecord.of(
-            checkpoint, self.sequences, self.sources, seed=seed, reservoir=RESERVOIR
+            checkpoint, self.sequences, self.sources, seed=seed, reservoir=RESERVOIR, share=share
         )
 
 

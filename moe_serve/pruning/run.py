@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,9 @@ from typing import Any, Final
 import torch
 
 import moe_serve
-from moe_serve.calibration.collect import Collection, collect
+from moe_serve.calibration.collect import Collection, collect, observe
+from moe_serve.calibration.group import joined, own_device, started
+from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import CalibrationRecord, Statistics
 from moe_serve.checkpoint.formats import Form, form_named
 from moe_serve.checkpoint.hashing import file_sha256
@@ -104,6 +107,12 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
         MoeServeError: the input, the options or the output place can't be used; an unfinished
             output stays and is resumed by the same call.
     """
+    if started():
+        raise UsageError(
+            "runs in one process",
+            where="prune",
+            remedy="run torchrun on moe-serve calibrate, then prune with --statistics",
+        )
     checkpoint = open_checkpoint(request.model)
     if checkpoint.is_compact:
         raise UsageError(
@@ -148,8 +157,12 @@ def calibrate(
     device: torch.device,
     batch_tokens: int,
     progress: Progress,
+    share: Share = WHOLE,
 ) -> Statistics:
     """Gather statistics into a folder; resumes an unfinished one.
+
+    Under ``torchrun`` every process takes its part, and all see the same ``output``: hidden states
+    of the others lie in folders beside it until the end.
 
     Raises:
         MoeServeError: the model, the texts or the output place can't be used.
@@ -158,11 +171,17 @@ def calibrate(
     corpus = load_corpus(checkpoint, texts)
     if corpus is None:
         raise UsageError("give texts to calibrate on", where="--calibration")
-    record = corpus.record(checkpoint, texts.seed)
-    print_of = record.to_json() | {"shards": checkpoint.freshness()}
-    with staged(output, print_of) as staging:
-        settings = Collection(device=device, batch_tokens=batch_tokens)
-        collect(checkpoint, corpus.sequences, record, staging.path, staging, settings, progress)
+    record = corpus.record(checkpoint, texts.seed, share)
+    device = own_device(device)
+    with joined(device) as group:
+        print_of = record.to_json() | {"shards": checkpoint.freshness(), "processes": group.size}
+        place = output.with_name(f"{output.name}.rank-{group.rank}") if group.rank else output
+        with staged(place, print_of) as staging:
+            settings = Collection(device=device, batch_tokens=batch_tokens, group=group)
+            observe(checkpoint, corpus.sequences, record, staging.path, staging, settings, progress)
+        if group.rank:
+            shutil.rmtree(place)
+        group.all(mine=True)  # The first process has named its output.
     return Statistics(output)
 
 

@@ -1,0 +1,75 @@
+"""``calibrate``, whole or in shards, and ``merge-statistics``, which adds shards up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_serve.calibration.group import leads
+from moe_serve.calibration.merge import merge_statistics
+from moe_serve.calibration.share import WHOLE, Share
+from moe_serve.calibration.store import Statistics
+from moe_serve.cli import options
+from moe_serve.cli.output import out, print_json
+from moe_serve.cli.progress import progress_bar
+from moe_serve.progress import Silent
+from moe_serve.pruning.request import (
+    DEFAULT_BATCH,
+    DEFAULT_LENGTH,
+    DEFAULT_TOKENS,
+    TextOptions,
+    device_named,
+)
+from moe_serve.pruning.run import calibrate
+
+
+def calibrate_command(
+    model: options.Model,
+    output: options.Output,
+    calibration: options.Calibration = None,
+    tokens: options.Tokens = DEFAULT_TOKENS,
+    length: options.Length = DEFAULT_LENGTH,
+    batch_tokens: options.BatchTokens = DEFAULT_BATCH,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            help="Observe the second of four shares with 2/4; add them up with merge-statistics.",
+        ),
+    ] = None,
+    seed: options.Seed = 0,
+    device: options.Device = None,
+    as_json: options.Json = False,
+) -> None:
+    """Observe a model on texts; writes statistics.safetensors and statistics.json.
+
+    Under torchrun its processes share the work.
+    """
+    texts = TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed)
+    share = Share.parse(shard) if shard else WHOLE
+    with progress_bar() as progress:
+        shown = progress if leads() else Silent()
+        made = calibrate(model, output, texts, device_named(device), batch_tokens, shown, share)
+    if leads():
+        _report(made, as_json=as_json)
+
+
+def merge_command(
+    parts: Annotated[list[Path], typer.Argument(help="Folders that calibrate --shard made.")],
+    output: options.Output,
+    as_json: options.Json = False,
+) -> None:
+    """Add up the statistics of all shards: what one machine would have found."""
+    with progress_bar() as progress:
+        made = merge_statistics(parts, output, progress)
+    _report(made, as_json=as_json)
+
+
+def _report(made: Statistics, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"output": str(made.folder), **made.record})
+        return
+    shard = f", shard {made.record['shard']}" if "shard" in made.record else ""
+    out.print(f"{made.folder}: statistics of {sum(made.record['tokens'].values())} tokens{shard}")
