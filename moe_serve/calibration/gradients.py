@@ -5,17 +5,35 @@ small change Δ of y changes the likelihood by gᵀΔ, and E[(gᵀΔ)²] = tr(M 
 empirical Fisher matrix, is twice the divergence it causes: the metric in which errors of different
 layers can be compared.
 
-Shape suffixes: T tokens, D hidden size, N experts, I neurons per expert.
+Shape suffixes: T tokens, D hidden size, N experts, I neurons per expert, R sketch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
+from typing import Final
 
+import numpy as np
 import torch
 
 from moe_serve.calibration.mixture import Mixture
 from moe_serve.errors import CalibrationError
+
+SKETCH: Final = 64
+"""R, rows of the sketch."""
+
+
+def sketch(hidden: int) -> torch.Tensor:
+    """Random signs [R, D] scaled by R^-½; the identity where D ≤ R. The same for every run.
+
+    Source: Achlioptas 2003, theorem 1.1: distances survive such a projection.
+    """
+    if hidden <= SKETCH:
+        return torch.eye(hidden)
+    signs = np.random.default_rng(0).integers(0, 2, size=(SKETCH, hidden), dtype=np.int8)
+    rows_RD: torch.Tensor = torch.from_numpy(2.0 * signs - 1.0).float()
+    return rows_RD / math.sqrt(SKETCH)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +58,10 @@ class LayerGradients:
     """Σ ω |w h g·d| (F32)."""
     fisher_NI: torch.Tensor
     """Σ ω (w h g·d)² (F32)."""
+    map_NRR: torch.Tensor
+    """A sketch of Σ ω w g zᵀ, the loss's gradient with respect to the expert as a map from input z
+    to output: S (Σ ω w g zᵀ) Sᵀ, S the signs of :func:`sketch` (F32). Linear, so it adds up, and
+    inner products of experts' gradients survive it to about 1/R."""
 
     @staticmethod
     def shapes(*, experts: int, width: int, hidden: int) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -55,6 +77,7 @@ class LayerGradients:
             "slope_NI": neurons,
             "taylor_NI": neurons,
             "fisher_NI": neurons,
+            "map_NRR": ("F32", (experts, min(hidden, SKETCH), min(hidden, SKETCH))),
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -75,10 +98,11 @@ class LayerGradients:
 
 
 class GradientSums:
-    """Builds one layer's sums batch by batch. Memory: D² + 4 N I numbers and one batch."""
+    """Builds one layer's sums batch by batch. Memory: D² + 4 N I + N R² numbers, a batch."""
 
     def __init__(self, *, experts: int, width: int, hidden: int) -> None:
         """Start at zero."""
+        self._sketch_RD = sketch(hidden)
         kinds = {"F32": torch.float32, "F64": torch.float64}
         shapes = LayerGradients.shapes(experts=experts, width=width, hidden=hidden)
         self._sums = {
@@ -108,9 +132,13 @@ class GradientSums:
         sums = self._sums
         sums["weight"] += omega_T.double().sum().cpu()
         sums["metric_DD"] += ((g_TD * omega_T[:, None]).T @ g_TD).cpu()
+        sketch_DR = self._sketch_RD.T.to(z_TD.device)
+        z_TR, g_TR = z_TD @ sketch_DR, g_TD @ sketch_DR
         for unit, index, weight_t, h_tI in mixture.activations(z_TD):
             (expert,) = unit.owners
             omega_t = omega_T[index]
+            share_t1 = (weight_t * omega_t)[:, None]
+            sums["map_NRR"][expert] += ((g_TR[index] * share_t1).T @ z_TR[index]).cpu()
             slope_tI = (g_TD[index] @ unit.down_DF) * weight_t[:, None]
             effect_tI = h_tI * slope_tI
             effect_t = effect_tI.sum(dim=1)

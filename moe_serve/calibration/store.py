@@ -23,7 +23,7 @@ from moe_serve.files import read_json, reading, write_json
 
 TENSORS: Final = "statistics.safetensors"
 RECORD: Final = "statistics.json"
-VERSION: Final = 2
+VERSION: Final = 3
 _GRADIENTS: Final = "gradients."
 
 

@@ -62,3 +62,19 @@ AcrossLayers = Annotated[
         help="Spend the budget where the loss needs it, or give every layer the same share.",
     ),
 ]
+CoefficientsName = Annotated[
+    str | None,
+    typer.Option(
+        "--coefficients",
+        help="How merged experts are weighted: uniform, frequency, saliency or qp (least squares). "
+        "By default as the method was published.",
+    ),
+]
+DropWhenBetter = Annotated[
+    bool | None,
+    typer.Option(
+        "--drop-when-better/--always-merge",
+        help="Merge a group only where that beats dropping on held-out tokens. "
+        "By default as the method does.",
+    ),
+]

@@ -38,6 +38,8 @@ def prune_command(
     block_width: options.BlockWidth = None,
     refit: options.RefitFlag = None,
     across_layers: options.AcrossLayers = True,
+    coefficients: options.CoefficientsName = None,
+    drop_when_better: options.DropWhenBetter = None,
     form: options.FormatName = "compact",
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan.")] = None,
     statistics: Annotated[
@@ -65,6 +67,8 @@ def prune_command(
             refit=refit,
             uniform=form == "native",
             across_layers=across_layers,
+            coefficients=coefficients,
+            drop_when_better=drop_when_better,
             seed=seed,
         ),
         form=form,
@@ -101,6 +105,8 @@ def plan_command(
     block_width: options.BlockWidth = None,
     refit: options.RefitFlag = None,
     across_layers: options.AcrossLayers = True,
+    coefficients: options.CoefficientsName = None,
+    drop_when_better: options.DropWhenBetter = None,
     form: options.FormatName = "compact",
     model: Annotated[
         Path | None, typer.Option(help="The checkpoint, where it has moved since calibrate.")
@@ -121,6 +127,8 @@ def plan_command(
         refit=refit,
         uniform=form == "native",
         across_layers=across_layers,
+        coefficients=coefficients,
+        drop_when_better=drop_when_better,
         seed=seed,
     )
     with progress_bar() as progress:

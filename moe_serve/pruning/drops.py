@@ -12,7 +12,8 @@ from moe_serve.pruning.view import Budget, LayerView
 def drop_reap(view: LayerView, budget: Budget) -> LayerPlan:
     """Drop the experts with the least mean routed output norm.
 
-    Source: REAP, arXiv 2510.13999, eq. 5: S_j = mean over tokens routed to j of g_j‖f_j‖.
+    Source: REAP, arXiv 2510.13999, eq. 5: S_j = mean over tokens routed to j of g_j‖f_j‖, g_j as
+    the family normalises it (as its code does by default).
     """
     saliency_N = view.observed().reap()
     return keep_best(view, saliency_N, budget, {"reap": saliency_N.tolist()})
@@ -27,7 +28,8 @@ def drop_frequency(view: LayerView, budget: Budget) -> LayerPlan:
 def drop_seer(view: LayerView, budget: Budget) -> LayerPlan:
     """Drop the experts with the least summed router weight.
 
-    Source: SEER-MoE, arXiv 2404.05089, section 3.1, soft heavy-hitters counting.
+    Source: SEER-MoE, arXiv 2404.05089, section 3.1, soft heavy-hitters counting. Here over the
+    tokens that selected the expert, g as the family normalises it, and in each layer alike.
     """
     weight_N = view.observed().weight_CN.sum(dim=0)
     return keep_best(view, weight_N, budget, {"seer": weight_N.tolist()})
@@ -65,7 +67,8 @@ def drop_msan(view: LayerView, budget: Budget) -> LayerPlan:
 def drop_taylor(view: LayerView, budget: Budget) -> LayerPlan:
     """Drop the experts whose outputs move the loss least to first order, E|w f·∂L/∂y|.
 
-    Source: Molchanov et al. 2019, arXiv 1906.10771, eq. 6, with the expert as the unit.
+    Source: Molchanov et al. 2017, arXiv 1611.06440, eq. 7, with the expert as the unit: the
+    absolute change of the loss, token by token, when the routed output is set to zero.
     """
     effect_N = view.gradients().taylor_N
     return keep_best(view, effect_N, budget, {"taylor": effect_N.tolist()})

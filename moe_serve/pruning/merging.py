@@ -1,168 +1,206 @@
-"""Merging experts that do the same job (arXiv 2407.09590, data-centric).
+"""Groups of experts that become one stored expert each.
 
-Shape suffixes: S reservoir tokens, N experts, I neurons, D hidden size.
+Shape suffixes: N experts, I neurons, D hidden size.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
-from scipy.optimize import linear_sum_assignment
-from scipy.spatial.distance import squareform
 
-from moe_serve.calibration.mixture import Mixture, Router, Unit
+from moe_serve.calibration.mixture import Mixture, Unit
+from moe_serve.errors import PlanError
+from moe_serve.pruning.alignment import Alignment
+from moe_serve.pruning.coefficients import COEFFICIENTS, Coefficients, Evidence
 from moe_serve.pruning.drops import checked_count
 from moe_serve.pruning.plan import Block, LayerPlan, Part
-from moe_serve.pruning.similarity import linear_cka
+from moe_serve.pruning.reservoir import Reservoir
 from moe_serve.pruning.view import Budget, LayerView
 
 
-def merge_cka(view: LayerView, budget: Budget) -> LayerPlan:
-    """Group experts whose outputs are alike, then merge or drop each group by measured error.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """How a method merges the groups it has found, unless the user says otherwise."""
 
-    Similarity is linear CKA of all experts' outputs on the same reservoir tokens; groups come
-    from average linkage; a group is merged in weight space after neuron alignment, weighted by
-    how often each member was selected, or reduced to its most salient member, whichever leaves
-    the layer's output closer to the original's on the reservoir.
+    align: Alignment
+    coefficients: str
+    """Key of :data:`COEFFICIENTS`."""
+    anchor: Literal["first", "heaviest"] = "heaviest"
+    """Whose order the neurons take: the group's first member's, or the one's that counts most."""
+    owners: Literal["members", "anchor"] = "members"
+    """Who is selected for the merged expert: all members, their weights adding up, or the anchor
+    alone, the others' router rows going like those of dropped experts."""
+    drop_when_better: bool = False
+    """Whether a group is reduced to its most salient member where that leaves the layer's output
+    on held-out tokens closer to the original's."""
 
-    Source: arXiv 2407.09590, section 3 (CKA, eq. 2-4; grouping; merging); alignment before
-    averaging after arXiv 2310.01334, section 3.1.
+    def may_drop(self, budget: Budget) -> bool:
+        """Whether the router may be left with fewer experts to select from."""
+        return self.owners == "anchor" or self.judges(budget)
+
+    def judges(self, budget: Budget) -> bool:
+        """Whether merges compete with drops."""
+        wish = budget.drop_when_better
+        return self.drop_when_better if wish is None else wish
+
+
+def group_count(view: LayerView, budget: Budget, recipe: Recipe) -> int:
+    """Groups a layer may have.
+
+    Raises:
+        PlanError: none, or fewer than the router selects where some may be dropped.
     """
-    statistics = view.observed()
-    count = checked_count(view, budget)
-    mixture = view.mixture()
-    seen = _Reservoir.of(mixture, statistics.reservoir_SD)
-    similarity_NN = linear_cka(seen.output_NSD)
-    groups = average_linkage(similarity_NN, count)
-    frequency_N = statistics.frequency().clamp(min=1e-12)
-    saliency_N = statistics.reap()
+    if recipe.may_drop(budget):
+        return checked_count(view, budget)
+    count = min(budget.whole_experts(view.shape), view.shape.experts)
+    if count < 1:
+        raise PlanError("no expert would stay in a layer", remedy="keep more")
+    return count
+
+
+def merge_groups(
+    view: LayerView,
+    budget: Budget,
+    recipe: Recipe,
+    groups: Sequence[Sequence[int]],
+    *,
+    mixture: Mixture,
+    seen: Reservoir | None,
+    why: dict[str, Any],
+) -> LayerPlan:
+    """Merge every group by the recipe.
+
+    Args:
+        view: the layer.
+        budget: carries the user's wishes.
+        recipe: the method's way.
+        groups: a partition of the layer's experts.
+        mixture: the layer's weights.
+        seen: all experts on the same tokens, where the method has run them.
+        why: the method's reasons; groups, scores and counts are added.
+    """
+    judges = recipe.judges(budget)
+    statistics = view.statistics
+    if seen is None and (judges or budget.coefficients == "qp"):
+        seen = Reservoir.of(mixture, view.observed().reservoir_SD)
+    fitting = seen.fitting() if seen is not None and judges else seen
+    workshop = _Workshop(
+        mixture=mixture,
+        recipe=recipe,
+        rule=COEFFICIENTS[budget.coefficients or recipe.coefficients],
+        evidence=Evidence(statistics=statistics, reservoir=fitting),
+        saliency_N=statistics.reap() if statistics is not None else None,
+        judge=seen.held_out() if seen is not None and judges else None,
+    )
     blocks: list[Block] = []
     experts: list[tuple[int, ...] | None] = [None] * view.shape.experts
     decisions = []
     for group in groups:
-        merged = merge_parts(mixture, seen, group, frequency_N)
-        best = max(group, key=lambda e: (float(saliency_N[e]), -e))
-        errors = {
-            "merge": seen.merge_error(mixture, group, merged),
-            "drop": seen.drop_error(mixture.router, [e for e in group if e != best]),
-        }
-        keep_merge = len(group) > 1 and errors["merge"] < errors["drop"]
-        for expert in group if keep_merge else (best,):
+        block, owners, decision = workshop.work(group)
+        decisions += [decision] if decision else []
+        for expert in owners:
             experts[expert] = (len(blocks),)
-        alone = Block(parts=(Part(expert=best, neurons=tuple(range(view.shape.width))),))
-        blocks.append(merged if keep_merge else alone)
-        if len(group) > 1:
-            chosen = "merge" if keep_merge else "drop"
-            decisions.append({"members": group, "chosen": chosen, "kept": best, "error": errors})
-    why = {
+        blocks.append(block)
+    reasons = {
         "neurons_kept": [0 if b is None else view.shape.width for b in experts],
-        "similarity": similarity_NN.tolist(),
         "groups": decisions,
-        "scores": {"reap": saliency_N.tolist(), "frequency": frequency_N.tolist()},
+        "scores": _scores(view),
     }
-    return LayerPlan(width=view.shape.width, blocks=tuple(blocks), experts=tuple(experts), why=why)
+    return LayerPlan(
+        width=view.shape.width, blocks=tuple(blocks), experts=tuple(experts), why=why | reasons
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Reservoir:
-    """All experts on the same tokens."""
+class _Workshop:
+    """Merges one group after the other."""
 
-    z_SD: torch.Tensor
-    hidden_NSI: tuple[torch.Tensor, ...]
-    output_NSD: torch.Tensor
-    weights_SN: torch.Tensor
-    logits_SN: torch.Tensor
+    mixture: Mixture
+    recipe: Recipe
+    rule: Coefficients
+    evidence: Evidence
+    saliency_N: torch.Tensor | None
+    judge: Reservoir | None
+    """Tokens on which a merge competes with a drop; ``None`` where it does not."""
 
-    @classmethod
-    def of(cls, mixture: Mixture, z_SD: torch.Tensor) -> _Reservoir:
-        hidden = tuple(mixture.hidden(unit, z_SD) for unit in mixture.units)
-        outputs = [h @ u.down_DF.T for h, u in zip(hidden, mixture.units, strict=True)]
-        return cls(
-            z_SD=z_SD,
-            hidden_NSI=hidden,
-            output_NSD=torch.stack(outputs),
-            weights_SN=mixture.router(z_SD),
-            logits_SN=mixture.router.logits(z_SD),
+    def work(self, group: Sequence[int]) -> tuple[Block, list[int], dict[str, Any]]:
+        """(stored block, who is selected for it, why); no reason where nothing was to be chosen."""
+        members = sorted(group)
+        best = self._most_salient(group)
+        alone = Block(parts=(Part(expert=best, neurons=tuple(range(self._width(best)))),))
+        if len(group) == 1:
+            return alone, members, {}
+        shares = dict(zip(members, self.rule(members, self.evidence).tolist(), strict=True))
+        anchor = max(members, key=lambda e: (shares[e], -e))
+        if self.recipe.anchor == "first":
+            anchor = group[0]
+        merged = merged_block(
+            self.mixture, self.evidence.reservoir, self.recipe.align, anchor, shares
         )
+        owners = members if self.recipe.owners == "members" else [anchor]
+        decision = {"members": members, "kept": best, "shares": list(shares.values())}
+        if self.judge is None:
+            return merged, owners, decision | {"chosen": "merge"}
+        unit = merged_unit(self.mixture, merged, tuple(owners))
+        gone = [e for e in members if e not in owners]
+        error = {
+            "merge": self.judge.error(dropped=gone, replaced=dict.fromkeys(owners, unit)),
+            "drop": self.judge.error(dropped=[e for e in members if e != best], replaced={}),
+        }
+        if error["merge"] < error["drop"]:
+            return merged, owners, decision | {"chosen": "merge", "error": error}
+        return alone, [best], decision | {"chosen": "drop", "error": error}
 
-    def drop_error(self, router: Router, dropped: list[int]) -> float:
-        """Mean squared change of the layer's output when ``dropped`` can't be selected."""
-        fewer = dataclasses.replace(router, dropped=tuple(dropped))
-        change_SN = fewer(self.z_SD) - self.weights_SN
-        change_SD = torch.einsum("sn,nsd->sd", change_SN, self.output_NSD)
-        return float(change_SD.square().sum(dim=1).mean())
+    def _width(self, expert: int) -> int:
+        return self.mixture.units[expert].width
 
-    def merge_error(self, mixture: Mixture, group: list[int], block: Block) -> float:
-        """Mean squared change of the layer's output when ``group`` shares one merged expert."""
-        merged = merged_unit(mixture, block, tuple(group))
-        f_SD = mixture.hidden(merged, self.z_SD) @ merged.down_DF.T
-        weights_SG = self.weights_SN[:, group]
-        original_SD = torch.einsum("sg,gsd->sd", weights_SG, self.output_NSD[group])
-        change_SD = weights_SG.sum(dim=1, keepdim=True) * f_SD - original_SD
-        return float(change_SD.square().sum(dim=1).mean())
-
-
-def average_linkage(similarity_NN: torch.Tensor, count: int) -> list[list[int]]:
-    """Cut an average-linkage tree of 1 - similarity into ``count`` groups."""
-    experts = len(similarity_NN)
-    if count >= experts:
-        return [[e] for e in range(experts)]
-    distance = (1.0 - similarity_NN.double()).clamp(min=0.0).numpy().copy()
-    np.fill_diagonal(distance, 0.0)
-    tree = linkage(squareform((distance + distance.T) / 2, checks=False), method="average")
-    labels = cut_tree(tree, n_clusters=count).ravel()
-    return [np.flatnonzero(labels == label).tolist() for label in dict.fromkeys(labels.tolist())]
+    def _most_salient(self, group: Sequence[int]) -> int:
+        """By REAP where there are statistics; else the first."""
+        saliency_N = self.saliency_N
+        if saliency_N is None:
+            return group[0]
+        return max(group, key=lambda e: (float(saliency_N[e]), -e))
 
 
-def merge_parts(
-    mixture: Mixture, seen: _Reservoir, group: list[int], mass_N: torch.Tensor
+def _scores(view: LayerView) -> dict[str, list[float]]:
+    if view.statistics is None:
+        return {}
+    return {
+        "reap": view.statistics.reap().tolist(),
+        "frequency": view.statistics.frequency().tolist(),
+    }
+
+
+def merged_block(
+    mixture: Mixture,
+    seen: Reservoir | None,
+    align: Alignment,
+    anchor: int,
+    shares: dict[int, float],
 ) -> Block:
-    """A block that averages a group's experts, neurons aligned, weighted by ``mass_N``.
+    """A block that averages a group's experts, neurons in the anchor's order.
 
-    Neurons are matched to those of the heaviest member by Hungarian assignment on the
-    correlation of their activations plus the cosine of their weights.
+    Args:
+        mixture: the layer's weights.
+        seen: tokens for alignments that use activations.
+        align: finds the order.
+        anchor: a member.
+        shares: member → coefficient; those of zero are left out.
     """
-    anchor = max(group, key=lambda e: (float(mass_N[e]), -e))
-    share_N = mass_N / mass_N[group].sum()
+    tokens = seen.z_SD if seen is not None else None
     parts = []
-    for expert in group:
-        if expert == anchor:
-            neurons = list(range(mixture.units[anchor].width))
-        else:
-            neurons = _aligned(mixture.units, seen.hidden_NSI, anchor, expert)
-        parts.append(
-            Part(expert=expert, neurons=tuple(neurons), coefficient=float(share_N[expert]))
-        )
+    for expert, share in shares.items():
+        if share > 0:
+            order = (
+                list(range(mixture.units[expert].width))
+                if expert == anchor
+                else align(mixture, tokens, anchor, expert)
+            )
+            parts.append(Part(expert=expert, neurons=tuple(order), coefficient=share))
     return Block(parts=tuple(parts))
-
-
-def _aligned(
-    units: tuple[Unit, ...], hidden: tuple[torch.Tensor, ...], anchor: int, expert: int
-) -> list[int]:
-    """For each neuron of ``anchor``, the neuron of ``expert`` that does its job."""
-    gain = _correlation(hidden[anchor].T, hidden[expert].T)
-    gain += _cosine(_rows(units[anchor]), _rows(units[expert]))
-    _, columns = linear_sum_assignment(gain.numpy(), maximize=True)
-    return [int(c) for c in columns]
-
-
-def _rows(unit: Unit) -> torch.Tensor:
-    """One row per neuron: its gate, up and down weights, each scaled to norm one."""
-    matrices = (unit.gate_FD, unit.up_FD, unit.down_DF.T)
-    return torch.cat([torch.nn.functional.normalize(m, dim=1) for m in matrices], dim=1)
-
-
-def _correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return _cosine(a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True))
-
-
-def _cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    normalize = torch.nn.functional.normalize
-    return normalize(a, dim=1) @ normalize(b, dim=1).T
 
 
 def merged_unit(mixture: Mixture, block: Block, owners: tuple[int, ...]) -> Unit:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import torch
+
 from moe_serve.errors import UsageError
 from moe_serve.pruning.drops import (
     drop_aimer,
@@ -23,7 +25,15 @@ from moe_serve.pruning.drops import (
     drop_seer,
     drop_taylor,
 )
-from moe_serve.pruning.merging import merge_cka
+from moe_serve.pruning.merges import (
+    merge_cka,
+    merge_cka_weights,
+    merge_gradient,
+    merge_hc,
+    merge_msmoe,
+    merge_ream,
+    merge_weights,
+)
 from moe_serve.pruning.naee import drop_naee
 from moe_serve.pruning.neurons import (
     Ladder,
@@ -45,6 +55,11 @@ class Method:
     """Set by a method whose unit is the expert."""
     neurons: Callable[[LayerView], Ladder] | None = None
     """Set by a method whose unit is the neuron."""
+    merges: bool = False
+    """Whether it merges experts, so that coefficients can be chosen."""
+    worth: Callable[[LayerView], torch.Tensor] | None = None
+    """Set by a method of experts whose budget runs over the whole model: what each expert of a
+    layer is worth [N]. A layer keeps as many as it has among the model's best."""
     comparable: bool = False
     """Whether the ladders of different layers measure the same thing."""
     needs_texts: bool = True
@@ -71,7 +86,18 @@ METHODS: Final = {
         Method(name="drop-fisher", experts=drop_fisher),
         Method(name="drop-aimer", experts=drop_aimer, needs_texts=False),
         Method(name="drop-random", experts=drop_random, needs_texts=False),
-        Method(name="merge-cka", experts=merge_cka),
+        Method(name="merge-cka", experts=merge_cka, merges=True),
+        Method(name="merge-cka-weights", experts=merge_cka_weights, merges=True, needs_texts=False),
+        Method(name="merge-hc", experts=merge_hc, merges=True),
+        Method(
+            name="merge-msmoe",
+            experts=merge_msmoe,
+            merges=True,
+            worth=lambda view: view.observed().frequency(),
+        ),
+        Method(name="merge-ream", experts=merge_ream, merges=True),
+        Method(name="merge-weights", experts=merge_weights, merges=True, needs_texts=False),
+        Method(name="merge-gradient", experts=merge_gradient, merges=True),
     )
 }
 

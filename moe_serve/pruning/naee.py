@@ -27,9 +27,10 @@ _CHUNK: Final = 64
 def drop_naee(view: LayerView, budget: Budget) -> LayerPlan:
     """Keep the subset of experts that reconstructs the layer's output best.
 
-    Source: arXiv 2402.14800, eq. 5: all subsets are tried where that is feasible. Where it is not,
-    experts go one by one, each time the one whose loss costs least, and are then swapped against
-    dropped ones as long as that helps (the paper stops at eight experts).
+    Source: arXiv 2402.14800, eq. 5: all subsets are tried where that is feasible, by the Frobenius
+    norm of the change over all tokens at once (its code adds the norms of its batches). Where it
+    is not, experts go one by one, each time the one whose loss costs least, and are then swapped
+    against dropped ones as long as that helps (the paper stops at eight experts).
     """
     count = checked_count(view, budget)
     search = _Search.of(view.mixture(), view.observed().reservoir_SD)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from moe_serve.errors import PlanError
 from moe_serve.families import Shape
 from moe_serve.progress import Progress
 from moe_serve.pruning.allocation import distribute
+from moe_serve.pruning.grouping import counts_over_layers
 from moe_serve.pruning.methods import Method
 from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.plan import LayerPlan, Plan, Refit
@@ -50,14 +51,20 @@ def make_plan(
     shape = checkpoint.shape
     method, budget, refit = selection.resolve(checkpoint, texts=statistics is not None)
     layers = checkpoint.family.moe_layers(checkpoint.config) if budget.keep < 1.0 else ()
-    progress.start("plan", len(layers))
+    passes = 2 if method.worth is not None and budget.across_layers else 1
+    progress.start("plan", passes * len(layers))
     views = (_view(checkpoint, statistics, index, progress) for index in layers)
     if method.neurons is not None:
         planned = _spend(
             {view.index: method.neurons(view) for view in views}, method, budget, shape
         )
     elif method.experts is not None:
-        planned = {view.index: method.experts(view, budget) for view in views}
+        budgets = dict.fromkeys(layers, budget)
+        if method.worth is not None and budget.across_layers and not budget.uniform:
+            worth = {view.index: method.worth(view) for view in views}
+            budgets = _over_layers(worth, budget, shape)
+            views = (_view(checkpoint, statistics, index, progress) for index in layers)
+        planned = {view.index: method.experts(view, budgets[view.index]) for view in views}
     plan = Plan(
         model=checkpoint.path.resolve().name,
         fingerprint=checkpoint.fingerprint(),
@@ -84,6 +91,14 @@ def _view(
         statistics=statistics.layer(index) if statistics is not None else None,
         loss=statistics.gradients(index) if statistics is not None else None,
     )
+
+
+def _over_layers(worth: dict[int, torch.Tensor], budget: Budget, shape: Shape) -> dict[int, Budget]:
+    """Each layer's budget of experts, where the model's best experts are kept."""
+    total = budget.whole_experts(shape) * len(worth)
+    least = shape.top_k if budget.drop_when_better else 1
+    counts = counts_over_layers(worth, total, least=least) if worth else {}
+    return {index: replace(budget, experts=count) for index, count in counts.items()}
 
 
 def _spend(
@@ -117,5 +132,9 @@ def _spend(
 def _settings(method: Method, budget: Budget) -> dict[str, Any]:
     settings = asdict(budget)
     if method.neurons is None:
-        del settings["block_width"], settings["across_layers"]
+        del settings["block_width"]
+        if method.worth is None:
+            del settings["across_layers"]
+    if not method.merges:
+        del settings["coefficients"], settings["drop_when_better"]
     return settings

@@ -16,6 +16,7 @@ from moe_serve.calibration.texts import Source, read_texts
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError, UsageError
+from moe_serve.pruning.coefficients import coefficients_named
 from moe_serve.pruning.methods import AUTO, Method, method_named
 from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, keep_for_memory
 from moe_serve.pruning.view import Budget
@@ -98,6 +99,10 @@ class Selection:
     """``None``: as the method does."""
     uniform: bool = False
     across_layers: bool = True
+    coefficients: str | None = None
+    """``None``: as the method does."""
+    drop_when_better: bool | None = None
+    """``None``: as the method does."""
     seed: int = 0
 
     def resolve(self, checkpoint: Checkpoint, *, texts: bool) -> tuple[Method, Budget, bool]:
@@ -108,6 +113,7 @@ class Selection:
             PlanError: the budget can't be met.
         """
         method = method_named(self.method, texts=texts)
+        self._check_merging(method, texts=texts)
         keep = self._share(checkpoint)
         width = block_width(checkpoint, self.block_width) if method.neurons else None
         refit = method.refit if self.refit is None else self.refit
@@ -123,9 +129,29 @@ class Selection:
             experts=None if method.neurons else self.experts,
             uniform=self.uniform,
             across_layers=self.across_layers,
+            coefficients=self.coefficients,
+            drop_when_better=self.drop_when_better,
             seed=self.seed,
         )
         return method, budget, refit
+
+    def _check_merging(self, method: Method, *, texts: bool) -> None:
+        if self.coefficients is None and self.drop_when_better is None:
+            return
+        if not method.merges:
+            raise UsageError(
+                f"{method.name} merges nothing",
+                where="--coefficients, --drop-when-better",
+                remedy="leave these out, or choose a merge method",
+            )
+        if self.coefficients is not None:
+            coefficients_named(self.coefficients, texts=texts)
+        if self.drop_when_better and not texts:
+            raise UsageError(
+                "what is better can't be measured without calibration texts",
+                where="--drop-when-better",
+                remedy="give --calibration PATH",
+            )
 
     def _share(self, checkpoint: Checkpoint) -> float:
         if sum(wish is not None for wish in (self.keep, self.experts, self.memory)) != 1:

@@ -203,6 +203,7 @@ def _fingerprint(
         "block_width": selection.block_width,
         "refit": selection.refit,
         "across_layers": selection.across_layers,
+        "merging": [selection.coefficients, selection.drop_when_better],
         "seed": selection.seed,
         "version": moe_serve.__version__,
     }

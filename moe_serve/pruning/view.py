@@ -34,6 +34,10 @@ class Budget:
     same share."""
     seed: int = 0
     """For methods that draw lots."""
+    coefficients: str | None = None
+    """How the members of a merged group are weighted; ``None``: as the method does."""
+    drop_when_better: bool | None = None
+    """Whether a group is merged only where that beats dropping; ``None``: as the method does."""
 
     def whole_experts(self, shape: Shape) -> int:
         """Experts a layer may keep whole."""

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_serve.calibration import reverse
 from moe_serve.calibration.collect import Collection, collect
-from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.calibration.gradients import LayerGradients, sketch
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import staged
 from moe_serve.progress import Silent
@@ -61,6 +61,7 @@ def test_gradient_sums_equal_autograd(
     omega_T = sequences.weights()
     metric = torch.zeros(64, 64)
     taylor_N, taylor_NI, fisher_NI = torch.zeros(4), torch.zeros(4, 32), torch.zeros(4, 32)
+    maps = torch.zeros(4, 64, 64)
     reached, square, slope = torch.zeros(4), torch.zeros(4, 32), torch.zeros(4, 32)
     position = 0
     for tokens in sequences.tokens:
@@ -81,6 +82,7 @@ def test_gradient_sums_equal_autograd(
                 taylor_N[e] += omega * (h @ v).abs()
                 taylor_NI[e] += omega * (h * v).abs()
                 fisher_NI[e] += omega * (h * v) ** 2
+                maps[e] += omega * w * torch.outer(g, z)
                 reached[e] += omega
                 square[e] += omega * h**2
                 slope[e] += omega * v**2
@@ -89,6 +91,7 @@ def test_gradient_sums_equal_autograd(
     close(found.taylor_N.float(), taylor_N)
     close(found.taylor_NI, taylor_NI)
     close(found.fisher_NI, fisher_NI)
+    close(found.map_NRR, maps)  # The hidden size is 64: the sketch is exact.
     heapr = (square / reached[:, None]) * (slope / reached[:, None])
     close(found.heapr().float(), heapr)
 
@@ -104,3 +107,17 @@ def test_only_a_share_of_each_domain_takes_part(
     assert float(small.weight) == pytest.approx(128.0)
     torch.testing.assert_close(small.metric_DD, large.metric_DD, rtol=1e-3, atol=1e-4)
     assert torch.equal(small.reached_N, large.reached_N)
+
+
+def test_a_sketch_keeps_inner_products() -> None:
+    """Maps of 256 dimensions: inner products to a few parts in R = 64 of the norms."""
+    torch.manual_seed(0)
+    rows = sketch(256)
+    assert rows.shape == (64, 256)
+    assert torch.equal(rows, sketch(256))
+    maps = torch.randn(3, 256, 256)
+    maps[1] = maps[0] + 0.5 * maps[1]
+    small = (rows @ maps @ rows.T).flatten(1)
+    exact = torch.nn.functional.cosine_similarity(maps.flatten(1)[0], maps.flatten(1)[1:])
+    found = torch.nn.functional.cosine_similarity(small[0], small[1:])
+    torch.testing.assert_close(found, exact, rtol=0, atol=4 / 64)
