@@ -1,14 +1,16 @@
-"""Merge methods on a tiny model with planted copies, against their sources' rules by plain loops."""
+"""Merge methods on a tiny model with planted copies; published rules by plain loops."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_serve.calibration.mixture import read_mixture
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import PlanError, UsageError
@@ -97,7 +99,9 @@ def merged(plan: LayerPlan) -> list[list[int]]:
 
 @pytest.mark.parametrize("method", [merge_cka, merge_cka_weights, merge_weights])
 @torch.inference_mode()
-def test_a_shuffled_copy_is_merged_first_and_exactly(method, view: LayerView) -> None:
+def test_a_shuffled_copy_is_merged_first_and_exactly(
+    method: Callable[[LayerView, Budget], LayerPlan], view: LayerView
+) -> None:
     """Experts 1 and 5 share a block that does what expert 1 does, to 1e-6 of its weights' size."""
     plan = method(view, seven())
     assert merged(plan) == [[1, 5]]
@@ -203,7 +207,7 @@ def test_ream_merges_the_weak_into_the_strongest(view: LayerView) -> None:
     strong, weak = order[:4], sorted(order[4:])
     assert [e for e, owners in enumerate(plan.experts) if owners is None] == weak
     assert merged(plan) == [sorted([strong[0], *weak])]
-    block = plan.blocks[plan.experts[strong[0]][0]]  # type: ignore[index]
+    block = plan.blocks[plan.experts[strong[0]][0]]
     total = float(saliency[[strong[0], *weak]].sum())
     for part in block.parts:
         assert part.coefficient == pytest.approx(float(saliency[part.expert]) / total)
@@ -274,9 +278,7 @@ def test_impossible_wishes_are_refused(checkpoint: Checkpoint, statistics: Stati
     refuse("qp needs", None, method="merge-weights", coefficients="qp")
     refuse("can't be measured", None, method="merge-weights", drop_when_better=True)
     with pytest.raises(PlanError, match="router selects 2"):
-        make_plan(
-            checkpoint, statistics, Selection(experts=1, method="merge-ream"), Silent()
-        )
+        make_plan(checkpoint, statistics, Selection(experts=1, method="merge-ream"), Silent())
     plan = make_plan(checkpoint, statistics, Selection(experts=1, method="merge-hc"), Silent())
     assert all(len(layer.blocks) == 1 for layer in plan.layers.values())
 
@@ -298,8 +300,6 @@ def test_a_model_of_equal_experts_loses_nothing(method: str, tmp_path: Path) -> 
         ),
         Silent(),
     )
-    from moe_serve.calibration.mixture import read_mixture
-
     for layer in (0, 1):
         z = statistics.layer(layer).reservoir_SD
         before, after = (
