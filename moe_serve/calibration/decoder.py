@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from torch import nn
 from moe_serve.calibration.mixture import Mixture, read_mixture
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CheckpointError
+
+_IDENTITY: Final = frozenset({"model_type", "architectures", "auto_map"})
+"""Config keys that say which class to load, as opposed to how large it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,11 +61,11 @@ class Decoder:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
         """Build the skeleton without weights."""
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         self.checkpoint = checkpoint
         self.device = device
-        config = AutoConfig.from_pretrained(str(checkpoint.path), trust_remote_code=False)
+        config = _skeleton_config(checkpoint)
         # SDPA with no mask is causal; other implementations would want one spelled out.
         config._attn_implementation = "sdpa"  # noqa: SLF001 - transformers has no public setter
         with torch.device("meta"):
@@ -126,6 +129,26 @@ class Decoder:
 
     def _read(self, name: str) -> torch.Tensor:
         return self.checkpoint.read(name).to(self.device, torch.float32)
+
+
+def _skeleton_config(checkpoint: Checkpoint) -> Any:
+    """The config of the transformers class whose modules outside the experts are the model's.
+
+    Made from the family's row and the config's values alone: ``auto_map`` is not looked at.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING
+
+    family = checkpoint.family
+    settings = {k: v for k, v in checkpoint.config.items() if k not in _IDENTITY}
+    try:
+        return CONFIG_MAPPING[family.skeleton or family.model_type].from_dict(settings)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as exc:
+        raise CheckpointError(
+            "does not describe a model of its family: " + " ".join(str(exc).split()),
+            where=str(checkpoint.path / "config.json"),
+            remedy="restore the original config.json",
+        ) from exc
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -74,8 +74,7 @@ class Router:
         if rule.groups == 1:
             return choice_TN
         grouped_TGn = choice_TN.view(len(choice_TN), rule.groups, -1)
-        best = 1 if rule.group_score == "best" else 2
-        group_TG = grouped_TGn.topk(best, dim=-1).values.sum(dim=-1)
+        group_TG = grouped_TGn.topk(rule.group_best, dim=-1).values.sum(dim=-1)
         kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
         kept_TG.scatter_(1, group_TG.topk(rule.groups_selected, dim=-1).indices, value=True)
         return grouped_TGn.masked_fill(~kept_TG[:, :, None], -torch.inf).flatten(1)

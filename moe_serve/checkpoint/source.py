@@ -155,6 +155,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
     family = family_of(config)
     shape = family.shape(config)
+    family.routing_of(config)  # Refuses a rule that can't hold.
     tensors = _tensors(path)
     table = parse_table(config, family, where=str(path / "config.json"))
     checkpoint = Checkpoint(

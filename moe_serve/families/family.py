@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from moe_serve.errors import UnsupportedFamily
+from moe_serve.errors import CheckpointError, UnsupportedFamily
 from moe_serve.families.routing import Routing, RoutingRule
 
 Config = Mapping[str, Any]
@@ -69,8 +69,13 @@ class Family:
     """Config key: index of the first layer that is a mixture."""
     frequency_key: str | None = None
     """Config key: from there on, layers whose index it divides are mixtures."""
+    kinds_key: str | None = None
+    """Config key: list of ``"dense"`` and ``"sparse"``, one a layer; decides where it is present."""
     extra_layers_key: str | None = None
     """Config key: number of layers beyond the decoder's, for multi-token prediction."""
+    skeleton: str | None = None
+    """``model_type`` of the transformers class whose modules outside the experts are the same,
+    where there is none of this family's own: published with code that is never executed."""
 
     @property
     def compact_architecture(self) -> str:
@@ -104,8 +109,18 @@ class Family:
         return value
 
     def routing_of(self, config: Config) -> Routing:
-        """The routing rule of one checkpoint."""
-        return self.routing.fill(config, self._count(config, self.top_k_key))
+        """The routing rule of one checkpoint.
+
+        Raises:
+            CheckpointError: the config's values contradict one another.
+        """
+        shape = self.shape(config)
+        rule = self.routing.fill(config, shape.top_k)
+        if found := rule.defects(shape.experts):
+            raise CheckpointError(
+                "; ".join(found), where="config.json", remedy="restore the original config.json"
+            )
+        return rule
 
     def moe_layers(self, config: Config) -> tuple[int, ...]:
         """Indices of the layers that hold routed experts, in order."""
@@ -113,12 +128,15 @@ class Family:
         def number(key: str | None, otherwise: int) -> int:
             return int(config.get(key) or otherwise) if key else otherwise
 
+        layers = self.shape(config).layers
+        if self.kinds_key and (kinds := config.get(self.kinds_key)):
+            return tuple(i for i, kind in enumerate(kinds[:layers]) if kind == "sparse")
         step, frequency = number(self.sparse_step_key, 1), number(self.frequency_key, 1)
         first = number(self.first_sparse_key, 0)
         dense = set(config.get(self.dense_layers_key) or ()) if self.dense_layers_key else set()
         return tuple(
             i
-            for i in range(first, self.shape(config).layers)
+            for i in range(first, layers)
             if i not in dense and (i + 1) % step == 0 and i % frequency == 0
         )
 

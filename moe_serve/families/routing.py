@@ -27,6 +27,32 @@ class Routing:
     groups_selected: int = 1
     group_score: GroupScore = "best"
 
+    @property
+    def group_best(self) -> int:
+        """Experts whose scores a group is ranked by."""
+        return 1 if self.group_score == "best" else 2
+
+    def defects(self, experts: int) -> list[str]:
+        """What keeps the rule from selecting among so many experts, in words."""
+        if self.top_k > experts:
+            return [f"{self.top_k} experts are selected per token, of {experts} experts"]
+        if self.groups == 1:
+            return []
+        if experts % self.groups:
+            return [f"n_group={self.groups} does not divide {experts} experts"]
+        size = experts // self.groups
+        found = []
+        if self.groups_selected > self.groups:
+            found.append(f"topk_group={self.groups_selected} of n_group={self.groups} groups")
+        if self.top_k > self.groups_selected * size:
+            found.append(
+                f"{self.top_k} experts are selected per token, the {self.groups_selected} groups "
+                f"selected hold {self.groups_selected * size} experts"
+            )
+        if size < self.group_best:
+            found.append(f"groups of {size} hold fewer than the two that rank a group")
+        return found
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingRule:

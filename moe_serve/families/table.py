@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final
 
 from moe_serve.errors import UnsupportedFamily
@@ -9,13 +11,34 @@ from moe_serve.families.family import Config, Family, Projections
 from moe_serve.families.routing import RoutingRule
 
 _GATED: Final = Projections("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+_NUMBERED: Final = Projections("w1.weight", "w3.weight", "w2.weight")
 _BLOCK: Final = "model.layers.{layer}.mlp"
+_SPARSE_BLOCK: Final = "model.layers.{layer}.block_sparse_moe"
 _DEEPSEEK_COUNT: Final = ("n_routed_experts", "num_local_experts")
 _SIGMOID: Final = RoutingRule(
     score="sigmoid",
     renormalise="norm_topk_prob",
     scale_key="routed_scaling_factor",
     group_score="best-two",
+)
+
+_DEEPSEEK_V3: Final = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    count_keys=_DEEPSEEK_COUNT,
+    top_k_key="num_experts_per_tok",
+    width_key="moe_intermediate_size",
+    block=_BLOCK,
+    gate=f"{_BLOCK}.gate.weight",
+    correction_bias=f"{_BLOCK}.gate.e_score_correction_bias",
+    expert=f"{_BLOCK}.experts.{{expert}}",
+    projections=_GATED,
+    routing=_SIGMOID,
+    shared=f"{_BLOCK}.shared_experts",
+    shared_count_key="n_shared_experts",
+    first_sparse_key="first_k_dense_replace",
+    frequency_key="moe_layer_freq",
+    extra_layers_key="num_nextn_predict_layers",
 )
 
 FAMILIES: Final[tuple[Family, ...]] = (
@@ -25,10 +48,10 @@ FAMILIES: Final[tuple[Family, ...]] = (
         count_keys=("num_local_experts",),
         top_k_key="num_experts_per_tok",
         width_key="intermediate_size",
-        block="model.layers.{layer}.block_sparse_moe",
-        gate="model.layers.{layer}.block_sparse_moe.gate.weight",
-        expert="model.layers.{layer}.block_sparse_moe.experts.{expert}",
-        projections=Projections("w1.weight", "w3.weight", "w2.weight"),
+        block=_SPARSE_BLOCK,
+        gate=f"{_SPARSE_BLOCK}.gate.weight",
+        expert=f"{_SPARSE_BLOCK}.experts.{{expert}}",
+        projections=_NUMBERED,
         routing=RoutingRule(renormalise=True),
     ),
     Family(
@@ -75,6 +98,24 @@ FAMILIES: Final[tuple[Family, ...]] = (
         routing=RoutingRule(renormalise="norm_topk_prob"),
     ),
     Family(
+        model_type="deepseek",
+        architecture="DeepseekForCausalLM",
+        count_keys=_DEEPSEEK_COUNT,
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=RoutingRule(renormalise="norm_topk_prob"),
+        shared=f"{_BLOCK}.shared_experts",
+        shared_count_key="n_shared_experts",
+        first_sparse_key="first_k_dense_replace",
+        frequency_key="moe_layer_freq",
+        # arXiv 2401.06066: attention, norms and dense layers are Llama's; the config's keys too.
+        skeleton="llama",
+    ),
+    Family(
         model_type="deepseek_v2",
         architecture="DeepseekV2ForCausalLM",
         count_keys=_DEEPSEEK_COUNT,
@@ -95,42 +136,52 @@ FAMILIES: Final[tuple[Family, ...]] = (
         first_sparse_key="first_k_dense_replace",
         frequency_key="moe_layer_freq",
     ),
-    Family(
-        model_type="deepseek_v3",
-        architecture="DeepseekV3ForCausalLM",
-        count_keys=_DEEPSEEK_COUNT,
-        top_k_key="num_experts_per_tok",
-        width_key="moe_intermediate_size",
-        block=_BLOCK,
-        gate=f"{_BLOCK}.gate.weight",
-        correction_bias=f"{_BLOCK}.gate.e_score_correction_bias",
-        expert=f"{_BLOCK}.experts.{{expert}}",
-        projections=_GATED,
-        routing=_SIGMOID,
-        shared=f"{_BLOCK}.shared_experts",
-        shared_count_key="n_shared_experts",
-        first_sparse_key="first_k_dense_replace",
-        frequency_key="moe_layer_freq",
-        extra_layers_key="num_nextn_predict_layers",
-    ),
-    Family(
+    _DEEPSEEK_V3,
+    # Kimi K2 is DeepSeek-V3 under its own name; the architecture in its config is DeepSeek's.
+    replace(_DEEPSEEK_V3, model_type="kimi_k2", skeleton="deepseek_v3"),
+    replace(
+        _DEEPSEEK_V3,
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
-        count_keys=_DEEPSEEK_COUNT,
+        frequency_key=None,
+    ),
+    replace(
+        _DEEPSEEK_V3,
+        model_type="glm4_moe_lite",
+        architecture="Glm4MoeLiteForCausalLM",
+        frequency_key=None,
+        kinds_key="mlp_layer_types",
+    ),
+    replace(
+        _DEEPSEEK_V3,
+        model_type="dots1",
+        architecture="Dots1ForCausalLM",
+        frequency_key=None,
+        extra_layers_key=None,
+    ),
+    Family(
+        model_type="minimax_m2",
+        architecture="MiniMaxM2ForCausalLM",
+        count_keys=("num_local_experts",),
         top_k_key="num_experts_per_tok",
-        width_key="moe_intermediate_size",
-        block=_BLOCK,
-        gate=f"{_BLOCK}.gate.weight",
-        correction_bias=f"{_BLOCK}.gate.e_score_correction_bias",
-        expert=f"{_BLOCK}.experts.{{expert}}",
-        projections=_GATED,
-        routing=_SIGMOID,
-        shared=f"{_BLOCK}.shared_experts",
-        shared_count_key="n_shared_experts",
-        first_sparse_key="first_k_dense_replace",
-        extra_layers_key="num_nextn_predict_layers",
+        width_key="intermediate_size",
+        block=_SPARSE_BLOCK,
+        gate=f"{_SPARSE_BLOCK}.gate.weight",
+        correction_bias=f"{_SPARSE_BLOCK}.e_score_correction_bias",
+        expert=f"{_SPARSE_BLOCK}.experts.{{expert}}",
+        projections=_NUMBERED,
+        routing=RoutingRule(score="sigmoid", renormalise=True),
     ),
 )
+
+REFUSED: Final[Mapping[str, str]] = {
+    "gpt_oss": "a layer's experts are one tensor with gate and up neurons interleaved, and biased",
+    "llama4": "a layer's experts are one tensor, and routing weights scale their input",
+    "llama4_text": "a layer's experts are one tensor, and routing weights scale their input",
+    "phimoe": "sparse-mixer routing weighs its two experts by two different distributions",
+    "qwen3_next": "three of four layers have linear attention, which is not streamed",
+}
+"""Known architectures without a row, and what stands in the way."""
 
 _BY_TYPE: Final = {family.model_type: family for family in FAMILIES}
 
@@ -145,8 +196,9 @@ def family_of(config: Config) -> Family:
     family = _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
     known = ", ".join(sorted(_BY_TYPE))
     if family is None:
+        reason = REFUSED.get(str(model_type), "unknown")
         raise UnsupportedFamily(
-            f"model_type {model_type!r} has no row in the family table",
+            f"model_type {model_type!r} has no row in the family table ({reason})",
             where="config.json",
             remedy=f"supported: {known}",
         )

@@ -10,7 +10,8 @@ import pytest
 from moe_serve.checkpoint.source import open_checkpoint
 from tests.support.engine import Reply, ask
 from tests.support.models import SERVED, VOCABULARY, make_model
-from tests.support.twins import make_twins, random_table, reference_logprobs
+from tests.support.references import reference_logprobs
+from tests.support.twins import make_twins, random_table
 
 BOUND = 2e-5
 KINDS = ("whole", "blocks", "merged", "empty", "dropped", "mixed")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.support.references import new_model
 
 SERVED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe")
 """Families that the vLLM plugin serves."""
@@ -79,7 +82,44 @@ _OF: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.7,
     },
+    "glm4_moe_lite": {
+        "count": "n_routed_experts",
+        **_SHARED_MLA,
+        "first_k_dense_replace": 1,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+    },
+    "dots1": {
+        "count": "n_routed_experts",
+        "first_k_dense_replace": 1,
+        "num_hidden_layers": 3,
+        "n_shared_experts": 1,
+        "intermediate_size": 64,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+    },
+    "minimax_m2": {
+        "count": "num_local_experts",
+        "width": "intermediate_size",
+        "rotary_dim": 16,
+    },
+    "deepseek": {
+        "count": "n_routed_experts",
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "n_shared_experts": 2,
+        "intermediate_size": 64,
+        "norm_topk_prob": False,
+        "rope_theta": 10000,
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+    },
 }
+_OF["kimi_k2"] = _OF["deepseek_v3"]
 """What each family's config needs beyond the common part, and its names for count and width."""
 FAMILIES = tuple(_OF)
 
@@ -97,20 +137,55 @@ def make_model(
 ) -> Path:
     """Write a random model with a byte tokenizer."""
     torch.manual_seed(seed)
+    settings = settings_of(family, experts=experts, top_k=top_k, width=width) | overrides
+    model = new_model(family, settings)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.1)
+    save_model(family, model.to(dtype), settings, path)
+    _write_tokenizer(path)
+    return path
+
+
+def settings_of(
+    family: str, *, experts: int = 8, top_k: int = 2, width: int = 64
+) -> dict[str, Any]:
+    """The config of a tiny model."""
     extra = dict(_OF[family])
     sizes = {
         extra.pop("count", "num_experts"): experts,
         extra.pop("width", "moe_intermediate_size"): width,
         "num_experts_per_tok": top_k,
     }
-    config = AutoConfig.for_model(family, **(_COMMON | extra | sizes | overrides))
-    model = AutoModelForCausalLM.from_config(config)
-    for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=0.1)
-    model.to(dtype).save_pretrained(path)
-    _write_tokenizer(path)
-    return path
+    return _COMMON | extra | sizes
+
+
+def save_model(family: str, model: Any, settings: dict[str, Any], path: Path) -> None:
+    """Write a model in its published form, whether or not transformers has a class for it."""
+    if family == "deepseek":
+        names = {"model_type": "deepseek", "architectures": ["DeepseekForCausalLM"]}
+        path.mkdir(parents=True)
+        weights = {name: weight.detach() for name, weight in model.state_dict().items()}
+        save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+        (path / "config.json").write_text(json.dumps(settings | names))
+        return
+    model.save_pretrained(path)
+    if family == "kimi_k2":
+        change_config(path, model_type=family)
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    """Change values of a model's config; ``None`` removes a key."""
+    config = json.loads((path / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not None}
+    (path / "config.json").write_text(json.dumps(kept))
+
+
+def change_weights(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Rewrite a model's single weight file."""
+    weights = load_file(path / "model.safetensors")
+    change(weights)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def _write_tokenizer(path: Path) -> None:

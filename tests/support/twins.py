@@ -13,17 +13,25 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-_MIXTRAL = ("model.layers.{l}.block_sparse_moe.experts.{e}.", ("w1", "w3", "w2"))
+_NUMBERED = ("model.layers.{l}.block_sparse_moe.experts.{e}.", ("w1", "w3", "w2"))
 _OTHERS = ("model.layers.{l}.mlp.experts.{e}.", ("gate_proj", "up_proj", "down_proj"))
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_BIAS = "model.layers.{l}.mlp.gate.e_score_correction_bias"
+_BIASES = (
+    "model.layers.{l}.mlp.gate.e_score_correction_bias",
+    "model.layers.{l}.block_sparse_moe.e_score_correction_bias",
+)
 Table = dict[str, Any]
 
 
-def random_table(seed: int, kind: str, *, experts: int, width: int, top_k: int) -> Table:
-    """One layer's table of a kind: whole, blocks, merged, empty, dropped or mixed."""
+def random_table(
+    seed: int, kind: str, *, experts: int, width: int, top_k: int, group_size: int = 1
+) -> Table:
+    """One layer's table of a kind: whole, blocks, merged, empty, dropped or mixed.
+
+    Experts are dropped by groups of ``group_size``: a router that ranks groups has no use for
+    what is left of one.
+    """
     rng = random.Random(f"{seed}/{kind}")
     block = width if kind in ("whole", "merged") else 32
     most = width // block
@@ -40,9 +48,10 @@ def random_table(seed: int, kind: str, *, experts: int, width: int, top_k: int) 
             count -= size
             lists[-1] = []
     if kind in ("dropped", "mixed", "whole"):
-        limit = experts - top_k
-        for expert in rng.sample(range(experts), min(limit, 1 + seed % 3)):
-            lists[expert] = None
+        limit = (experts - top_k) // group_size
+        for first in rng.sample(range(experts // group_size), min(limit, 1 + seed % 3)):
+            for expert in range(first * group_size, (first + 1) * group_size):
+                lists[expert] = None
     return _renumbered(block, lists)
 
 
@@ -62,11 +71,11 @@ def make_twins(
     """Write both sides; return the dropped experts that stock software has to be told of.
 
     Where the router has a correction bias it is told by that.
-
     Every block takes its neurons from random experts, so a block in the wrong place shows.
     """
     config = json.loads((source / "config.json").read_text())
-    prefix, (gate, up, down) = _MIXTRAL if config["model_type"] == "mixtral" else _OTHERS
+    numbered = config["model_type"] in ("mixtral", "minimax_m2")
+    prefix, (gate, up, down) = _NUMBERED if numbered else _OTHERS
     weights = load_file(source / "model.safetensors")
     experts = next(config[key] for key in _COUNTS if key in config)
     width = weights[f"{prefix.format(l=max(tables), e=0)}{gate}.weight"].shape[0]
@@ -107,9 +116,12 @@ def make_twins(
         layer: [e for e, blocks in enumerate(table["experts"]) if blocks is None]
         for layer, table in tables.items()
     }
-    for layer, ids in dropped.items():
-        if (name := _BIAS.format(l=layer)) in weights:
-            small[name] = full[name] = weights[name].index_fill(0, torch.tensor(ids).long(), -1e30)
+    for layer, ids in list(dropped.items()):
+        for name in (bias.format(l=layer) for bias in _BIASES):
+            if name in weights:
+                silent = weights[name].index_fill(0, torch.tensor(ids).long(), -1e30)
+                small[name] = full[name] = silent
+                del dropped[layer]
     for target in (compact, tied):
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(small, compact / "model.safetensors", metadata={"format": "pt"})
@@ -120,34 +132,4 @@ def make_twins(
         "compact_experts": table_config,
     }
     (compact / "config.json").write_text(json.dumps(changed))
-    return {layer: ids for layer, ids in dropped.items() if _BIAS.format(l=layer) not in weights}
-
-
-@torch.inference_mode()
-def reference_logprobs(
-    tied: Path, prompts: list[list[int]], dropped: dict[int, list[int]]
-) -> list[list[float]]:
-    """Transformers' log-probability of each prompt token, dropped experts masked out."""
-    model = AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float32)
-    for layer, experts in dropped.items():
-        if experts:
-            _mask(model.model.layers[layer].mlp.gate, experts)
-    rows = []
-    for prompt in prompts:
-        logits = model(torch.tensor([prompt])).logits[0].log_softmax(dim=-1)
-        rows.append([float(logits[i, t]) for i, t in enumerate(prompt[1:])])
-    return rows
-
-
-def _mask(gate: Any, experts: list[int]) -> None:
-    """Give a transformers router minus infinity for some experts, before it scores."""
-    renormalise = getattr(gate, "norm_topk_prob", True)
-
-    def forward(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        logits = hidden.reshape(-1, gate.hidden_dim) @ gate.weight.T
-        logits[:, experts] = -torch.inf
-        top = logits.softmax(dim=-1).topk(gate.top_k, dim=-1)
-        values = top.values / top.values.sum(dim=-1, keepdim=True) if renormalise else top.values
-        return logits, values, top.indices
-
-    gate.forward = forward
+    return dropped
