@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from moe_serve.errors import CheckpointError
-from moe_serve.families import Family
+from moe_serve.families import Family, Routing
 
 VERSION: Final = 1
 WIDTH_MULTIPLE: Final = 32
@@ -43,13 +43,13 @@ class LayerTable:
                 owners[block].append(expert)
         return tuple(map(tuple, owners))
 
-    def defects(self, *, experts: int, top_k: int, width: int) -> list[str]:
+    def defects(self, *, experts: int, width: int, routing: Routing) -> list[str]:
         """Everything wrong with this layer's entry, in words; empty when it is sound.
 
         Args:
             experts: N, the router's rows.
-            top_k: experts selected per token.
             width: I, the original expert's neurons.
+            routing: how the router selects.
         """
         found = []
         if len(self.experts) != experts:
@@ -75,9 +75,8 @@ class LayerTable:
             found.append(f"block {unused[0]} is used by no expert")
         if self.blocks < 1:
             found.append("stores no block")
-        if experts - len(self.dropped) < top_k:
-            found.append(f"fewer than top_k={top_k} experts can be selected")
-        return found
+        selectable = [e for e, blocks in enumerate(self.experts) if blocks is not None]
+        return found + routing.selection_defects(selectable, experts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +114,7 @@ def parse_table(config: Mapping[str, Any], family: Family, *, where: str) -> Com
             f"compact_experts is not version {VERSION}", where=where, remedy="prune the model again"
         )
     shape = family.shape(config)
+    routing = family.routing_of(config)
     moe_layers = set(family.moe_layers(config))
     defects: list[str] = []
     layers: dict[int, LayerTable] = {}
@@ -129,7 +129,7 @@ def parse_table(config: Mapping[str, Any], family: Family, *, where: str) -> Com
             defects.append(f"layer {key}: no layer with experts has this index")
         else:
             layers[int(key)] = layer
-            found = layer.defects(experts=shape.experts, top_k=shape.top_k, width=shape.width)
+            found = layer.defects(experts=shape.experts, width=shape.width, routing=routing)
             defects.extend(f"layer {key}: {defect}" for defect in found)
     if defects:
         raise CheckpointError(

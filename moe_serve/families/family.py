@@ -70,7 +70,7 @@ class Family:
     frequency_key: str | None = None
     """Config key: from there on, layers whose index it divides are mixtures."""
     kinds_key: str | None = None
-    """Config key: list of ``"dense"`` and ``"sparse"``, one a layer; decides where it is present."""
+    """Config key: ``"dense"`` or ``"sparse"`` for each layer; where present, it decides."""
     extra_layers_key: str | None = None
     """Config key: number of layers beyond the decoder's, for multi-token prediction."""
     skeleton: str | None = None

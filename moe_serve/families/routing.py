@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,6 +52,34 @@ class Routing:
             )
         if size < self.group_best:
             found.append(f"groups of {size} hold fewer than the two that rank a group")
+        return found
+
+    @property
+    def group_least(self) -> int:
+        """Experts that a group keeps if it keeps any.
+
+        With so many none is out of reach, and whichever groups are selected hold ``top_k``.
+        """
+        return max(self.group_best, -(-self.top_k // self.groups_selected))
+
+    def selection_defects(self, kept: Collection[int], experts: int) -> list[str]:
+        """What is wrong with a router that may only select the experts ``kept``, in words.
+
+        A group in which fewer experts are left than rank a group is never selected.
+        """
+        if len(kept) < self.top_k:
+            return [f"fewer than top_k={self.top_k} experts can be selected"]
+        if self.groups == 1:
+            return []
+        size = experts // self.groups
+        counts = Counter(expert // size for expert in kept)
+        stranded = sorted(g for g, count in counts.items() if count < self.group_best)
+        usable = sorted(count for count in counts.values() if count >= self.group_best)
+        found = [f"group {g} keeps too few experts to be ever selected" for g in stranded[:1]]
+        if len(usable) < self.groups_selected:
+            found.append(f"{len(usable)} groups are left, {self.groups_selected} are selected")
+        elif sum(usable[: self.groups_selected]) < self.top_k:
+            found.append(f"some {self.groups_selected} groups hold fewer than {self.top_k} experts")
         return found
 
 

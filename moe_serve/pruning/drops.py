@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moe_serve.errors import PlanError
+from moe_serve.pruning.groups import best_experts
 from moe_serve.pruning.plan import Block, LayerPlan, Part
 from moe_serve.pruning.view import Budget, LayerView
 
@@ -115,9 +116,9 @@ def keep_best(
     Raises:
         PlanError: fewer would stay than the router selects.
     """
-    count = checked_count(view, budget)
-    order = torch.argsort(saliency_N, descending=True, stable=True)
-    return whole(view, sorted(order[:count].tolist()), scores)
+    rule = view.checkpoint.family.routing_of(view.checkpoint.config)
+    kept = best_experts(saliency_N.tolist(), checked_count(view, budget), rule)
+    return whole(view, kept, scores)
 
 
 def checked_count(view: LayerView, budget: Budget) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from moe_serve.calibration.mixture import Mixture, Router
 from moe_serve.pruning.drops import checked_count, whole
+from moe_serve.pruning.groups import best_experts
 from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.view import Budget, LayerView
 
@@ -34,12 +35,18 @@ def drop_naee(view: LayerView, budget: Budget) -> LayerPlan:
     """
     count = checked_count(view, budget)
     search = _Search.of(view.mixture(), view.observed().reservoir_SD)
-    experts = range(view.shape.experts)
+    rule, experts = search.logits_router.rule, range(view.shape.experts)
     if math.comb(len(experts), count) <= _ENUMERATE:
-        kept = min(itertools.combinations(experts, count), key=search.error)
+        subsets = itertools.combinations(experts, count)
+        sound = (s for s in subsets if not rule.selection_defects(s, len(experts)))
+        kept = min(sound, key=search.error, default=())
     else:
         kept = search.greedy(count)
-    return whole(view, sorted(kept), {"error_without": search.single()})
+    single = search.single()
+    if rule.selection_defects(kept, len(experts)):
+        # The router ranks groups, and these would leave it too little; each one's error decides.
+        kept = tuple(best_experts(single, count, rule))
+    return whole(view, sorted(kept), {"error_without": single})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

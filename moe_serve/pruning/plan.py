@@ -128,14 +128,13 @@ class Plan(_Model):
             )
         shape = checkpoint.shape
         moe_layers = checkpoint.family.moe_layers(checkpoint.config)
+        routing = checkpoint.family.routing_of(checkpoint.config)
         defects = []
         for index, layer in self.layers.items():
             if index not in moe_layers:
                 defects.append(f"layer {index} holds no experts")
                 continue
-            found = layer.table().defects(
-                experts=shape.experts, top_k=shape.top_k, width=shape.width
-            )
+            found = layer.table().defects(experts=shape.experts, width=shape.width, routing=routing)
             defects += [f"layer {index}: {d}" for d in found]
             defects += [
                 f"layer {index}: {d}" for d in _part_defects(layer, shape.experts, shape.width)

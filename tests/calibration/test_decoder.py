@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from moe_serve.calibration.collect import Collection, collect
-from moe_serve.calibration.decoder import Decoder
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import staged
 from moe_serve.evaluation.divergence import by_domain, divergence
 from moe_serve.progress import Silent
 from moe_serve.pruning.request import TextOptions, load_corpus
-from tests.support.models import FAMILIES, make_model, write_texts
+from tests.support.models import make_model, write_texts
 
 CPU = torch.device("cpu")
-_FIXED = ("mixtral", "deepseek_v2")
-"""Families that do not ask the config whether to renormalise."""
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("renormalise", [True, False])
-def test_streamed_logits_equal_transformers(family: str, renormalise: bool, tmp_path: Path) -> None:
-    """Layer by layer gives the whole model's logits."""
-    extra: dict[str, Any] = {} if family in _FIXED else {"norm_topk_prob": renormalise}
-    path = make_model(tmp_path / "m", family, **extra)
-    ids = torch.randint(1, 250, (3, 60), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
-        decoder = Decoder(open_checkpoint(path), CPU)
-        x = decoder.embedding()[ids]
-        for index in range(decoder.layers):
-            layer = decoder.layer(index)
-            r = layer.attend(x, decoder.rotary(*ids.shape))
-            x = r + layer.feed_forward(layer.normed(r))
-        logits = decoder.head()(x.flatten(0, 1)).view(*ids.shape, -1)
-        expected = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def statistics(path: Path, texts: Path, out: Path, batch: int) -> list[LayerStatistics]:
