@@ -14,7 +14,8 @@ from moe_serve.checkpoint.source import open_checkpoint
 from tests.patches.test_oracle import EXPERTS, KINDS, TOP_K, WIDTH, apart, prompts
 from tests.support.engine import ask
 from tests.support.models import SERVED, make_model
-from tests.support.twins import make_twins, random_table, reference_logprobs
+from tests.support.references import reference_logprobs
+from tests.support.twins import make_twins, random_table
 
 
 def main() -> None:

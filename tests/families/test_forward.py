@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,8 +46,10 @@ def test_compact_equals_its_full_size_twin(
     A model's logits reach 7, so 1e-5 of that is asked for.
     """
     count = 3 if family in ("mixtral", "qwen3_moe", "olmoe", "minimax_m2") else 4
-    more = {"mlp_layer_types": ["dense"] + ["sparse"] * 3} if family == "glm4_moe_lite" else {}
-    source = make_model(tmp_path / "m", family, num_hidden_layers=count, **more)
+    more: dict[str, Any] = {"num_hidden_layers": count}
+    if family == "glm4_moe_lite":
+        more["mlp_layer_types"] = ["dense"] + ["sparse"] * 3
+    source = make_model(tmp_path / "m", family, **more)
     opened = open_checkpoint(source)
     sparse = opened.family.moe_layers(opened.config)
     groups = opened.family.routing_of(opened.config).groups
