@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -23,6 +24,9 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
 from moe_serve.errors import CalibrationError
 from moe_serve.pruning.plan import Refit
+
+
+_TINY: Final = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,11 @@ class _Normal:
     def __init__(self, neurons: int, hidden: int) -> None:
         self.a_FF = torch.zeros(neurons, neurons, dtype=torch.float64)
         self.b_FD = torch.zeros(neurons, hidden, dtype=torch.float64)
+
+    @property
+    def mean_diagonal(self) -> float:
+        """Σ ω p² per neuron."""
+        return float(self.a_FF.diagonal().mean())
 
     def solve(self, start_FD: torch.Tensor, penalty: float) -> torch.Tensor:
         a_FF = self.a_FF.clone()
@@ -100,13 +109,16 @@ def refit(
     downs = [unit.down_DF.T.clone() for unit in mixture.units]
     before = _mean_square(residual, tokens)
     groups = list(_groups(mixture.units, settings.side))
-    scale = _mean_diagonal(mixture, inputs, tokens)
+    # The only group's matrix has the diagonal; with several, a pass of its own is needed.
+    scale = _mean_diagonal(mixture, inputs, tokens) if len(groups) > 1 else None
     candidates = settings.ridges
     for _ in range(settings.sweeps if len(groups) > 1 else 1):
         for slots in groups:
             present_FD = torch.cat([downs[s.unit] for s in slots])
             start_FD = torch.cat([mixture.units[s.unit].down_DF.T for s in slots])
             fit, held = _accumulate(mixture, slots, present_FD, inputs, residual, tokens)
+            if scale is None:
+                scale = max(fit.mean_diagonal + held.mean_diagonal, _TINY)
             ridge, w_FD = _best(fit, held, start_FD.double(), candidates, scale)
             candidates = (ridge,)
             w_FD = w_FD.to(dtype).float().to(present_FD.device)
@@ -144,10 +156,17 @@ def _accumulate(
         held_T = tokens.held_T[batch.tokens].to(p_TF.device)
         for slot, index in reached:
             for normal, rows in ((fit, index[~held_T[index]]), (held, index[held_T[index]])):
-                own_tF = p_TF[rows, slot.columns]
-                # A unit's rows are only the tokens that reached it: k/N of a dense product.
-                normal.a_FF[slot.columns] += (own_tF.T @ p_TF[rows]).double().cpu()
+                # A unit's rows are only the tokens that reached it: k/N of a dense product; the
+                # matrix is symmetric, so its own columns and those after them are enough.
+                first = slot.columns.start
+                p_tF = p_TF[rows, first:]
+                own_tF = p_tF[:, : slot.columns.stop - first]
+                normal.a_FF[slot.columns, first:] += (own_tF.T @ p_tF).double().cpu()
                 normal.b_FD[slot.columns] += (own_tF.T @ target_TD[rows]).double().cpu()
+    for normal in (fit, held):
+        for slot in slots:
+            after = slice(slot.columns.stop, None)
+            normal.a_FF[after, slot.columns] = normal.a_FF[slot.columns, after].T
     return fit, held
 
 
@@ -191,7 +210,7 @@ def _mean_diagonal(mixture: Mixture, inputs: States, tokens: FitTokens) -> float
         for _, index, weight_t, h_tF in mixture.activations(batch.load_flat(inputs)):
             square_t = (h_tF * weight_t[:, None]).square().sum(dim=1).double().cpu()
             total += float(square_t @ omega_T[index.cpu()].double())
-    return max(total / neurons, torch.finfo(torch.float32).tiny)
+    return max(total / neurons, _TINY)
 
 
 def _activations(
