@@ -109,7 +109,11 @@ class Mixture:
 
     def hidden(self, unit: Unit, z_TD: torch.Tensor) -> torch.Tensor:
         """A unit's neurons h [T, F] on tokens z, before any routing weight."""
-        return self.activation(z_TD @ unit.gate_FD.T) * (z_TD @ unit.up_FD.T)
+        return self.gated(z_TD @ unit.gate_FD.T, z_TD @ unit.up_FD.T)
+
+    def gated(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
+        """Neurons from the two projections of the input."""
+        return self.activation(gate_TF) * up_TF
 
     def activations(
         self, z_TD: torch.Tensor

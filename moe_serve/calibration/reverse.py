@@ -135,12 +135,15 @@ class ReversePass:
                 x_BLD = batch.load(self._inputs.states[index]).requires_grad_()
                 r_BLD = layer.attend(x_BLD, self._decoder.rotary(*batch.shape))
                 z_BLD = layer.normed(r_BLD)
-                (down_BLD,) = torch.autograd.grad(r_BLD + layer.feed_forward(z_BLD), x_BLD, g_BLD)
+                if layer.mixture is None:
+                    ends, heads = [r_BLD + layer.feed_forward(z_BLD)], [g_BLD]
+                else:
+                    omega_T = self._omega_T[batch.tokens].to(self._decoder.device)
+                    z_TD, g_TD = z_BLD.detach().flatten(0, 1), g_BLD.flatten(0, 1)
+                    dz_TD = sums.observe(layer.mixture, z_TD, g_TD, omega_T)
+                    ends, heads = [r_BLD, z_BLD], [g_BLD, dz_TD.view_as(z_BLD)]
+                (down_BLD,) = torch.autograd.grad(ends, x_BLD, heads)
             batch.store(below, down_BLD)
-            if layer.mixture is not None:
-                omega_T = self._omega_T[batch.tokens].to(self._decoder.device)
-                z_TD, g_TD = z_BLD.detach().flatten(0, 1), g_BLD.flatten(0, 1)
-                sums.observe(layer.mixture, z_TD, g_TD, omega_T)
         return sums.result() if layer.mixture is not None else None
 
     def end(self) -> None:

@@ -25,7 +25,6 @@ from moe_serve.calibration.stream import Batch
 from moe_serve.errors import CalibrationError
 from moe_serve.pruning.plan import Refit
 
-
 _TINY: Final = torch.finfo(torch.float32).tiny
 
 

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from moe_serve.calibration import reverse
 from moe_serve.calibration.collect import Collection, collect
-from moe_serve.calibration.gradients import LayerGradients, sketch
+from moe_serve.calibration.gradients import GradientSums, LayerGradients, sketch
+from moe_serve.calibration.mixture import read_mixture
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import staged
 from moe_serve.progress import Silent
@@ -94,6 +95,21 @@ def test_gradient_sums_equal_autograd(
     close(found.map_NRR, maps)  # The hidden size is 64: the sketch is exact.
     heapr = (square / reached[:, None]) * (slope / reached[:, None])
     close(found.heapr().float(), heapr)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
+def test_written_out_chain_rule_equals_autograd(family: str, tmp_path: Path) -> None:
+    """At the mixture's input: through experts, router (softmax, sigmoid, groups), shared expert."""
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", family))
+    mixture = read_mixture(checkpoint, checkpoint.shape.layers - 1, CPU)
+    generator = torch.Generator().manual_seed(0)
+    z_TD, g_TD = (torch.randn(40, 64, generator=generator) for _ in range(2))
+    z_TD.requires_grad_()
+    (expected,) = torch.autograd.grad(mixture(z_TD), z_TD, g_TD)
+    shape = checkpoint.shape
+    sums = GradientSums(experts=shape.experts, width=shape.width, hidden=shape.hidden)
+    found = sums.observe(mixture, z_TD, g_TD, torch.ones(40))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_only_a_share_of_each_domain_takes_part(
