@@ -104,9 +104,9 @@ class Decoder:
         prefix = family.layer_prefix(index)
         block = family.block.format(layer=index) + "."
         weights = {
-            entry.name.removeprefix(prefix): self._read(entry.name)
-            for entry in self.checkpoint.layer_tensors(index)
-            if not (sparse and entry.name.startswith(block))
+            name.removeprefix(prefix): self._read(name)
+            for name in self.checkpoint.layer_matrices(index)
+            if not (sparse and name.startswith(block))
         }
         module = _LayerParts(skeleton, dense=not sparse)
         module.load(weights, where=str(self.checkpoint.path))
@@ -115,7 +115,7 @@ class Decoder:
 
     def head(self) -> OutputHead:
         """Load final norm and output matrix."""
-        tied = "lm_head.weight" not in self.checkpoint.tensors
+        tied = not self.checkpoint.has("lm_head.weight")
         if tied and not self.checkpoint.config.get("tie_word_embeddings", False):
             raise CheckpointError(
                 "holds no lm_head.weight and the config does not tie it to the embedding",
@@ -128,7 +128,7 @@ class Decoder:
         return OutputHead(norm=norm, weight_VD=weight)
 
     def _read(self, name: str) -> torch.Tensor:
-        return self.checkpoint.read(name).to(self.device, torch.float32)
+        return self.checkpoint.weight(name).to(self.device)
 
 
 def _skeleton_config(checkpoint: Checkpoint) -> Any:

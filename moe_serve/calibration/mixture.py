@@ -13,7 +13,6 @@ from transformers.activations import ACT2FN
 
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import LayerTable
-from moe_serve.errors import CheckpointError
 from moe_serve.families import Routing
 
 
@@ -192,7 +191,7 @@ def read_shared(checkpoint: Checkpoint, layer: int, device: torch.device) -> Sha
     """Load the shared expert in FP32, if the family has one."""
     family = checkpoint.family
     names = family.shared_names(layer)
-    if names is None or names.gate not in checkpoint.tensors:
+    if names is None or not checkpoint.has(names.gate):
         return None
     gate, up, down = (_read(checkpoint, name, device) for name in names)
     scale = family.shared_gate
@@ -229,11 +228,4 @@ def read_mixture(checkpoint: Checkpoint, layer: int, device: torch.device) -> Mi
 def _read(
     checkpoint: Checkpoint, name: str, device: torch.device, shape: tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    weight = checkpoint.read(name, shape)
-    if not bool(torch.isfinite(weight).all()):
-        raise CheckpointError(
-            f"tensor {name!r} holds NaN or infinite values",
-            where=str(checkpoint.entry(name).file),
-            remedy="the file is damaged or the model diverged in training; fetch it again",
-        )
-    return weight.to(device, torch.float32)
+    return checkpoint.weight(name, shape).to(device)

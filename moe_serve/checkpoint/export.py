@@ -67,5 +67,5 @@ def read_blocks(checkpoint: Checkpoint, layer: int) -> LayerBlocks:
     """One layer's stored blocks in their own format."""
     count = checkpoint.table.layers[layer].blocks
     names = [checkpoint.family.expert_names(layer, number) for number in range(count)]
-    gate, up, down = ([checkpoint.read(n[i]) for n in names] for i in range(3))
+    gate, up, down = ([checkpoint.stored(n[i]) for n in names] for i in range(3))
     return LayerBlocks(gate=gate, up=up, down=down)

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from moe_serve.checkpoint.layout import Stored, compact_config, copied_entries, runs, stock_config
+from moe_serve.checkpoint.quantisation import COLUMNS, ROWS, InexactJoin, Matrix, logical_name
 from moe_serve.checkpoint.shards import Run, ShardWriter, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import CompactTable
@@ -31,11 +32,11 @@ _SILENCE: Final = -1e30
 class LayerBlocks(NamedTuple):
     """One layer's stored blocks in the checkpoint's number format."""
 
-    gate: Sequence[torch.Tensor]
+    gate: Sequence[Matrix]
     """[b, D] each."""
-    up: Sequence[torch.Tensor]
+    up: Sequence[Matrix]
     """[b, D] each."""
-    down: Sequence[torch.Tensor]
+    down: Sequence[Matrix]
     """[D, b] each."""
 
 
@@ -71,7 +72,9 @@ class Form:
                 names[bias] = layer
         for layer, stored in self.stored.items():
             if stored.shared is not None:
-                names |= dict.fromkeys(family.shared_names(layer) or (), layer)
+                for name in family.shared_names(layer) or ():
+                    tensors = self.checkpoint.scheme(name).tensors(name)
+                    names |= dict.fromkeys(tensors.values(), layer)
         return names
 
     def copy_unchanged(self, writer: ShardWriter) -> None:
@@ -85,11 +88,15 @@ class Form:
 
     def _edit(self, name: str, layer: int) -> torch.Tensor:
         """A shared expert with neurons of zero added, a router with rows gone or silenced."""
-        weight = self.checkpoint.read(name)
         shared = self.checkpoint.family.shared_names(layer)
-        if shared is not None and name in shared:
-            axis = 1 if name == shared.down else 0
-            return _side_by_side([weight], weight, axis, self.stored[layer].shared or 0)
+        whole = logical_name(name)
+        if shared is not None and whole in shared:
+            axis = COLUMNS if whole == shared.down else ROWS
+            scheme, stored = self.checkpoint.scheme(whole), self.checkpoint.stored(whole)
+            length, hidden = self.stored[layer].shared or 0, self.checkpoint.shape.hidden
+            grown = scheme.join([stored], axis, length, hidden)
+            return next(grown[e] for e, tensor in scheme.tensors(whole).items() if tensor == name)
+        weight = self.checkpoint.read(name)
         if layer in self.rows:
             return weight.index_select(0, torch.tensor(self.rows[layer]))
         weight = weight.clone()
@@ -98,13 +105,23 @@ class Form:
 
     def write_layer(self, writer: ShardWriter, layer: int, blocks: LayerBlocks) -> None:
         """Write one changed layer's experts. Memory beyond the blocks: one expert."""
-        width = self.stored[layer].width
+        width, hidden = self.stored[layer].width, self.checkpoint.shape.hidden
+        schemes = self.checkpoint.expert_scheme(layer)
         for slot, members in enumerate(self.slots[layer]):
             names = self.checkpoint.family.expert_names(layer, slot)
-            for name, matrices, axis in zip(names, blocks, (0, 0, 1), strict=True):
-                parts = [matrices[m] for m in members]
-                like = matrices[0]
-                writer.write(name, _side_by_side(parts, like, axis, width))
+            for name, scheme, matrices, axis in zip(
+                names, schemes, blocks, (ROWS, ROWS, COLUMNS), strict=True
+            ):
+                try:
+                    whole = scheme.join([matrices[m] for m in members], axis, width, hidden)
+                except InexactJoin as exc:
+                    raise PlanError(
+                        f"layer {layer}, expert {slot}: {exc}",
+                        where=f"--format {self.name}",
+                        remedy="use --format compact: only there has each block its own scale",
+                    ) from None
+                for ending, tensor in scheme.tensors(name).items():
+                    writer.write(tensor, whole[ending])
 
     def write_extras(self, target: Path) -> None:
         """Write ``router_mask.safetensors`` where stock software can't express the drops."""
@@ -117,17 +134,6 @@ class Form:
             bias = torch.zeros(experts)
             bias[list(dropped)] = -torch.inf
             writer.write(str(layer), bias)
-
-
-def _side_by_side(
-    parts: list[torch.Tensor], like: torch.Tensor, axis: int, width: int
-) -> torch.Tensor:
-    """Join along the neurons, zeros up to ``width``."""
-    form = list(like.shape)
-    form[axis] = width - sum(part.shape[axis] for part in parts)
-    if form[axis]:
-        parts = [*parts, like.new_zeros(form)]
-    return torch.cat(parts, dim=axis)
 
 
 def compact_form(checkpoint: Checkpoint, table: CompactTable) -> Form:

@@ -78,27 +78,38 @@ def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
 
 def _shared_shapes(checkpoint: Checkpoint, layers: dict[int, Stored]) -> dict[str, tuple[int, ...]]:
     """New shapes of the shared experts' tensors, where they grow."""
-    hidden = checkpoint.shape.hidden
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, stored in layers.items():
         names = checkpoint.family.shared_names(layer)
         if names is not None and stored.shared is not None:
-            wide, tall = (stored.shared, hidden), (hidden, stored.shared)
-            shapes |= dict(zip(names, (wide, wide, tall), strict=True))
+            for name, form in zip(names, _forms(checkpoint, stored.shared), strict=True):
+                scheme = checkpoint.scheme(name)
+                tensors, forms = scheme.tensors(name), scheme.shapes(*form)
+                shapes |= {tensors[ending]: forms[ending] for ending in tensors}
     return shapes
 
 
+def _forms(checkpoint: Checkpoint, width: int) -> tuple[tuple[int, int], ...]:
+    """Rows and columns of the gate, up and down matrices of an expert of ``width`` neurons."""
+    hidden = checkpoint.shape.hidden
+    return (width, hidden), (width, hidden), (hidden, width)
+
+
 def _expert_runs(checkpoint: Checkpoint, layer: int, stored: Stored) -> list[Run]:
-    """Each expert's three matrices stay together."""
-    family, hidden = checkpoint.family, checkpoint.shape.hidden
-    dtypes = [checkpoint.entry(n).dtype for n in family.expert_names(layer, 0)]
-    wide, tall = (stored.width, hidden), (hidden, stored.width)
+    """Each expert's matrices stay together, and so do the tensors of each matrix."""
+    schemes = checkpoint.expert_scheme(layer)
+    forms = _forms(checkpoint, stored.width)
     return [
         tuple(
-            TensorSpec(name=name, dtype=dtype, shape=form)
-            for name, dtype, form in zip(
-                family.expert_names(layer, number), dtypes, (wide, wide, tall), strict=True
+            TensorSpec(
+                name=scheme.tensors(name)[piece.ending],
+                dtype=piece.dtype,
+                shape=piece.shape(*form),
             )
+            for name, scheme, form in zip(
+                checkpoint.family.expert_names(layer, number), schemes, forms, strict=True
+            )
+            for piece in scheme.pieces
         )
         for number in range(stored.count)
     ]

@@ -12,6 +12,13 @@ import torch
 
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.header import TensorEntry, read_header
+from moe_serve.checkpoint.quantisation import (
+    Matrix,
+    Scheme,
+    logical_name,
+    quantisation_settings,
+    scheme_of,
+)
 from moe_serve.checkpoint.table import CompactTable, parse_table
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
 from moe_serve.families import Family, Shape, family_of
@@ -36,6 +43,7 @@ class Checkpoint:
     table: CompactTable
     """Empty for a stock checkpoint."""
     _read: list[int] = field(default_factory=lambda: [0])
+    _schemes: dict[str, Scheme] = field(default_factory=dict)
 
     @property
     def is_compact(self) -> bool:
@@ -108,11 +116,87 @@ class Checkpoint:
             return torch.empty(entry.shape, dtype=dtype)
         return torch.frombuffer(self.read_bytes(name), dtype=dtype).reshape(entry.shape)
 
+    def scheme(self, name: str) -> Scheme:
+        """How matrix ``name`` is stored. Its tensors may have other names.
+
+        Raises:
+            CheckpointError: in a way that can't be read, or not at all.
+        """
+        if name not in self._schemes:
+            try:
+                scheme = scheme_of(name, self.tensors, quantisation_settings(self.config))
+            except CheckpointError as exc:
+                where = f"{self.path}: {exc.where}" if exc.where else str(self.path)
+                raise type(exc)(exc.what, where=where, remedy=exc.remedy) from None
+            self._schemes[name] = scheme
+        return self._schemes[name]
+
+    def has(self, name: str) -> bool:
+        """Whether matrix ``name`` is stored, as whatever."""
+        try:
+            self.scheme(name)
+        except IncompleteCheckpoint:
+            return False
+        return True
+
+    def stored(self, name: str) -> Matrix:
+        """Read matrix ``name`` as it is stored.
+
+        Raises:
+            CheckpointError: a tensor whose values follow from the shape has others.
+        """
+        scheme = self.scheme(name)
+        matrix = {ending: self.read(tensor) for ending, tensor in scheme.tensors(name).items()}
+        if any(piece.derived for piece in scheme.pieces):
+            for ending, expected in scheme.derive(*scheme.size(matrix)).items():
+                if not torch.equal(matrix[ending], expected):
+                    raise CheckpointError(
+                        f"{ending} of {name!r} does not count groups in order",
+                        where=str(self.path),
+                        remedy="use a checkpoint quantised without reordering columns (desc_act)",
+                    )
+        return matrix
+
+    def weight(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Matrix (or vector) ``name`` in FP32, whatever it is stored as.
+
+        Args:
+            name: as the family calls it.
+            shape: what the config says it must be.
+
+        Raises:
+            CheckpointError: another shape, or a value is NaN or infinite.
+        """
+        scheme = self.scheme(name)
+        weight = scheme.dequantise(self.stored(name))
+        if shape is not None and tuple(weight.shape) != shape:
+            raise CheckpointError(
+                f"tensor {name!r} is {list(weight.shape)}, the config says {list(shape)}",
+                where=str(self.path),
+                remedy="config.json and weights belong to different checkpoints",
+            )
+        if not bool(torch.isfinite(weight).all()):
+            raise CheckpointError(
+                f"tensor {name!r} holds NaN or infinite values",
+                where=str(self.entry(next(iter(scheme.tensors(name).values()))).file),
+                remedy="the file is damaged or the model diverged in training; fetch it again",
+            )
+        return weight
+
+    def expert_scheme(self, layer: int) -> tuple[Scheme, Scheme, Scheme]:
+        """How the gate, up and down matrices of a layer's experts are stored."""
+        gate, up, down = (self.scheme(n) for n in self.family.expert_names(layer, 0))
+        return gate, up, down
+
     def layer_tensors(self, layer: int) -> list[TensorEntry]:
         """All tensors of one decoder layer, in stored order."""
         prefix = self.family.layer_prefix(layer)
         found = [e for e in self.tensors.values() if e.name.startswith(prefix)]
         return sorted(found, key=lambda e: (e.file, e.start))
+
+    def layer_matrices(self, layer: int) -> list[str]:
+        """All matrices and vectors of one decoder layer, in stored order."""
+        return list(dict.fromkeys(logical_name(e.name) for e in self.layer_tensors(layer)))
 
     def expert_bytes(self) -> dict[int, int]:
         """Bytes of the routed experts of every mixture layer, by layer index."""
@@ -231,19 +315,30 @@ def _check_experts(checkpoint: Checkpoint) -> None:
         compact = checkpoint.table.layers.get(layer)
         count = compact.blocks if compact else shape.experts
         width = compact.width if compact else shape.width
+        wide, tall = (width, shape.hidden), (shape.hidden, width)
         expected: set[str] = set()
         for expert in range(count):
             names = family.expert_names(layer, expert)
-            expected.update(names)
-            wide, tall = (width, shape.hidden), (shape.hidden, width)
-            for name, form in zip(names, (wide, wide, tall), strict=True):
-                if checkpoint.entry(name).shape != form:
+            schemes = checkpoint.expert_scheme(layer)
+            for name, scheme, form in zip(names, schemes, (wide, wide, tall), strict=True):
+                pieces = scheme.tensors(name)
+                expected.update(pieces.values())
+                if checkpoint.scheme(name) != scheme:
                     raise CheckpointError(
-                        f"tensor {name!r} is {list(checkpoint.entry(name).shape)}, "
-                        f"expected {list(form)}",
-                        where=str(checkpoint.path),
-                        remedy="config.json and weights belong to different checkpoints",
+                        f"is stored as {checkpoint.scheme(name).name}, "
+                        f"expert 0 of its layer as {scheme.name}",
+                        where=f"{checkpoint.path}: {name}",
+                        remedy="experts of one layer must share a number format",
                     )
+                for ending, stored in scheme.shapes(*form).items():
+                    entry = checkpoint.entry(pieces[ending])
+                    if entry.shape != stored:
+                        raise CheckpointError(
+                            f"tensor {entry.name!r} is {list(entry.shape)}, "
+                            f"expected {list(stored)}",
+                            where=str(checkpoint.path),
+                            remedy="config.json and weights belong to different checkpoints",
+                        )
         prefix = family.expert_prefix(layer)
         present = {n for n in checkpoint.tensors if n.startswith(prefix)}
         if surplus := sorted(present - expected):

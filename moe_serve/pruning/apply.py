@@ -16,7 +16,7 @@ from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging
 from moe_serve.progress import Progress
-from moe_serve.pruning.build import blocks_from_units, expert_dtype
+from moe_serve.pruning.build import build_blocks
 from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.refit import FitTokens
 from moe_serve.pruning.walk import Walk, held_out
@@ -57,9 +57,8 @@ def apply_plan(app: Application, plan: Plan, sequences: Sequences | None) -> dic
     app.progress.start("apply", len(plan.layers))
     for index, layer in sorted(plan.layers.items()):
         if app.staging.done(_step(index)) is None:
-            dtype = expert_dtype(app.checkpoint, index)
             mixture = read_mixture(app.checkpoint, index, app.device)
-            _finish(app, index, blocks_from_units(layer, mixture.units, dtype), None)
+            _finish(app, index, build_blocks(app.checkpoint, index, layer, mixture.units), None)
         app.progress.advance()
     return None
 

@@ -3,37 +3,100 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
 from moe_serve.calibration.mixture import Mixture, Unit, blocks_by_owners, make_units
-from moe_serve.checkpoint.dtypes import FLOATING, TORCH_DTYPES
 from moe_serve.checkpoint.formats import LayerBlocks
+from moe_serve.checkpoint.quantisation import COLUMNS, ROWS, Matrix, Scheme
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import LayerTable
-from moe_serve.errors import PlanError
 from moe_serve.pruning.merging import sum_parts
+from moe_serve.pruning.numbers import kept_blocks
 from moe_serve.pruning.plan import LayerPlan
 
+_AXES = (ROWS, ROWS, COLUMNS)
+"""Where the neurons lie in gate, up and down matrices."""
 
-def blocks_from_units(plan: LayerPlan, units: tuple[Unit, ...], dtype: torch.dtype) -> LayerBlocks:
-    """The plan's blocks from whole experts held in FP32, rounded to the stored format.
 
-    A copied neuron is exact: FP32 holds every BF16 and FP16 value.
+def build_blocks(
+    checkpoint: Checkpoint, layer: int, plan: LayerPlan, units: tuple[Unit, ...]
+) -> LayerBlocks:
+    """The plan's blocks in the stored number format.
+
+    Neurons that can be copied are: in plain numbers every one that is not a sum (FP32 holds all
+    BF16 and FP16 values), in a quantised format those that make up whole tiles, byte for byte
+    with their scales. The rest is rounded, blocks of the same experts together. Reads the bytes
+    of kept experts of quantised layers once more.
+
+    Args:
+        checkpoint: the original.
+        layer: its index.
+        plan: what to build.
+        units: the layer's whole experts in FP32.
     """
-    gates = [unit.gate_FD for unit in units]
-    ups = [unit.up_FD for unit in units]
-    downs = [unit.down_DF for unit in units]
-    return LayerBlocks(
-        gate=[sum_parts(b, gates, rows=True).to(dtype) for b in plan.blocks],
-        up=[sum_parts(b, ups, rows=True).to(dtype) for b in plan.blocks],
-        down=[sum_parts(b, downs, rows=False).to(dtype) for b in plan.blocks],
+    weights = (
+        [unit.gate_FD for unit in units],
+        [unit.up_FD for unit in units],
+        [unit.down_DF for unit in units],
     )
+    gate, up, down = (
+        _matrices(checkpoint, layer, plan, which, matrices)
+        for which, matrices in enumerate(weights)
+    )
+    return LayerBlocks(gate=gate, up=up, down=down)
 
 
-def pruned_mixture(original: Mixture, table: LayerTable, blocks: LayerBlocks) -> Mixture:
+def _matrices(
+    checkpoint: Checkpoint, layer: int, plan: LayerPlan, which: int, weights: list[torch.Tensor]
+) -> list[Matrix]:
+    scheme, axis = checkpoint.expert_scheme(layer)[which], _AXES[which]
+    if scheme.exact:
+        return [
+            _on_cpu(scheme.quantise(sum_parts(b, weights, rows=axis == ROWS))) for b in plan.blocks
+        ]
+    built: dict[int, Matrix] = {}
+    kept = kept_blocks(plan, scheme, axis, checkpoint.shape.width)
+    expert, stored = -1, Matrix()
+    for number in sorted(kept):
+        part = plan.blocks[number].parts[0]
+        if part.expert != expert:
+            name = checkpoint.family.expert_names(layer, part.expert)[which]
+            expert, stored = part.expert, checkpoint.stored(name)
+        built[number] = scheme.gather(stored, axis, part.neurons)
+    for _, numbers in blocks_by_owners(plan.table()):
+        if left := [number for number in numbers if number not in kept]:
+            sums = [sum_parts(plan.blocks[n], weights, rows=axis == ROWS) for n in left]
+            whole = _on_cpu(scheme.quantise(torch.cat(sums, dim=axis)))
+            built |= zip(left, cut(scheme, [whole], axis, plan.width), strict=True)
+    return [built[number] for number in range(len(plan.blocks))]
+
+
+def cut(scheme: Scheme, pieces: list[Matrix], axis: int, width: int) -> Iterator[Matrix]:
+    """Cut stored matrices into blocks of ``width`` neurons, in order."""
+    for piece in pieces:
+        total = scheme.size(piece)[axis]
+        for first in range(0, total, width):
+            yield scheme.gather(piece, axis, range(first, min(first + width, total)))
+
+
+def _on_cpu(matrix: Matrix) -> Matrix:
+    return {ending: tensor.cpu() for ending, tensor in matrix.items()}
+
+
+def pruned_mixture(
+    original: Mixture,
+    table: LayerTable,
+    blocks: LayerBlocks,
+    schemes: tuple[Scheme, Scheme, Scheme],
+) -> Mixture:
     """The layer as it will be served, in FP32 on the stored (rounded) weights."""
-    gate, up, down = ([m.float() for m in matrices] for matrices in blocks)
+    device = original.router.weight_ND.device
+    gate, up, down = (
+        [scheme.dequantise(matrix).to(device) for matrix in matrices]
+        for scheme, matrices in zip(schemes, blocks, strict=True)
+    )
     return dataclasses.replace(
         original,
         router=dataclasses.replace(original.router, dropped=table.dropped),
@@ -42,28 +105,12 @@ def pruned_mixture(original: Mixture, table: LayerTable, blocks: LayerBlocks) ->
 
 
 def with_downs(
-    blocks: LayerBlocks, table: LayerTable, units: tuple[Unit, ...], dtype: torch.dtype
+    blocks: LayerBlocks, table: LayerTable, stored: tuple[tuple[Matrix, ...], ...], scheme: Scheme
 ) -> LayerBlocks:
-    """The blocks with down projections taken from re-fitted units."""
+    """The blocks with re-fitted down projections, one or more stored pieces for each unit."""
     down = list(blocks.down)
-    for unit, (_, numbers) in zip(units, blocks_by_owners(table), strict=True):
-        parts = unit.down_DF.to(dtype).split(table.width, dim=1)
+    for pieces, (_, numbers) in zip(stored, blocks_by_owners(table), strict=True):
+        parts = cut(scheme, [_on_cpu(piece) for piece in pieces], COLUMNS, table.width)
         for number, part in zip(numbers, parts, strict=True):
-            down[number] = part.contiguous()
+            down[number] = part
     return LayerBlocks(gate=blocks.gate, up=blocks.up, down=down)
-
-
-def expert_dtype(checkpoint: Checkpoint, layer: int) -> torch.dtype:
-    """The number format of a layer's experts.
-
-    Raises:
-        PlanError: it is one whose weights cannot be cut or averaged.
-    """
-    formats = {checkpoint.entry(n).dtype for n in checkpoint.family.expert_names(layer, 0)}
-    if len(formats) != 1 or not formats <= FLOATING:
-        raise PlanError(
-            f"layer {layer}: experts stored as {', '.join(sorted(formats))} cannot be pruned yet",
-            where=str(checkpoint.path),
-            remedy="start from the BF16, FP16 or FP32 checkpoint",
-        )
-    return TORCH_DTYPES[formats.pop()]

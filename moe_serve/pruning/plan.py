@@ -69,6 +69,18 @@ class Refit(_Model):
     """Passes over the groups when there is more than one."""
 
 
+class NumberFormat(_Model):
+    """What happens to the stored numbers of quantised experts."""
+
+    schemes: tuple[str, ...]
+    tile: int
+    """Neurons whose bytes and scales stay together."""
+    kept: dict[str, int]
+    """Blocks copied byte for byte, by projection: gate, up, down."""
+    requantised: dict[str, int]
+    """Blocks rounded again in the same scheme, by projection."""
+
+
 class Plan(_Model):
     """What ``apply`` carries out."""
 
@@ -83,6 +95,8 @@ class Plan(_Model):
     refit: Refit | None
     layers: dict[int, LayerPlan]
     """Layers that change; the others are copied."""
+    numbers: NumberFormat | None = None
+    """``None`` where the experts are plain numbers."""
 
     def table(self) -> CompactTable:
         """The remapping of all changed layers."""

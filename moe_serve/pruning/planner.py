@@ -17,6 +17,7 @@ from moe_serve.pruning.allocation import distribute
 from moe_serve.pruning.grouping import counts_over_layers
 from moe_serve.pruning.methods import Method
 from moe_serve.pruning.neurons import Ladder, even_counts
+from moe_serve.pruning.numbers import number_format
 from moe_serve.pruning.plan import LayerPlan, Plan, Refit
 from moe_serve.pruning.request import Selection
 from moe_serve.pruning.view import Budget, LayerView
@@ -75,6 +76,7 @@ def make_plan(
         keep=budget.keep,
         refit=Refit() if refit and planned else None,
         layers=planned,
+        numbers=number_format(checkpoint, planned, refit=refit),
     )
     plan.check(checkpoint)
     form_named(form, checkpoint, plan.table())  # Refuses what this format can't express.

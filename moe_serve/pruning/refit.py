@@ -22,6 +22,7 @@ import torch
 from moe_serve.calibration.mixture import Mixture, Unit
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
+from moe_serve.checkpoint.quantisation import Matrix, Scheme
 from moe_serve.errors import CalibrationError
 from moe_serve.pruning.plan import Refit
 
@@ -44,6 +45,8 @@ class Fitted:
     """The outcome for one layer."""
 
     units: tuple[Unit, ...]
+    stored: tuple[tuple[Matrix, ...], ...]
+    """Each unit's down projection as it is stored, in one piece or several side by side."""
     ridge: float
     """λ chosen."""
     error_before: float
@@ -88,7 +91,8 @@ def refit(
     residual: States,
     tokens: FitTokens,
     settings: Refit,
-    dtype: torch.dtype,
+    scheme: Scheme,
+    width: int,
 ) -> Fitted:
     """Fit all down projections of a layer; ``residual`` is updated to what remains.
 
@@ -98,16 +102,19 @@ def refit(
         residual: E = target - P W₀ [T, D]; on return target - P W.
         tokens: batches and weights.
         settings: candidates and limits.
-        dtype: format the weights are stored in; they are rounded to it.
+        scheme: format the down projections are stored in; they are rounded to it.
+        width: b, neurons of a block; no block is cut.
 
     Raises:
         CalibrationError: the normal equations cannot be solved.
     """
     wide = mixture
-    mixture = dataclasses.replace(wide, units=_split(wide.units, settings.side))
+    side = max(settings.side // width, 1) * width
+    mixture = dataclasses.replace(wide, units=_split(wide.units, side))
     downs = [unit.down_DF.T.clone() for unit in mixture.units]
+    stored: dict[int, Matrix] = {}
     before = _mean_square(residual, tokens)
-    groups = list(_groups(mixture.units, settings.side))
+    groups = list(_groups(mixture.units, side))
     # The only group's matrix has the diagonal; with several, a pass of its own is needed.
     scale = _mean_diagonal(mixture, inputs, tokens) if len(groups) > 1 else None
     candidates = settings.ridges
@@ -120,16 +127,20 @@ def refit(
                 scale = max(fit.mean_diagonal + held.mean_diagonal, _TINY)
             ridge, w_FD = _best(fit, held, start_FD.double(), candidates, scale)
             candidates = (ridge,)
-            w_FD = w_FD.to(dtype).float().to(present_FD.device)
-            _subtract(mixture, slots, w_FD - present_FD, inputs, residual, tokens)
+            w_FD = w_FD.float()
             for slot in slots:
-                downs[slot.unit] = w_FD[slot.columns]
+                matrix = scheme.quantise(w_FD[slot.columns].T)
+                stored[slot.unit] = matrix
+                downs[slot.unit] = scheme.dequantise(matrix).T.to(present_FD.device)
+            rounded_FD = torch.cat([downs[slot.unit] for slot in slots])
+            _subtract(mixture, slots, rounded_FD - present_FD, inputs, residual, tokens)
     fitted = [
         dataclasses.replace(unit, down_DF=down.T.contiguous())
         for unit, down in zip(mixture.units, downs, strict=True)
     ]
     return Fitted(
         units=_join(fitted, wide.units),
+        stored=_shared_out([stored[i] for i in range(len(fitted))], fitted, wide.units),
         ridge=candidates[0],
         error_before=before,
         error_after=_mean_square(residual, tokens),
@@ -274,6 +285,21 @@ def _split(units: Sequence[Unit], side: int) -> tuple[Unit, ...]:
         for unit in units
         for i in range(0, unit.width, side)
     )
+
+
+def _shared_out(
+    stored: Sequence[Matrix], parts: Sequence[Unit], wholes: Sequence[Unit]
+) -> tuple[tuple[Matrix, ...], ...]:
+    """The stored pieces of each whole unit."""
+    given, rest = [], iter(zip(stored, parts, strict=True))
+    for whole in wholes:
+        pieces, left = [], whole.width
+        while left:
+            matrix, part = next(rest)
+            pieces.append(matrix)
+            left -= part.width
+        given.append(tuple(pieces))
+    return tuple(given)
 
 
 def _join(parts: Sequence[Unit], wholes: Sequence[Unit]) -> tuple[Unit, ...]:

@@ -16,7 +16,7 @@ from moe_serve.checkpoint.manifest import MANIFEST, Manifest, hash_files
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.progress import Progress
-from moe_serve.pruning.build import blocks_from_units
+from moe_serve.pruning.build import build_blocks
 from moe_serve.pruning.plan import Plan
 
 
@@ -126,13 +126,22 @@ def _layer_problems(
     if checkpoint.table.layers.get(index) != layer.table():
         return [f"layer {index}: the table in config.json is not the plan's"]
     units = read_mixture(original, index, torch.device("cpu")).units
-    dtype = checkpoint.read(checkpoint.family.expert_names(index, 0).gate).dtype
-    expected = blocks_from_units(layer, units, dtype)
+    expected = build_blocks(original, index, layer, units)
     problems = []
     for number in range(len(layer.blocks)):
         names = checkpoint.family.expert_names(index, number)
         pairs = list(zip(names, (m[number] for m in expected), strict=True))
         for name, weight in pairs[:2] if plan.refit else pairs:
-            if not torch.equal(checkpoint.read(name), weight):
-                problems.append(f"tensor {name} is not what plan.json says")
+            stored = checkpoint.stored(name)
+            problems += [
+                f"{ending} of {name} is not what plan.json says"
+                for ending, tensor in weight.items()
+                if not _same_bytes(stored[ending], tensor)
+            ]
     return problems
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in type, shape and every bit; FP8 has no comparison of its own."""
+    flat = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(*flat)

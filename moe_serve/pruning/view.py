@@ -87,7 +87,7 @@ class LayerView:
         """All experts' gate (0) or up (1) [N, I, D], or down (2) [N, D, I], FP32."""
         family = self.checkpoint.family
         names = [family.expert_names(self.index, e)[which] for e in range(self.shape.experts)]
-        return torch.stack([self.checkpoint.read(name).float() for name in names])
+        return torch.stack([self.checkpoint.weight(name) for name in names])
 
 
 def _present(found: _T | None) -> _T:

@@ -16,7 +16,7 @@ from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
 from moe_serve.checkpoint.formats import LayerBlocks
-from moe_serve.pruning.build import blocks_from_units, expert_dtype, pruned_mixture, with_downs
+from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs
 from moe_serve.pruning.plan import LayerPlan, Refit
 from moe_serve.pruning.refit import FitTokens, refit
 
@@ -67,10 +67,11 @@ class Walk:
         self, layer: Layer, mixture: Mixture, planned: LayerPlan, settings: Refit
     ) -> tuple[LayerBlocks, dict[str, Any]]:
         """Build and re-fit a changed layer; both streams move on."""
-        dtype = expert_dtype(self._decoder.checkpoint, layer.index)
+        checkpoint = self._decoder.checkpoint
+        schemes = checkpoint.expert_scheme(layer.index)
         table = planned.table()
-        blocks = blocks_from_units(planned, mixture.units, dtype)
-        pruned = pruned_mixture(mixture, table, blocks)
+        blocks = build_blocks(checkpoint, layer.index, planned, mixture.units)
+        pruned = pruned_mixture(mixture, table, blocks, schemes)
         original_after = self._original[(layer.index + 1) % 2]
         pruned_after = self._pruned[(layer.index + 1) % 2]
         for batch in self._tokens.batches:
@@ -81,7 +82,15 @@ class Walk:
             y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
             batch.store(self._inputs, z_BLD)
             batch.store(self._residual, goal_BLD - r_BLD - y_BLD)
-        fitted = refit(pruned, self._inputs, self._residual, self._tokens, settings, dtype)
+        fitted = refit(
+            pruned,
+            self._inputs,
+            self._residual,
+            self._tokens,
+            settings,
+            schemes[2],
+            planned.width,
+        )
         for batch in self._tokens.batches:
             # goal - residual is r + P W on the rounded weights: what will be served.
             batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))
@@ -90,7 +99,7 @@ class Walk:
             "error_before": fitted.error_before,
             "error_after": fitted.error_after,
         }
-        return with_downs(blocks, table, fitted.units, dtype), record
+        return with_downs(blocks, table, fitted.stored, schemes[2]), record
 
     def _attend(
         self, layer: Layer, batch: Batch, streams: tuple[States, States]

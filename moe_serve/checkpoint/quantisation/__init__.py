@@ -1,0 +1,22 @@
+"""How a weight matrix is stored: as plain numbers, or as codes with scales.
+
+Everything else asks a :class:`Scheme` for a matrix [rows, columns] and never names its tensors.
+"""
+
+from moe_serve.checkpoint.quantisation.detect import (
+    logical_name,
+    quantisation_settings,
+    scheme_of,
+)
+from moe_serve.checkpoint.quantisation.scheme import COLUMNS, ROWS, InexactJoin, Matrix, Scheme
+
+__all__ = [
+    "COLUMNS",
+    "ROWS",
+    "InexactJoin",
+    "Matrix",
+    "Scheme",
+    "logical_name",
+    "quantisation_settings",
+    "scheme_of",
+]
