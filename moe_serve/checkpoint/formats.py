@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,16 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from moe_serve.checkpoint.layout import Stored, compact_config, copied_entries, runs, stock_config
-from moe_serve.checkpoint.quantisation import COLUMNS, ROWS, InexactJoin, Matrix, logical_name
+from moe_serve.checkpoint.quantisation import (
+    COLUMNS,
+    ROWS,
+    InexactJoin,
+    Matrix,
+    Renumbering,
+    logical_name,
+    quantisation_settings,
+    renumbered_settings,
+)
 from moe_serve.checkpoint.shards import Run, ShardWriter, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import CompactTable
@@ -254,4 +264,19 @@ def form_named(name: str, checkpoint: Checkpoint, table: CompactTable) -> Form:
         raise UsageError(
             f"no format {name!r}", where="--format", remedy="choose from " + ", ".join(FORMATS)
         )
-    return FORMATS[name](checkpoint, table)
+    form = FORMATS[name](checkpoint, table)
+    settings = quantisation_settings(checkpoint.config)
+    if not settings:
+        return form
+    family = checkpoint.family
+    layers = [
+        Renumbering(
+            prefix=family.expert_prefix(layer),
+            count=stored.count,
+            plain=all(scheme.exact for scheme in checkpoint.expert_scheme(layer)),
+        )
+        for layer, stored in form.stored.items()
+    ]
+    gone = family.extra_prefixes(checkpoint.config) if form.stored else ()
+    cleaned = renumbered_settings(settings, layers, gone)
+    return dataclasses.replace(form, config=form.config | {"quantization_config": cleaned})

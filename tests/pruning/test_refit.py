@@ -9,6 +9,7 @@ import torch
 from moe_serve.calibration.mixture import Mixture, Router, Unit
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
+from moe_serve.checkpoint.quantisation.plain import Plain
 from moe_serve.families import Routing
 from moe_serve.pruning.plan import Refit
 from moe_serve.pruning.refit import FitTokens, refit
@@ -65,7 +66,8 @@ def run(tmp_path: Path, settings: Refit) -> tuple[torch.Tensor, torch.Tensor, fl
         States(tmp_path / "e", HIDDEN),
         tokens,
         settings,
-        torch.float32,
+        Plain(dtype="F32"),
+        2,
     )
     found = torch.cat([u.down_DF for u in fitted.units], dim=1).T.double()
     p = dense(mixture, z)

@@ -3,6 +3,7 @@
 Everything else asks a :class:`Scheme` for a matrix [rows, columns] and never names its tensors.
 """
 
+from moe_serve.checkpoint.quantisation.carry import Renumbering, renumbered_settings
 from moe_serve.checkpoint.quantisation.detect import (
     logical_name,
     quantisation_settings,
@@ -15,8 +16,10 @@ __all__ = [
     "ROWS",
     "InexactJoin",
     "Matrix",
+    "Renumbering",
     "Scheme",
     "logical_name",
     "quantisation_settings",
+    "renumbered_settings",
     "scheme_of",
 ]
