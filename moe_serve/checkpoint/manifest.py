@@ -60,6 +60,9 @@ class Manifest(_Model):
     refit: dict[str, Any] | None
     """Per layer: λ chosen and squared output error before and after."""
     expert_bytes: ExpertBytes
+    numbers: dict[str, Any] | None = None
+    """Quantised experts: schemes, tile, and how many blocks of each projection were copied byte
+    for byte or rounded again."""
     layers: dict[int, LayerCounts]
     quality: dict[str, Any] | None = None
     files: dict[str, str] = {}

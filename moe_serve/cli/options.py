@@ -54,6 +54,14 @@ RefitFlag = Annotated[
         "--refit/--no-refit", help="Re-fit what is kept so that it makes up for the rest."
     ),
 ]
+Requantise = Annotated[
+    bool,
+    typer.Option(
+        "--requantise/--keep-tiles",
+        help="Quantised models: choose neurons freely and round them once more, or keep whole "
+        "tiles byte for byte.",
+    ),
+]
 FormatName = Annotated[str, typer.Option("--format", help="compact, tied or native.")]
 AcrossLayers = Annotated[
     bool,

@@ -40,6 +40,7 @@ def prune_command(
     across_layers: options.AcrossLayers = True,
     coefficients: options.CoefficientsName = None,
     drop_when_better: options.DropWhenBetter = None,
+    requantise: options.Requantise = False,
     form: options.FormatName = "compact",
     plan: Annotated[Path | None, typer.Option(help="Carry out this plan.")] = None,
     statistics: Annotated[
@@ -69,6 +70,7 @@ def prune_command(
             across_layers=across_layers,
             coefficients=coefficients,
             drop_when_better=drop_when_better,
+            requantise=requantise,
             seed=seed,
         ),
         form=form,
@@ -107,6 +109,7 @@ def plan_command(
     across_layers: options.AcrossLayers = True,
     coefficients: options.CoefficientsName = None,
     drop_when_better: options.DropWhenBetter = None,
+    requantise: options.Requantise = False,
     form: options.FormatName = "compact",
     model: Annotated[
         Path | None, typer.Option(help="The checkpoint, where it has moved since calibrate.")
@@ -129,6 +132,7 @@ def plan_command(
         across_layers=across_layers,
         coefficients=coefficients,
         drop_when_better=drop_when_better,
+        requantise=requantise,
         seed=seed,
     )
     with progress_bar() as progress:

@@ -18,6 +18,11 @@ tags: [mixture-of-experts, pruned, moe-serve]
 
 Made from `{{ name }}` by moe-serve {{ version }} with `{{ method }}` (format `{{ format }}`).
 Routed experts: {{ "{:,}".format(original) }} bytes before, {{ "{:,}".format(kept) }} bytes now.
+{% if numbers -%}
+Stored as {{ numbers.schemes | join("; ") }}. {% for name, count in numbers.kept.items() -%}
+{{ name }}: {{ count }} blocks byte for byte, {{ numbers.requantised[name] }} rounded again\
+{{ ". " if loop.last else "; " }}{% endfor %}
+{% endif -%}
 The original's licence and terms of use apply to this derivative.
 
 | layer | blocks | neurons per block | experts never selected |
@@ -65,5 +70,6 @@ def model_card(manifest: Manifest) -> str:
         original=bytes_.original,
         kept=bytes_.kept,
         layers=manifest.layers,
+        numbers=manifest.numbers,
         calibration=manifest.calibration,
     )

@@ -17,6 +17,7 @@ from moe_serve.errors import PlanError
 from moe_serve.pruning.allocation import Curve, curve
 from moe_serve.pruning.obs import RemovalPath, removal_path
 from moe_serve.pruning.plan import Block, LayerPlan, copies
+from moe_serve.pruning.tiles import tile_path, tiles_by_value
 from moe_serve.pruning.view import LayerView
 
 _JITTER = 1e-4
@@ -78,7 +79,12 @@ def block_obs(view: LayerView) -> Ladder:
     # tr(M ΔᵀΔ) is the plain squared error of Δ times M's Cholesky factor.
     root_DD = torch.linalg.cholesky(metric_DD).float()
     down_NDI = torch.einsum("de,ndi->nei", root_DD, view.projection(2))
-    path = removal_path(statistics.normal_NII / statistics.weight, down_NDI)
+    normal_NII = statistics.normal_NII / statistics.weight
+    path = (
+        removal_path(normal_NII, down_NDI)
+        if view.tile == 1
+        else tile_path(normal_NII, down_NDI, view.tile)
+    )
     scores = {
         "reap": statistics.reap().tolist(),
         "frequency": statistics.frequency().tolist(),
@@ -91,7 +97,7 @@ def block_heapr(view: LayerView) -> Ladder:
 
     Source: arXiv 2509.22299, eq. 15: E[h²] · dᵀ M d, ranked over the whole model.
     """
-    return _by_value(view.gradients().heapr())
+    return _by_value(view.gradients().heapr(), view.tile)
 
 
 def block_taylor(view: LayerView) -> Ladder:
@@ -100,7 +106,7 @@ def block_taylor(view: LayerView) -> Ladder:
     Source: MoE-Slimming, arXiv 2606.18304: the loss's first-order change when the neuron goes.
     """
     gradients = view.gradients()
-    return _by_value(gradients.taylor_NI.double() / gradients.weight)
+    return _by_value(gradients.taylor_NI.double() / gradients.weight, view.tile)
 
 
 def block_magnitude(view: LayerView) -> Ladder:
@@ -111,11 +117,13 @@ def block_magnitude(view: LayerView) -> Ladder:
     """
     gate_NID, up_NID, down_NDI = (view.projection(i) for i in range(3))
     product_NI = gate_NID.norm(dim=2) * up_NID.norm(dim=2) * down_NDI.norm(dim=1)
-    return _by_value(product_NI.double().square())
+    return _by_value(product_NI.double().square(), view.tile)
 
 
-def _by_value(value_NI: torch.Tensor) -> Ladder:
-    """Neurons of least value first; a sum is worth its parts."""
+def _by_value(value_NI: torch.Tensor, tile: int) -> Ladder:
+    """Neurons (or tiles) of least value first; a sum is worth its parts."""
+    if tile > 1:
+        return Ladder(path=tiles_by_value(value_NI, tile))
     sorted_NI, order_NI = value_NI.sort(dim=1, stable=True)
     return Ladder(path=RemovalPath(order_NI=order_NI, error_NI=sorted_NI.cumsum(dim=1)))
 

@@ -56,20 +56,24 @@ def removal_path(
     Memory: twice the normal matrices in FP64 up to an expert width of 1024, in FP32 beyond.
     """
     experts, width, _ = normal_NII.shape
-    dtype = torch.float64 if width <= _FP64_WIDTH else torch.float32
     step = -(-width // _ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
-    diagonal = normal_NII.diagonal(dim1=1, dim2=2)
-    floor = max(float(diagonal.double().mean()), torch.finfo(torch.float32).tiny) * ridge
     for expert in range(experts):
-        hessian = normal_NII[expert].to(dtype)
-        hessian.diagonal().add_(floor)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-        weight_ID = down_NDI[expert].T.to(dtype).clone()
+        inverse = damped_inverse(normal_NII, expert, ridge)
+        weight_ID = down_NDI[expert].T.to(inverse.dtype).clone()
         order, error = _peel(inverse, weight_ID, step)
         order_NI[expert], error_NI[expert] = order, error
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
+
+
+def damped_inverse(normal_NII: torch.Tensor, expert: int, ridge: float) -> torch.Tensor:
+    """(H + λI)⁻¹ [I, I] of one expert, λ a multiple of the layer's mean diagonal."""
+    dtype = torch.float64 if normal_NII.shape[1] <= _FP64_WIDTH else torch.float32
+    mean = float(normal_NII.diagonal(dim1=1, dim2=2).double().mean())
+    hessian = normal_NII[expert].to(dtype)
+    hessian.diagonal().add_(max(mean, torch.finfo(torch.float32).tiny) * ridge)
+    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
 
 
 def _peel(

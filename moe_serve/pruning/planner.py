@@ -54,7 +54,7 @@ def make_plan(
     layers = checkpoint.family.moe_layers(checkpoint.config) if budget.keep < 1.0 else ()
     passes = 2 if method.worth is not None and budget.across_layers else 1
     progress.start("plan", passes * len(layers))
-    views = (_view(checkpoint, statistics, index, progress) for index in layers)
+    views = (_view(checkpoint, statistics, index, budget.tile, progress) for index in layers)
     if method.neurons is not None:
         planned = _spend(
             {view.index: method.neurons(view) for view in views}, method, budget, shape
@@ -64,7 +64,9 @@ def make_plan(
         if method.worth is not None and budget.across_layers and not budget.uniform:
             worth = {view.index: method.worth(view) for view in views}
             budgets = _over_layers(worth, budget, shape)
-            views = (_view(checkpoint, statistics, index, progress) for index in layers)
+            views = (
+                _view(checkpoint, statistics, index, budget.tile, progress) for index in layers
+            )
         planned = {view.index: method.experts(view, budgets[view.index]) for view in views}
     plan = Plan(
         model=checkpoint.path.resolve().name,
@@ -84,7 +86,11 @@ def make_plan(
 
 
 def _view(
-    checkpoint: Checkpoint, statistics: Statistics | None, index: int, progress: Progress
+    checkpoint: Checkpoint,
+    statistics: Statistics | None,
+    index: int,
+    tile: int,
+    progress: Progress,
 ) -> LayerView:
     progress.advance()
     return LayerView(
@@ -92,6 +98,7 @@ def _view(
         checkpoint=checkpoint,
         statistics=statistics.layer(index) if statistics is not None else None,
         loss=statistics.gradients(index) if statistics is not None else None,
+        tile=tile,
     )
 
 
@@ -134,7 +141,7 @@ def _spend(
 def _settings(method: Method, budget: Budget) -> dict[str, Any]:
     settings = asdict(budget)
     if method.neurons is None:
-        del settings["block_width"]
+        del settings["block_width"], settings["tile"]
         if method.worth is None:
             del settings["across_layers"]
     if not method.merges:

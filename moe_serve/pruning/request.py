@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +19,7 @@ from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError, UsageError
 from moe_serve.pruning.coefficients import coefficients_named
 from moe_serve.pruning.methods import AUTO, Method, method_named
+from moe_serve.pruning.numbers import tile_width
 from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, keep_for_memory
 from moe_serve.pruning.view import Budget
 
@@ -103,6 +105,9 @@ class Selection:
     """``None``: as the method does."""
     drop_when_better: bool | None = None
     """``None``: as the method does."""
+    requantise: bool = False
+    """Choose neurons freely in a quantised model and round what they make up once more, instead
+    of keeping whole tiles with their bytes."""
     seed: int = 0
 
     def resolve(self, checkpoint: Checkpoint, *, texts: bool) -> tuple[Method, Budget, bool]:
@@ -115,7 +120,8 @@ class Selection:
         method = method_named(self.method, texts=texts)
         self._check_merging(method, texts=texts)
         keep = self._share(checkpoint)
-        width = block_width(checkpoint, self.block_width) if method.neurons else None
+        tile = tile_width(checkpoint)
+        width = block_width(checkpoint, self.block_width, tile) if method.neurons else None
         refit = method.refit if self.refit is None else self.refit
         if refit and not texts:
             raise UsageError(
@@ -127,6 +133,7 @@ class Selection:
             keep=keep,
             block_width=width or checkpoint.shape.width,
             experts=None if method.neurons else self.experts,
+            tile=1 if self.requantise else tile,
             uniform=self.uniform,
             across_layers=self.across_layers,
             coefficients=self.coefficients,
@@ -180,21 +187,23 @@ class Selection:
         return count / checkpoint.shape.experts
 
 
-def block_width(checkpoint: Checkpoint, wanted: int | None) -> int:
+def block_width(checkpoint: Checkpoint, wanted: int | None, tile: int = 1) -> int:
     """The width of stored blocks.
 
     By default the narrowest that lets an expert stay nearly whole in at most 8 blocks: a multiple
     of 64 (Triton's tiles) for experts of 512 neurons and more, of 32 (the CPU kernels') below,
-    that divides the expert's width if one does.
+    and of the number format's tile, that divides the expert's width if one does.
 
     Raises:
         UsageError: ``wanted`` is not servable.
     """
     whole = checkpoint.shape.width
+    unit = math.lcm(WIDTH_MULTIPLE, tile)
     if wanted is not None:
-        if wanted % WIDTH_MULTIPLE or not 0 < wanted <= whole:
+        if wanted % unit or not 0 < wanted <= whole:
+            why = f", as its number format scales {tile} neurons together" if tile > 1 else ""
             raise UsageError(
-                f"is {wanted}, not a multiple of {WIDTH_MULTIPLE} up to {whole}",
+                f"is {wanted}, not a multiple of {unit} up to {whole}{why}",
                 where="--block-width",
                 remedy="leave it out, or give such a number",
             )
@@ -205,7 +214,7 @@ def block_width(checkpoint: Checkpoint, wanted: int | None) -> int:
                 remedy=f"give at least {-(-whole // MAX_BLOCKS)}",
             )
         return wanted
-    unit = 64 if whole >= 512 else WIDTH_MULTIPLE
+    unit = math.lcm(64 if whole >= 512 else WIDTH_MULTIPLE, tile)
     least = -(-whole // MAX_BLOCKS)
     candidates = range(-(-least // unit) * unit, whole + 1, unit)
     if not candidates:
@@ -214,7 +223,7 @@ def block_width(checkpoint: Checkpoint, wanted: int | None) -> int:
             remedy="choose a method that drops or merges whole experts",
         )
     # Leftover neurons of a width that doesn't divide are lost even to an expert kept "whole".
-    dividing = [b for b in candidates if whole % b == 0 and b <= 2 * least]
+    dividing = [b for b in candidates if whole % b == 0 and b <= 2 * max(least, unit)]
     return dividing[0] if dividing else candidates[0]
 
 

@@ -204,6 +204,7 @@ def _fingerprint(
         "refit": selection.refit,
         "across_layers": selection.across_layers,
         "merging": [selection.coefficients, selection.drop_when_better],
+        "requantise": selection.requantise,
         "seed": selection.seed,
         "version": moe_serve.__version__,
     }
@@ -331,6 +332,7 @@ def _seal(
         calibration=calibration,
         refit=refit,
         expert_bytes=ExpertBytes(original=sum(original.values()), kept=sum(kept.values())),
+        numbers=plan.numbers.model_dump(mode="json") if plan.numbers else None,
         layers={
             i: LayerCounts(width=p.width, blocks=len(p.blocks), dropped=len(p.table().dropped))
             for i, p in plan.layers.items()

@@ -27,6 +27,8 @@ class Budget:
     """b, neurons per block."""
     experts: int | None = None
     """Whole experts per layer, where the request was made in experts."""
+    tile: int = 1
+    """Neurons that go together: more than one where whole tiles of a number format are kept."""
     uniform: bool = False
     """Every expert keeps the same number of neurons: what stock software can load."""
     across_layers: bool = True
@@ -57,6 +59,8 @@ class LayerView:
     checkpoint: Checkpoint
     statistics: LayerStatistics | None
     loss: LayerGradients | None
+    tile: int = 1
+    """Consecutive neurons that a method has to keep or remove together."""
 
     @property
     def shape(self) -> Shape:

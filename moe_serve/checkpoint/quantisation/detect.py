@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from moe_serve.checkpoint.dtypes import FLOATING
 from moe_serve.checkpoint.header import TensorEntry
@@ -48,7 +48,7 @@ def quantisation_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def logical_name(tensor: str) -> str:
-    """The matrix a tensor belongs to: its prefix with ``.weight``; other tensors stay themselves."""
+    """The matrix a tensor belongs to: its prefix with ``.weight``; others stay themselves."""
     prefix, _, ending = tensor.rpartition(".")
     return f"{prefix}.{_WEIGHT}" if ending in _ENDINGS else tensor
 
@@ -95,9 +95,7 @@ def scheme_of(name: str, tensors: Mapping[str, TensorEntry], settings: Settings)
     return Plain(dtype=weight.dtype)
 
 
-def _fp8(
-    name: str, weight: TensorEntry | None, scale: TensorEntry, settings: Settings
-) -> Scheme:
+def _fp8(name: str, weight: TensorEntry | None, scale: TensorEntry, settings: Settings) -> Scheme:
     if weight is None or weight.dtype != "F8_E4M3" or scale.dtype not in FLOATING:
         found = weight.dtype if weight else "nothing"
         raise CheckpointError(
@@ -192,6 +190,7 @@ def _gptq_or_awq(
     bits = _bits(packed.name, settings.get("bits", settings.get("w_bit")))
     group = settings.get("group_size", settings.get("q_group_size"))
     scale = _needed(prefix + "scales", tensors)
+    layout: Literal["AWQ", "GPTQ"]
     if method == "awq":
         version = str(settings.get("version", "gemm")).lower()
         if version != "gemm" or bits != 4:

@@ -65,9 +65,7 @@ class Packed(Scheme):
             columns = Axis(1, group) if group else None
             found = [
                 Piece(ending="weight_packed", dtype="I32", rows=Axis(0), columns=Axis(1, words)),
-                Piece(
-                    ending="weight_scale", dtype=self.scale_dtype, rows=Axis(0), columns=columns
-                ),
+                Piece(ending="weight_scale", dtype=self.scale_dtype, rows=Axis(0), columns=columns),
             ]
             if self.stored_zero:
                 ending, rows = "weight_zero_point", Axis(0, words)
@@ -89,9 +87,7 @@ class Packed(Scheme):
             Piece(ending="scales", dtype=self.scale_dtype, rows=Axis(1), columns=columns),
         ]
         if self.group_index:
-            found.append(
-                Piece(ending="g_idx", dtype="I32", columns=Axis(0), dims=1, derived=True)
-            )
+            found.append(Piece(ending="g_idx", dtype="I32", columns=Axis(0), dims=1, derived=True))
         return tuple(found)
 
     def derive(self, rows: int, columns: int) -> Matrix:
