@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.quality.number_formats`` quantises the fixture (attention and experts, round
 to nearest, tiles and groups of 32 so that its 192-neuron experts have six) to each format, prunes
-each to equal expert bytes in three ways and measures the KL against the quantised original and
+each to equal expert bytes in four ways and measures the KL against the quantised original and
 against the BF16 one. The first rows are the BF16 model pruned.
 """
 
@@ -87,11 +87,13 @@ FORMATS: Final[dict[str, tuple[Scheme, dict[str, Any]]]] = {
         _GROUP | {"quant_method": "awq", "zero_point": True, "version": "gemm"},
     ),
 }
-WAYS: Final[dict[str, dict[str, bool]]] = {
-    "tiles byte for byte": {"refit": False},
-    "tiles, W_down re-fitted": {"refit": True},
-    "free neurons, re-fitted": {"refit": True, "requantise": True},
+WAYS: Final = {
+    "tiles byte for byte": (False, False),
+    "tiles, W_down re-fitted": (True, False),
+    "free neurons": (False, True),
+    "free neurons, re-fitted": (True, True),
 }
+"""Whether W_down is re-fitted, and whether neurons are chosen freely and rounded again."""
 
 
 def quantise(checkpoint: Checkpoint, target: Path, name: str) -> None:
@@ -128,26 +130,27 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _prune_all(options, options.model, "bf16", {"free neurons, re-fitted": {}}, folder)
+        _prune_all(options, options.model, "bf16", list(WAYS)[2:], folder)
         for form in options.formats:
             quantise(open_checkpoint(options.model), folder / form, form)
             mean, worst = _kl(options, options.model, folder / form)
             print(f"| {form} | all | | 0 | 0 | {mean:.5f} (worst {worst:.5f}) |", flush=True)
-            _prune_all(options, folder / form, form, WAYS, folder)
+            _prune_all(options, folder / form, form, list(WAYS), folder)
 
 
 def _prune_all(
     options: argparse.Namespace,
     model: Path,
     form: str,
-    ways: dict[str, dict[str, bool]],
+    ways: list[str],
     folder: Path,
 ) -> None:
     texts = TextOptions(paths=(options.calibration,), tokens=options.tokens, length=256)
     statistics = folder / f"{form}-statistics"
     calibrate(model, statistics, texts, _CPU, DEFAULT_BATCH, Silent())
     for keep in options.keep:
-        for way, settings in ways.items():
+        for way in ways:
+            refit, requantise = WAYS[way]
             output = folder / f"{form}-pruned"
             prune(
                 PruneRequest(
@@ -155,7 +158,11 @@ def _prune_all(
                     output=output,
                     texts=texts,
                     selection=Selection(
-                        keep=keep, method="block-obs", block_width=_TILE, **settings
+                        keep=keep,
+                        method="block-obs",
+                        block_width=_TILE,
+                        refit=refit,
+                        requantise=requantise,
                     ),
                     statistics=statistics,
                 ),
@@ -163,7 +170,10 @@ def _prune_all(
             )
             mean, worst = _kl(options, model, output)
             total, _ = _kl(options, options.model, output)
-            print(f"| {form} | {keep:.0%} | {way} | {mean:.5f} | {worst:.5f} | {total:.5f} |")
+            print(
+                f"| {form} | {keep:.0%} | {way} | {mean:.5f} | {worst:.5f} | {total:.5f} |",
+                flush=True,
+            )
             shutil.rmtree(output)
 
 
