@@ -159,12 +159,17 @@ def make_units(
     return tuple(
         Unit(
             owners=owners,
-            gate_FD=torch.cat([gate[b] for b in blocks]),
-            up_FD=torch.cat([up[b] for b in blocks]),
-            down_DF=torch.cat([down[b] for b in blocks], dim=1),
+            gate_FD=_joined([gate[b] for b in blocks], 0),
+            up_FD=_joined([up[b] for b in blocks], 0),
+            down_DF=_joined([down[b] for b in blocks], 1),
         )
         for owners, blocks in blocks_by_owners(table)
     )
+
+
+def _joined(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
+    # torch.cat copies even a single tensor, which would hold a whole layer twice.
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
 def whole_experts(count: int, width: int) -> LayerTable:

@@ -12,17 +12,20 @@ from moe_serve.calibration.merge import merge_statistics
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import Statistics
 from moe_serve.cli import options
+from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.progress import Silent
+from moe_serve.pruning.dryrun import dry_run
 from moe_serve.pruning.request import (
     DEFAULT_BATCH,
     DEFAULT_LENGTH,
     DEFAULT_TOKENS,
+    Selection,
     TextOptions,
     device_named,
 )
-from moe_serve.pruning.run import calibrate
+from moe_serve.pruning.run import PruneRequest, calibrate
 
 
 def calibrate_command(
@@ -41,6 +44,7 @@ def calibrate_command(
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
+    show: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Observe a model on texts; writes statistics.safetensors and statistics.json.
@@ -49,6 +53,17 @@ def calibrate_command(
     """
     texts = TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed)
     share = Share.parse(shard) if shard else WHOLE
+    if show:
+        request = PruneRequest(
+            model=model,
+            output=output,
+            texts=texts,
+            selection=Selection(),
+            device=device_named(device),
+            batch_tokens=batch_tokens,
+        )
+        show_forecast(dry_run(request, only_calibrate=True), as_json=as_json)
+        return
     with progress_bar() as progress:
         shown = progress if leads() else Silent()
         made = calibrate(model, output, texts, device_named(device), batch_tokens, shown, share)

@@ -63,6 +63,12 @@ Requantise = Annotated[
     ),
 ]
 FormatName = Annotated[str, typer.Option("--format", help="compact, tied or native.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Say what the run would read, take and write on this machine; stop there."
+    ),
+]
 AcrossLayers = Annotated[
     bool,
     typer.Option(

@@ -10,8 +10,10 @@ import typer
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.cli import options
+from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
+from moe_serve.pruning.dryrun import dry_run
 from moe_serve.pruning.methods import AUTO
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import (
@@ -51,6 +53,7 @@ def prune_command(
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
     seed: options.Seed = 0,
     device: options.Device = None,
+    show: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
     """Prune a model offline: calibrate, plan, apply. Interrupted, it resumes."""
@@ -79,6 +82,9 @@ def prune_command(
         plan=plan,
         statistics=statistics,
     )
+    if show:
+        show_forecast(dry_run(request), as_json=as_json)
+        return
     with progress_bar() as progress:
         result = prune(request, progress)
     _report(result, as_json=as_json)

@@ -1,0 +1,135 @@
+"""The forecast of a run as requested, on this machine; writes nothing that stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.checkpoint.staging import free_bytes
+from moe_serve.errors import UsageError
+from moe_serve.pruning.forecast import (
+    Forecast,
+    Rates,
+    Sizes,
+    Work,
+    apply_step,
+    calibrate_step,
+    plan_step,
+)
+from moe_serve.pruning.neurons import block_obs
+from moe_serve.pruning.plan import Plan, Refit
+from moe_serve.pruning.probe import measure
+from moe_serve.pruning.request import Corpus, load_corpus
+from moe_serve.pruning.run import PruneRequest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """A forecast and what it is measured against."""
+
+    forecast: Forecast
+    rates: Rates
+    free_memory: int
+    free_disk: int
+
+    @property
+    def problems(self) -> list[str]:
+        """What this machine lacks."""
+        found = []
+        if self.forecast.memory > self.free_memory:
+            found.append(
+                f"needs {self.forecast.memory / 1e9:.1f} GB of memory, "
+                f"{self.free_memory / 1e9:.1f} GB are free; lower --batch-tokens, or use a larger "
+                "machine"
+            )
+        if self.forecast.disk > self.free_disk:
+            found.append(
+                f"needs {self.forecast.disk / 1e9:.1f} GB on disk, "
+                f"{self.free_disk / 1e9:.1f} GB are free; free some space or choose another output"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--dry-run --json``."""
+        return self.forecast.to_json(self.rates) | {
+            "free_memory_bytes": self.free_memory,
+            "free_disk_bytes": self.free_disk,
+            "problems": self.problems,
+        }
+
+
+def dry_run(request: PruneRequest, *, only_calibrate: bool = False) -> DryRun:
+    """Resolve a request, add up its steps, measure this machine for about a second.
+
+    Raises:
+        MoeServeError: as the run itself would, before its work begins.
+    """
+    checkpoint = open_checkpoint(request.model)
+    corpus = load_corpus(checkpoint, request.texts)
+    forecast = (
+        _calibration(request, checkpoint, corpus)
+        if only_calibrate
+        else _whole(request, checkpoint, corpus)
+    )
+    return DryRun(
+        forecast=forecast,
+        rates=measure(checkpoint, request.output, request.device, request.batch_tokens),
+        free_memory=psutil.virtual_memory().available + forecast.base_memory,
+        free_disk=free_bytes(request.output),
+    )
+
+
+def _calibration(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None) -> Forecast:
+    if corpus is None:
+        raise UsageError("give texts to calibrate on", where="--calibration")
+    step = calibrate_step(Sizes.of(checkpoint), _work(request, corpus, keep=1.0))
+    return Forecast(steps=(step,), output_bytes=0, base_memory=_resident())
+
+
+def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None) -> Forecast:
+    sizes, steps = Sizes.of(checkpoint), []
+    if request.plan is not None:
+        plan = Plan.load(request.plan)
+        plan.check(checkpoint)
+        work = _work(request, corpus, keep=plan.keep, refit=plan.refit)
+    else:
+        given = request.statistics is not None and request.statistics.exists()
+        texts = corpus is not None or given
+        method, budget, refits = request.selection.resolve(checkpoint, texts=texts)
+        inverts = method.neurons is block_obs
+        refit = Refit() if refits else None
+        work = _work(request, corpus, keep=budget.keep, inverts=inverts, refit=refit)
+        if corpus is not None and not given:
+            steps.append(calibrate_step(sizes, work))
+        steps.append(plan_step(sizes, work))
+    applied = apply_step(sizes, work)
+    return Forecast(steps=(*steps, applied), output_bytes=applied.written, base_memory=_resident())
+
+
+def _work(
+    request: PruneRequest,
+    corpus: Corpus | None,
+    *,
+    keep: float,
+    inverts: bool = False,
+    refit: Refit | None = None,
+) -> Work:
+    sequences = corpus.sequences if corpus else None
+    return Work(
+        tokens=sequences.total if sequences else 0,
+        domains=len(sequences.domains) if sequences else 0,
+        length=max(map(len, sequences.tokens)) if sequences else 0,
+        batch_tokens=request.batch_tokens,
+        keep=keep,
+        inverts=inverts,
+        refit=refit if sequences else None,
+    )
+
+
+def _resident() -> int:
+    """What interpreter and libraries take already."""
+    size: int = psutil.Process().memory_info().rss
+    return size

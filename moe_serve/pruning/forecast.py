@@ -1,0 +1,297 @@
+"""What a run will read, compute, hold and write, before it starts.
+
+All formulas are here, in sizes of the model; seconds follow from rates that are measured on the
+machine (:mod:`moe_serve.pruning.probe`) or given. T tokens, G of them take part in the reverse
+pass; N experts of I neurons, k chosen per token, D hidden size, V vocabulary, L tokens per
+sequence, S the side of a re-fit's normal matrix. A multiplication with its addition counts two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from moe_serve.calibration.collect import RESERVOIR
+from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.calibration.reverse import GRADIENT_TOKENS
+from moe_serve.calibration.statistics import LayerStatistics
+from moe_serve.checkpoint.dtypes import itemsize
+from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.families import Shape
+from moe_serve.pruning.plan import Refit
+
+_F32: Final = 4
+_F64: Final = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """What the formulas need to know of a checkpoint. Bytes as stored, weights as numbers."""
+
+    shape: Shape
+    sparse: int
+    """Mixture layers."""
+    total_bytes: int
+    decoder_bytes: int
+    """All decoder layers."""
+    expert_bytes: int
+    """All routed experts of them."""
+    embedding_bytes: int
+    head_bytes: int
+    """Final norm and output matrix; the embedding again where they are tied."""
+    layer_bytes: int
+    """The largest layer."""
+    layer_weights: int
+    """Its weights."""
+    dense_weights: int
+    """Decoder weights outside the routed experts: every token meets them."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Sizes:
+        """Add up the headers; reads no weight."""
+        shape = checkpoint.shape
+        layers = [checkpoint.layer_tensors(index) for index in range(shape.layers)]
+        weights = [sum(_count(e.shape) for e in layer) for layer in layers]
+        embedding = checkpoint.entry("model.embed_tokens.weight").size
+        head = checkpoint.tensors.get("lm_head.weight")
+        experts = checkpoint.expert_bytes()
+        routed = len(experts) * 3 * shape.experts * shape.width * shape.hidden
+        return cls(
+            shape=shape,
+            sparse=len(experts),
+            total_bytes=sum(entry.size for entry in checkpoint.tensors.values()),
+            decoder_bytes=sum(entry.size for layer in layers for entry in layer),
+            expert_bytes=sum(experts.values()),
+            embedding_bytes=embedding,
+            head_bytes=checkpoint.entry("model.norm.weight").size
+            + (head.size if head else embedding),
+            layer_bytes=max(sum(entry.size for entry in layer) for layer in layers),
+            layer_weights=max(weights),
+            dense_weights=sum(weights) - routed,
+        )
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one routed expert."""
+        return 3 * self.shape.width * self.shape.hidden
+
+    def statistics_bytes(self, domains: int) -> int:
+        """On disk, all layers: N normal matrices of side I above all."""
+        shape = self.shape
+        forms = LayerStatistics.shapes(
+            domains=domains,
+            experts=shape.experts,
+            width=shape.width,
+            hidden=shape.hidden,
+            reservoir=RESERVOIR,
+        )
+        forms |= {
+            f"gradients.{name}": form
+            for name, form in LayerGradients.shapes(
+                experts=shape.experts, width=shape.width, hidden=shape.hidden
+            ).items()
+        }
+        return self.sparse * sum(itemsize(kind) * _count(form) for kind, form in forms.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """How much a run was asked to do."""
+
+    tokens: int
+    """T, all domains."""
+    domains: int
+    length: int
+    batch_tokens: int
+    keep: float = 1.0
+    inverts: bool = False
+    """Whether the method inverts the normal matrices."""
+    refit: Refit | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """Per second, of this machine."""
+
+    flops: float
+    """FP32, in products of the experts' shape."""
+    plan_flops: float
+    """The same on the processor, where plans are made."""
+    read: float
+    write: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """One part of a run."""
+
+    name: str
+    passes: int
+    """Times that every expert's weights are read, hashing included."""
+    flops: float
+    read: int
+    """Bytes of the checkpoint, or of what was made from it."""
+    written: int
+    memory: int
+    """Peak, beyond what the interpreter and its libraries take."""
+    disk: int
+    """Files that the finished output does not keep."""
+    on_processor: bool = False
+
+    def seconds(self, rates: Rates) -> float:
+        """Computing, reading and writing one after the other."""
+        flops = rates.plan_flops if self.on_processor else rates.flops
+        return self.flops / flops + self.read / rates.read + self.written / rates.write
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """A whole run."""
+
+    steps: tuple[Step, ...]
+    output_bytes: int
+    base_memory: int
+
+    @property
+    def passes(self) -> int:
+        """Times that every expert's weights are read, hashing included."""
+        return sum(step.passes for step in self.steps)
+
+    @property
+    def memory(self) -> int:
+        """Peak resident bytes."""
+        return self.base_memory + max(step.memory for step in self.steps)
+
+    @property
+    def disk(self) -> int:
+        """Bytes needed at the output while it runs."""
+        return self.output_bytes + max(step.disk for step in self.steps)
+
+    def seconds(self, rates: Rates) -> float:
+        """All steps."""
+        return sum(step.seconds(rates) for step in self.steps)
+
+    def to_json(self, rates: Rates) -> dict[str, Any]:
+        """For ``--dry-run --json``."""
+        return {
+            "passes": self.passes,
+            "peak_memory_bytes": self.memory,
+            "disk_bytes": self.disk,
+            "output_bytes": self.output_bytes,
+            "seconds": round(self.seconds(rates), 1),
+            "rates": asdict(rates),
+            "steps": [asdict(s) | {"seconds": round(s.seconds(rates), 1)} for s in self.steps],
+        }
+
+
+def calibrate_step(sizes: Sizes, work: Work) -> Step:
+    """Forward over all tokens, reverse over at most 16,384 of them."""
+    shape, some = sizes.shape, min(GRADIENT_TOKENS, work.tokens)
+    normal = work.tokens * shape.top_k * 2 * shape.width**2 * sizes.sparse
+    # Attention forward again and backward: 3 forwards. Experts: 5 products instead of 3.
+    reverse = some * (3 * _dense(sizes, work) + 5 / 3 * _routed(sizes))
+    loss = some * (6 * shape.vocabulary * shape.hidden + 2 * shape.hidden**2 * sizes.sparse)
+    rows = 2 * work.tokens + (shape.layers + 3) * some
+    statistics = sizes.statistics_bytes(work.domains)
+    return Step(
+        name="calibrate",
+        passes=2,
+        flops=_forward(sizes, work) + normal + reverse + loss,
+        read=2 * sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes + statistics,
+        written=statistics,
+        memory=_layer_memory(sizes, work) + shape.experts * shape.width**2 * _F32,
+        disk=statistics + rows * shape.hidden * _F32,
+    )
+
+
+def plan_step(sizes: Sizes, work: Work) -> Step:
+    """One layer's statistics at a time; with inversions, a factor, an inverse and downdates.
+
+    Cholesky factor I³/3, inverse 2 I³/3, downdates in rounds 2 I³/3 and 2 I² D for the weights.
+    """
+    shape = sizes.shape
+    square = shape.experts * shape.width**2
+    experts = sizes.expert_weights * shape.experts
+    flops = 0.0
+    if work.inverts:
+        each = 5 / 3 * shape.width**3 + 2 * shape.width**2 * shape.hidden
+        flops = sizes.sparse * shape.experts * each
+    return Step(
+        name="plan",
+        passes=0,
+        flops=flops,
+        read=sizes.statistics_bytes(work.domains) + sizes.expert_bytes // 3,
+        written=0,
+        memory=2 * square * _F32 + experts * _F32,
+        disk=0,
+        on_processor=True,
+    )
+
+
+def apply_step(sizes: Sizes, work: Work) -> Step:
+    """Copy what stays; with a re-fit, two streams through all layers and a solve in each.
+
+    Every kept neuron's activations are made three times (forward, normal equations, residual).
+    The normal equations of a token cost its k·I·keep reached neurons times S; solving a group S³/3
+    for each candidate of λ and once more.
+    """
+    shape, kept = sizes.shape, int(work.keep * sizes.expert_bytes)
+    output = sizes.total_bytes - sizes.expert_bytes + kept
+    read = 2 * sizes.total_bytes + output  # Copied or cut; hashed; the output hashed.
+    if work.refit is None:
+        memory = sizes.layer_weights * _F32 + sizes.layer_bytes
+        return Step(
+            name="apply", passes=2, flops=0.0, read=read, written=output, memory=memory, disk=0
+        )
+    neurons = int(work.keep * shape.experts * shape.width)
+    side = min(work.refit.side, max(neurons, 1))
+    groups = -(-neurons // side)
+    sweeps = work.refit.sweeps if groups > 1 else 1
+    reached = shape.top_k * shape.width * work.keep
+    again = sweeps * work.tokens * reached * (2 * 4 * shape.hidden + side + 4 * shape.hidden)
+    solves = len(work.refit.ridges) + sweeps * groups
+    solving = solves * (side**3 / 3 + 2 * side**2 * shape.hidden)
+    streams = _forward(sizes, work) + work.tokens * (
+        _dense(sizes, work) + work.keep * _routed(sizes)
+    )
+    memory = _layer_memory(sizes, work) + int(work.keep * sizes.layer_weights) * 2 * _F32
+    matrices = 4 * side**2 * _F64 + 4 * side * shape.hidden * _F64
+    return Step(
+        name="apply",
+        passes=2,
+        read=read + sizes.decoder_bytes - sizes.expert_bytes + 2 * sizes.embedding_bytes,
+        written=output,
+        flops=streams + sizes.sparse * (again + solving),
+        memory=memory + matrices + work.batch_tokens * side * _F32,
+        disk=6 * work.tokens * shape.hidden * _F32,
+    )
+
+
+def _forward(sizes: Sizes, work: Work) -> float:
+    return work.tokens * (_dense(sizes, work) + _routed(sizes))
+
+
+def _dense(sizes: Sizes, work: Work) -> float:
+    """Per token, outside the routed experts: weights once, attention over half a sequence."""
+    attention = sizes.shape.layers * 2 * work.length * sizes.shape.hidden
+    return 2 * sizes.dense_weights + attention
+
+
+def _routed(sizes: Sizes) -> float:
+    """Per token, in the routed experts."""
+    return 2 * sizes.sparse * sizes.shape.top_k * sizes.expert_weights
+
+
+def _layer_memory(sizes: Sizes, work: Work) -> int:
+    """A layer in FP32, the next one as stored, a batch, or the embedding, which is less seldom."""
+    shape = sizes.shape
+    batch = work.batch_tokens * (12 * shape.hidden + 4 * shape.width) * _F32
+    layer = sizes.layer_weights * _F32 + sizes.layer_bytes
+    return max(layer, 2 * shape.vocabulary * shape.hidden * _F32) + batch
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
