@@ -1,73 +1,206 @@
-"""KL of every method at equal expert bytes: ``python -m benchmarks.quality.methods``.
+"""Every published rule beside ours at equal bytes: ``python -m benchmarks.quality.methods``.
 
-Texts measured on were not calibrated on; the same tokens for every method.
+Each seed draws its calibration tokens once and gathers statistics once, for all contestants alike;
+all are measured on the same held-out tokens. The table goes to stdout, progress to stderr; with
+``--json`` all figures go to a file after every run, from which a stopped benchmark continues.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.fixtures import CALIBRATION, HELDOUT, MODEL
-from moe_serve.evaluation.comparison import Comparison, compare
+from benchmarks.quality.contestants import Contestant, contestants
+from benchmarks.quality.summary import Run, markdown, summarise, to_json
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.errors import MoeServeError
+from moe_serve.evaluation.comparison import compare
+from moe_serve.files import write_json
 from moe_serve.progress import Silent
-from moe_serve.pruning.methods import METHODS
-from moe_serve.pruning.request import DEFAULT_BATCH, Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
-
-_BASELINE = "drop-reap"
+from moe_serve.pruning.request import DEFAULT_BATCH, TextOptions, device_named
+from moe_serve.pruning.run import PruneRequest, calibrate, prune
 
 
-def main() -> None:
-    """Print a table."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """What is the same for every run."""
+
+    model: Path
+    calibration: tuple[Path, ...]
+    heldout: TextOptions
+    tokens: int
+    length: int
+    statistics: Path
+    """One folder per seed."""
+    work: Path
+    device: torch.device
+
+    def texts(self, seed: int) -> TextOptions:
+        """The calibration tokens of a seed."""
+        return TextOptions(
+            paths=self.calibration, tokens=self.tokens, length=self.length, seed=seed
+        )
+
+    def observed(self, seed: int) -> Path:
+        """The statistics of a seed, gathered where they are missing."""
+        folder = self.statistics / f"seed-{seed}-{self.tokens}x{self.length}"
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            begin = time.monotonic()
+            texts = self.texts(seed)
+            calibrate(self.model, folder, texts, self.device, DEFAULT_BATCH, Silent())
+            _tell(f"seed {seed}: calibrated in {time.monotonic() - begin:.1f} s")
+        return folder
+
+    def run(self, contestant: Contestant, keep: float, seed: int) -> Run:
+        """Prune and measure."""
+        statistics = self.observed(seed)
+        begin = time.monotonic()
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            output = Path(folder) / "pruned"
+            request = PruneRequest(
+                model=self.model,
+                output=output,
+                texts=self.texts(seed),
+                selection=contestant.at(keep, seed),
+                statistics=statistics,
+                device=self.device,
+            )
+            size = prune(request, Silent()).manifest.expert_bytes
+            found = compare(self.model, output, self.heldout, self.device, DEFAULT_BATCH, Silent())
+        worst = found.domains[found.worst].figures
+        return Run(
+            label=contestant.label,
+            kind=contestant.kind,
+            keep=keep,
+            seed=seed,
+            bytes_kept=size.kept / size.original,
+            kl_mean=found.mean.kl_nats,
+            kl_worst=worst.kl_nats,
+            worst_domain=found.worst,
+            top1=found.mean.top1_agreement,
+            seconds=time.monotonic() - begin,
+        )
+
+
+def main() -> int:
+    """Run all, print one table per budget."""
+    options = _options()
+    try:
+        rows = contestants(options.methods, refits=options.refits)
+        settings = _settings(options)
+        with tempfile.TemporaryDirectory(prefix="moe-serve-bench-") as folder:
+            bench = Bench(
+                model=options.model,
+                calibration=tuple(options.calibration),
+                heldout=TextOptions(
+                    paths=tuple(options.heldout),
+                    tokens=options.heldout_tokens,
+                    length=options.length,
+                ),
+                tokens=options.tokens,
+                length=options.length,
+                statistics=options.statistics or Path(folder) / "statistics",
+                work=Path(folder),
+                device=device_named(options.device),
+            )
+            runs = _measure(bench, rows, options, settings)
+    except MoeServeError as exc:
+        print(exc, file=sys.stderr)
+        return 2
+    for keep in options.keep:
+        table, best = summarise(runs, keep)
+        print(f"\n{keep:.0%} of the experts' bytes kept, {options.seeds} seed(s)\n")
+        print(markdown(table, best))
+    return 0
+
+
+def _measure(
+    bench: Bench, rows: list[Contestant], options: argparse.Namespace, settings: dict[str, Any]
+) -> list[Run]:
+    """All runs; those in the file of an earlier call with the same settings are taken over."""
+    plan = [(s, k, row) for s in range(options.seeds) for k in options.keep for row in rows]
+    runs = _earlier(options.json, settings)
+    known = {(run.label, run.keep, run.seed) for run in runs}
+    left = [(s, k, row) for s, k, row in plan if (row.label, k, s) not in known]
+    begin = time.monotonic()
+    for number, (seed, keep, row) in enumerate(left, 1):
+        try:
+            run = bench.run(row, keep, seed)
+        except MoeServeError as exc:
+            _tell(f"[{number}/{len(left)}] {row.label} at {keep:.0%}: left out, {exc}")
+            continue
+        runs.append(run)
+        each = (time.monotonic() - begin) / number
+        _tell(
+            f"[{number}/{len(left)}] seed {seed}, {keep:.0%}, {row.label}: KL {run.kl_mean:.4f}, "
+            f"worst {run.kl_worst:.4f} ({run.worst_domain}), {run.seconds:.1f} s; "
+            f"{each * (len(left) - number) / 60:.1f} min left"
+        )
+        if options.json:
+            write_json(options.json, to_json(runs, settings))
+    wanted = {(row.label, k, s) for s, k, row in plan}
+    return [run for run in runs if (run.label, run.keep, run.seed) in wanted]
+
+
+def _earlier(path: Path | None, settings: dict[str, Any]) -> list[Run]:
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if found["settings"] != settings:
+        raise MoeServeError(
+            "holds figures of other settings", where=str(path), remedy="name another file"
+        )
+    return [Run(**run) for run in found["runs"]]
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What figures depend on beyond contestant, budget and seed; no paths of this machine."""
+    return {
+        "model": open_checkpoint(options.model).fingerprint(),
+        "calibration": [path.name for path in options.calibration],
+        "heldout": [path.name for path in options.heldout],
+        "tokens": options.tokens,
+        "heldout_tokens": options.heldout_tokens,
+        "sequence_length": options.length,
+    }
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--calibration", type=Path, default=CALIBRATION)
-    parser.add_argument("--heldout", type=Path, default=HELDOUT)
-    parser.add_argument("--methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--calibration", type=Path, nargs="+", default=[CALIBRATION])
+    parser.add_argument("--heldout", type=Path, nargs="+", default=[HELDOUT])
+    parser.add_argument("--methods", nargs="*", default=[], help="all when left out")
+    parser.add_argument(
+        "--refits",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run each published rule with our re-fit as well",
+    )
     parser.add_argument("--keep", nargs="*", type=float, default=[0.75, 0.5])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=8192, help="per domain")
-    options = parser.parse_args()
-    print("| method | expert bytes kept | KL mean | KL worst domain | top-1 | × drop-reap |")
-    print("|---|---|---|---|---|---|")
-    methods = [_BASELINE, *(m for m in options.methods if m != _BASELINE)]
-    for keep in options.keep:
-        baseline = 0.0
-        for method in methods:
-            found = [measure(options, method, keep, seed) for seed in range(options.seeds)]
-            mean, worst, top1 = (sum(column) / len(found) for column in zip(*found, strict=True))
-            baseline = mean if method == _BASELINE else baseline
-            row = f"| {method} | {keep:.0%} | {mean:.4f} | {worst:.4f} | {top1:.1%} |"
-            print(f"{row} {mean / baseline:.3f} |", flush=True)
-
-
-def measure(
-    options: argparse.Namespace, method: str, keep: float, seed: int
-) -> tuple[float, float, float]:
-    """Mean KL, worst-domain KL and top-1 agreement of one run."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "pruned"
-        texts = (options.calibration,) if METHODS[method].needs_texts else ()
-        prune(
-            PruneRequest(
-                model=options.model,
-                output=output,
-                texts=TextOptions(paths=texts, tokens=options.tokens, length=256, seed=seed),
-                selection=Selection(method=method, keep=keep, seed=seed),
-            ),
-            Silent(),
-        )
-        held = TextOptions(paths=(options.heldout,), tokens=options.tokens, length=256)
-        found: Comparison = compare(
-            options.model, output, held, torch.device("cpu"), DEFAULT_BATCH, Silent()
-        )
-    worst = found.domains[found.worst].figures.kl_nats
-    return found.mean.kl_nats, worst, found.mean.top1_agreement
+    parser.add_argument("--tokens", type=int, default=8192, help="to calibrate on, per domain")
+    parser.add_argument("--heldout-tokens", type=int, default=8192, help="per domain")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--statistics", type=Path, help="keep the statistics here, by seed")
+    parser.add_argument("--json", type=Path, help="write all figures here; continued if it exists")
+    parser.add_argument("--device")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
