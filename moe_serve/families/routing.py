@@ -76,9 +76,7 @@ class Routing:
         stranded = sorted(g for g, count in counts.items() if count < self.group_best)
         usable = sorted(count for count in counts.values() if count >= self.group_best)
         found = [f"group {g} keeps too few experts to be ever selected" for g in stranded[:1]]
-        if len(usable) < self.groups_selected:
-            found.append(f"{len(usable)} groups are left, {self.groups_selected} are selected")
-        elif sum(usable[: self.groups_selected]) < self.top_k:
+        if sum(usable[: self.groups_selected]) < self.top_k:
             found.append(f"some {self.groups_selected} groups hold fewer than {self.top_k} experts")
         return found
 

@@ -12,9 +12,9 @@ def best_experts(saliency: Sequence[float], count: int, rule: Routing) -> list[i
     """At most ``count`` experts of the highest summed saliency that leave the router sound.
 
     Without groups these are the highest; ties go to the lower id. With groups, each keeps none or
-    :attr:`Routing.group_least` at least, and enough of them stay: the best such split by dynamic
-    programming over groups (groups in use, experts used). Where no split has ``count`` experts
-    the largest below is taken: one more would be stored and never selected.
+    :attr:`Routing.group_least` at least: the best such split by dynamic programming over groups.
+    Where no split has ``count`` experts the largest below is taken: one more would be stored and
+    never selected.
 
     Args:
         saliency: of each of the N experts.
@@ -32,25 +32,22 @@ def best_experts(saliency: Sequence[float], count: int, rule: Routing) -> list[i
     if not rule.selection_defects(order[:count], len(saliency)):
         return sorted(order[:count])
     size = len(saliency) // rule.groups
-    best: dict[tuple[int, int], tuple[float, list[int]]] = {(0, 0): (0.0, [])}
+    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
     for group in range(rule.groups):
         members = [e for e in order if e // size == group]
-        longer: dict[tuple[int, int], tuple[float, list[int]]] = {}
-        for (groups, used), (value, chosen) in best.items():
+        longer: dict[int, tuple[float, list[int]]] = {}
+        for used, (value, chosen) in best.items():
             for n in (0, *range(rule.group_least, min(size, count - used) + 1)):
-                place = (groups + (n > 0), used + n)
                 total = value + sum(saliency[e] for e in members[:n])
-                if place not in longer or total > longer[place][0]:
-                    longer[place] = (total, chosen + members[:n])
+                if used + n not in longer or total > longer[used + n][0]:
+                    longer[used + n] = (total, chosen + members[:n])
         best = longer
-    found = [
-        (used, *option) for (groups, used), option in best.items() if groups >= rule.groups_selected
-    ]
+    found = [(used, *option) for used, option in best.items() if used >= rule.top_k]
     if not found:
-        least = rule.groups_selected * rule.group_least
+        least = max(rule.top_k, -(-rule.top_k // size) * rule.group_least)
         raise PlanError(
-            f"{count} experts can't stay: the router selects {rule.groups_selected} groups and "
-            f"{rule.top_k} experts among them",
+            f"{count} experts are too few for a router that selects {rule.groups_selected} groups "
+            f"of {size}, and {rule.top_k} experts among them",
             remedy=f"keep at least {least}, or choose a block method, which has no such limit",
         )
     return sorted(max(found)[2])

@@ -42,7 +42,7 @@ def test_the_router_selects_top_k_experts_that_stay(data: st.DataObject, seed: i
     try:
         kept = best_experts(saliency, count, how)
     except PlanError:
-        assert count < how.groups_selected * how.group_least
+        assert count < -(-top_k // size) * how.group_least
         return
     assert top_k <= len(kept) <= count
     assert len(kept) > count - size
@@ -83,9 +83,9 @@ def test_without_groups_the_highest_stay() -> None:
 
 
 def test_too_few_for_the_groups_is_refused() -> None:
-    """Two groups of two are selected: four experts at least."""
+    """Three experts a token from groups of two: two whole groups at least."""
     with pytest.raises(PlanError, match="keep at least 4"):
-        best_experts([1.0] * 8, 3, rule(2, 4, 2))
+        best_experts([1.0] * 8, 3, rule(3, 4, 2))
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,14 @@ def test_too_few_for_the_groups_is_refused() -> None:
     [
         ((0,), "fewer than top_k=2"),
         ((0, 1, 2, 4, 5), "group 1 keeps too few"),
-        ((0, 1), "1 groups are left, 2 are selected"),
+        ((0, 2, 4, 5), "group 0 keeps too few"),
     ],
 )
 def test_what_a_router_cannot_select_from_is_said(kept: tuple[int, ...], words: str) -> None:
-    """A whole group may go; one expert left of two may not."""
+    """Whole groups may go, even to fewer than are selected; one expert left of two may not."""
     how = rule(2, 4, 2)
+    assert how.selection_defects((0, 1), 8) == []
+    unequal = Routing(top_k=3, groups=2, groups_selected=1)
+    assert "hold fewer than 3" in unequal.selection_defects((0, 1, 4, 5, 6), 8)[0]
     assert words in "; ".join(how.selection_defects(kept, 8))
     assert how.selection_defects((0, 1, 4, 5), 8) == []
