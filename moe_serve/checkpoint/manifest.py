@@ -43,6 +43,15 @@ class LayerCounts(_Model):
     dropped: int
 
 
+class PredictionLayers(_Model):
+    """The original's layers for multi-token prediction."""
+
+    layers: tuple[int, ...]
+    bytes: int
+    kept: bool
+    """They draft for the original, so they go where anything else changes."""
+
+
 class Manifest(_Model):
     """The file's content. Equal inputs and seed give equal bytes: it holds no date."""
 
@@ -64,6 +73,8 @@ class Manifest(_Model):
     """Quantised experts: schemes, tile, and how many blocks of each projection were copied byte
     for byte or rounded again."""
     layers: dict[int, LayerCounts]
+    prediction_layers: PredictionLayers | None = None
+    """``None``: the original's files hold none."""
     quality: dict[str, Any] | None = None
     files: dict[str, str] = {}
     """File name → SHA-256 of every file of the checkpoint but this one."""

@@ -208,6 +208,13 @@ class Checkpoint:
             )
         return sizes
 
+    def prediction_layers(self) -> dict[int, int]:
+        """Bytes of the layers for multi-token prediction that the files hold, by layer index."""
+        first = self.shape.layers
+        count = len(self.family.extra_prefixes(self.config))
+        sizes = {i: sum(e.size for e in self.layer_tensors(i)) for i in range(first, first + count)}
+        return {layer: size for layer, size in sizes.items() if size}
+
     def fingerprint(self) -> str:
         """SHA-256 over the config and all headers: which checkpoint this is.
 
@@ -245,6 +252,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     checkpoint = Checkpoint(
         path=path, config=config, family=family, shape=shape, tensors=tensors, table=table
     )
+    _check_layers(checkpoint)
     _check_experts(checkpoint)
     return checkpoint
 
@@ -298,6 +306,23 @@ def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, Ten
             where=str(index),
             remedy="fetch index and shards from the same revision",
         )
+
+
+def _check_layers(checkpoint: Checkpoint) -> None:
+    """No tensor belongs to a layer that the config knows nothing of."""
+    family, layers = checkpoint.family, checkpoint.shape.layers
+    known = tuple(map(family.layer_prefix, range(layers)))
+    known += family.extra_prefixes(checkpoint.config)
+    beyond = family.layer_prefix(0).removesuffix("0.")
+    for name in checkpoint.tensors:
+        if name.startswith(beyond) and not name.startswith(known):
+            key = family.extra_layers_key
+            raise CheckpointError(
+                f"tensor {name!r} belongs to a layer beyond the {layers} in the config"
+                + (f" and the {key} for prediction" if key else ""),
+                where=str(checkpoint.path),
+                remedy="config.json and weights belong to different checkpoints",
+            )
 
 
 def _check_experts(checkpoint: Checkpoint) -> None:

@@ -37,5 +37,16 @@ def inspect_command(
             f"layer {layer}: {compact['blocks']} blocks of {compact['width']}, "
             f"{compact['dropped']} experts never selected"
         )
+    prediction = found["prediction_layers"]
+    if prediction["layers"]:
+        out.print(
+            f"layers {', '.join(map(str, prediction['layers']))} predict further tokens "
+            f"({prediction['bytes']:,} bytes): they draft for this model and go when it is pruned"
+        )
+    if prediction["left_out"]:
+        out.print(
+            f"layers {', '.join(map(str, prediction['left_out']))} predicted further tokens for "
+            "the original; pruning left them out"
+        )
     out.print(f"served by {found['served_by']}")
     out.print(f"weights need {total / 1024**3:.2f} GiB of memory, KV cache and activations more")

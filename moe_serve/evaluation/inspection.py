@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 
 
@@ -35,6 +36,7 @@ def inspect(path: Path) -> dict[str, Any]:
         "bytes": {"total": total, **dict(sorted(parts.items()))},
         "routed_expert_share": parts.get("routed_experts", 0) / total,
         "expert_bytes_per_layer": {str(i): size for i, size in experts.items()},
+        "prediction_layers": _prediction(checkpoint),
         "compact": {
             str(i): {
                 "width": t.width,
@@ -53,16 +55,31 @@ def inspect(path: Path) -> dict[str, Any]:
     }
 
 
+def _prediction(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Layers for multi-token prediction: those in the files, and those that pruning left out."""
+    present = checkpoint.prediction_layers()
+    made = Manifest.load(checkpoint.path) if (checkpoint.path / MANIFEST).exists() else None
+    original = made.prediction_layers if made is not None else None
+    return {
+        "layers": list(present),
+        "bytes": sum(present.values()),
+        "left_out": list(original.layers) if original is not None and not original.kept else [],
+    }
+
+
 def _parts(checkpoint: Checkpoint) -> Counter[str]:
     """Bytes by what they are for."""
     family = checkpoint.family
     layers = family.moe_layers(checkpoint.config)
     experts = tuple(map(family.expert_prefix, layers))
     routers = set(map(family.gate_name, layers)) | set(map(family.bias_name, layers))
+    predicting = family.extra_prefixes(checkpoint.config)
     parts: Counter[str] = Counter()
     for entry in checkpoint.tensors.values():
         name = entry.name
-        if name.startswith(experts):
+        if predicting and name.startswith(predicting):
+            parts["prediction_layers"] += entry.size
+        elif name.startswith(experts):
             parts["routed_experts"] += entry.size
         elif name in routers:
             parts["routers"] += entry.size

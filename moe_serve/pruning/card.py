@@ -30,6 +30,14 @@ The original's licence and terms of use apply to this derivative.
 {% for index, layer in layers.items() -%}
 | {{ index }} | {{ layer.blocks }} | {{ layer.width }} | {{ layer.dropped }} |
 {% endfor %}
+{% if left_out -%}
+## Left out
+
+Layers {{ left_out.layers | join(", ") }} ({{ "{:,}".format(left_out.bytes) }} bytes) predicted \
+further tokens for speculative decoding. They draft for the original model and are not in this \
+one; draft with another method.
+
+{% endif -%}
 {% if format == "compact" -%}
 ## Serving
 
@@ -72,4 +80,7 @@ def model_card(manifest: Manifest) -> str:
         layers=manifest.layers,
         numbers=manifest.numbers,
         calibration=manifest.calibration,
+        left_out=manifest.prediction_layers
+        if manifest.prediction_layers and not manifest.prediction_layers.kept
+        else None,
     )

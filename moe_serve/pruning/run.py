@@ -21,7 +21,7 @@ from moe_serve.calibration.store import CalibrationRecord, Statistics
 from moe_serve.checkpoint.formats import Form, form_named
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import carry_over, write_config
-from moe_serve.checkpoint.manifest import ExpertBytes, LayerCounts, Manifest, Original
+from moe_serve.checkpoint.manifest import ExpertBytes, LayerCounts, Manifest, Original, PredictionLayers
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import Staging, require_space, staged
@@ -307,6 +307,7 @@ def _seal(
     form.write_extras(target)
     carry_over(checkpoint, target)
     original = checkpoint.expert_bytes()
+    predicting = checkpoint.prediction_layers()
     kept = {
         spec.name: spec.size
         for run in form.runs()
@@ -337,6 +338,11 @@ def _seal(
             i: LayerCounts(width=p.width, blocks=len(p.blocks), dropped=len(p.table().dropped))
             for i, p in plan.layers.items()
         },
+        prediction_layers=PredictionLayers(
+            layers=tuple(predicting), bytes=sum(predicting.values()), kept=not plan.layers
+        )
+        if predicting
+        else None,
     )
     write_atomic(target / "README.md", model_card(manifest).encode())
     return manifest.save(target, progress)

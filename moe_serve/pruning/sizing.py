@@ -12,6 +12,8 @@ from moe_serve.families.kv import kv_bytes_per_token
 USABLE: Final = 0.85
 """Of the memory: vLLM takes 0.9 by default, activations and CUDA graphs some of that."""
 DEFAULT_KV_TOKENS: Final = 16_384
+_LESS_THAN_ALL: Final = 0.999
+"""Where only the layers for multi-token prediction are in the way, next to nothing else goes."""
 _UNITS: Final = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY: Final = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
@@ -44,7 +46,12 @@ def keep_for_memory(checkpoint: Checkpoint, memory: int, kv_tokens: int) -> floa
     experts = sum(checkpoint.expert_bytes().values())
     fixed = sum(entry.size for entry in checkpoint.tensors.values()) - experts
     cache = kv_tokens * kv_bytes_per_token(checkpoint.config)
-    room = int(memory * USABLE) - fixed - cache
+    usable = int(memory * USABLE)
+    if fixed + experts + cache <= usable:
+        return 1.0
+    # They draft for the original and go with the first neuron.
+    fixed -= sum(checkpoint.prediction_layers().values())
+    room = usable - fixed - cache
     if room <= 0:
         least = (fixed + cache) / USABLE
         raise PlanError(
@@ -53,4 +60,4 @@ def keep_for_memory(checkpoint: Checkpoint, memory: int, kv_tokens: int) -> floa
             where="--memory",
             remedy=f"give more than {least / 2**30:.2f} GiB, or fewer --kv-tokens",
         )
-    return min(1.0, room / experts)
+    return min(_LESS_THAN_ALL, room / experts)
