@@ -114,18 +114,36 @@ class Decoder:
         return Layer(index=index, module=module, mixture=mixture)
 
     def head(self) -> OutputHead:
-        """Load final norm and output matrix."""
-        tied = not self.checkpoint.has("lm_head.weight")
-        if tied and not self.checkpoint.config.get("tie_word_embeddings", False):
-            raise CheckpointError(
-                "holds no lm_head.weight and the config does not tie it to the embedding",
-                where=str(self.checkpoint.path),
-                remedy="fetch the missing shard",
-            )
-        weight = self._read("model.embed_tokens.weight" if tied else "lm_head.weight")
+        """Load final norm and output matrix.
+
+        Raises:
+            CheckpointError: there is no matrix, or it contradicts the config.
+        """
+        weight = self._read(self._output_name())
         norm = copy.deepcopy(self._inner.norm)
         norm.load_state_dict({"weight": self._read("model.norm.weight")}, assign=True)
         return OutputHead(norm=norm, weight_VD=weight)
+
+    def _output_name(self) -> str:
+        """The output matrix, or the embedding where the config ties it to that."""
+        checkpoint, embedding, own = self.checkpoint, "model.embed_tokens.weight", "lm_head.weight"
+        tied = bool(checkpoint.config.get("tie_word_embeddings", False))
+        if not checkpoint.has(own):
+            if tied:
+                return embedding
+            raise CheckpointError(
+                f"holds no {own} and the config does not tie it to the embedding",
+                where=str(checkpoint.path),
+                remedy="fetch the missing shard",
+            )
+        if tied and not torch.equal(checkpoint.read(own), checkpoint.read(embedding)):
+            raise CheckpointError(
+                f"tie_word_embeddings is true, but {own} differs from {embedding}",
+                where=str(checkpoint.path),
+                remedy="set it to false if the matrix is the model's own: software disagrees on "
+                "which of the two to take",
+            )
+        return own
 
     def _read(self, name: str) -> torch.Tensor:
         return self.checkpoint.weight(name).to(self.device)

@@ -117,7 +117,7 @@ def _expert_runs(checkpoint: Checkpoint, layer: int, stored: Stored) -> list[Run
 
 def compact_config(checkpoint: Checkpoint, table: CompactTable) -> dict[str, Any]:
     """The original config under the compact architecture's name, with the table."""
-    config = copy.deepcopy(checkpoint.config)
+    config = _own_config(checkpoint)
     config["architectures"] = [checkpoint.family.compact_architecture]
     config["compact_experts"] = table.to_config()
     return _without_extra(checkpoint, config, changed=bool(table.layers))
@@ -132,7 +132,7 @@ def stock_config(
 ) -> dict[str, Any]:
     """A config stock software loads: no table, the original architecture, other sizes if given."""
     family = checkpoint.family
-    config = copy.deepcopy(checkpoint.config)
+    config = _own_config(checkpoint)
     config.pop("compact_experts", None)
     config["architectures"] = [family.architecture]
     if experts is not None:
@@ -144,6 +144,13 @@ def stock_config(
             config[family.shared_count_key] = count
         config[family.width_key] = width
     return _without_extra(checkpoint, config, changed=changed)
+
+
+def _own_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """A copy of the config that names no script: those are left behind."""
+    config = copy.deepcopy(checkpoint.config)
+    config.pop("auto_map", None)
+    return config
 
 
 def _extra(checkpoint: Checkpoint, *, changed: bool) -> tuple[str, ...]:

@@ -21,7 +21,13 @@ from moe_serve.calibration.store import CalibrationRecord, Statistics
 from moe_serve.checkpoint.formats import Form, form_named
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import carry_over, write_config
-from moe_serve.checkpoint.manifest import ExpertBytes, LayerCounts, Manifest, Original, PredictionLayers
+from moe_serve.checkpoint.manifest import (
+    ExpertBytes,
+    LayerCounts,
+    Manifest,
+    Original,
+    PredictionLayers,
+)
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import Staging, require_space, staged

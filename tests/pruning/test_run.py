@@ -98,25 +98,6 @@ def test_batch_size_changes_only_rounding(texts: Path, tmp_path: Path) -> None:
         assert float((weight - weights[1][name]).norm()) <= 1e-3 * float(weight.norm())
 
 
-def test_prediction_layers_go_with_a_change(texts: Path, tmp_path: Path) -> None:
-    """What drafts for the original is dropped, and the config says so."""
-    model = make_model(tmp_path / "m", "deepseek_v3", num_nextn_predict_layers=1)
-    weights = load_file(model / "model.safetensors")
-    extra = {
-        n.replace("layers.2.", "layers.3."): w.clone()
-        for n, w in weights.items()
-        if "layers.2." in n
-    }
-    save_file(weights | extra, model / "model.safetensors", metadata={"format": "pt"})
-    prune(request(model, tmp_path / "same", texts, keep=1.0), Silent())
-    assert open_checkpoint(tmp_path / "same").tensors.keys() == weights.keys() | extra.keys()
-    prune(request(model, tmp_path / "half", texts), Silent())
-    half = open_checkpoint(tmp_path / "half")
-    assert not [name for name in half.tensors if "layers.3." in name]
-    assert half.config["num_nextn_predict_layers"] == 0
-    assert verify(tmp_path / "half", model, Silent()).problems == []
-
-
 def test_a_killed_run_resumes_to_the_same_hashes(texts: Path, tmp_path: Path) -> None:
     """Kill -9 at random moments, then the same command: as if nothing had happened."""
     model = make_model(tmp_path / "m", "qwen3_moe", experts=16, width=128, num_hidden_layers=4)
