@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.errors import PlanError
 from moe_serve.pruning.allocation import Curve, curve
 from moe_serve.pruning.obs import RemovalPath, removal_path
@@ -73,11 +74,8 @@ def block_obs(view: LayerView) -> Ladder:
     Source: Hassibi & Stork 1993, eq. 5, with the output-error Hessian of arXiv 2301.00774, eq. 2;
     neurons as the unit, and the metric, after HEAPr, arXiv 2509.22299, eq. 12.
     """
-    statistics, gradients = view.observed(), view.gradients()
-    metric_DD = gradients.metric()
-    metric_DD.diagonal().add_(_JITTER * metric_DD.diagonal().mean())
-    # tr(M ΔᵀΔ) is the plain squared error of Δ times M's Cholesky factor.
-    root_DD = torch.linalg.cholesky(metric_DD).float()
+    statistics = view.observed()
+    root_DD = loss_root(view.gradients())
     down_NDI = torch.einsum("de,ndi->nei", root_DD, view.projection(2))
     normal_NII = statistics.normal_NII / statistics.weight
     path = (
@@ -90,6 +88,14 @@ def block_obs(view: LayerView) -> Ladder:
         "frequency": statistics.frequency().tolist(),
     }
     return Ladder(path=path, scores=scores)
+
+
+def loss_root(gradients: LayerGradients) -> torch.Tensor:
+    """R with R Rᵀ = M: tr(M ΔᵀΔ) is the plain squared error of Δ R. [D, D], FP32."""
+    metric_DD = gradients.metric()
+    metric_DD.diagonal().add_(_JITTER * metric_DD.diagonal().mean())
+    root_DD: torch.Tensor = torch.linalg.cholesky(metric_DD)
+    return root_DD.float()
 
 
 def block_heapr(view: LayerView) -> Ladder:

@@ -16,10 +16,12 @@ from moe_serve.progress import Progress
 from moe_serve.pruning.allocation import distribute
 from moe_serve.pruning.grouping import counts_over_layers
 from moe_serve.pruning.methods import Method
+from moe_serve.pruning.native import choose, weigh
 from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.numbers import number_format
 from moe_serve.pruning.plan import LayerPlan, Plan, Refit
 from moe_serve.pruning.request import Selection
+from moe_serve.pruning.trial import Trial
 from moe_serve.pruning.view import Budget, LayerView
 
 
@@ -31,6 +33,7 @@ def make_plan(
     progress: Progress,
     *,
     form: str = "compact",
+    trial: Trial | None = None,
 ) -> Plan:
     """Decide what every layer keeps.
 
@@ -43,6 +46,7 @@ def make_plan(
         selection: what was asked.
         progress: told about every layer.
         form: output format the plan must be expressible in.
+        trial: where choices that estimates leave open are measured; without texts they are not.
 
     Raises:
         PlanError, UsageError: the request can't be met.
@@ -55,7 +59,14 @@ def make_plan(
     passes = 2 if method.worth is not None and budget.across_layers else 1
     progress.start("plan", passes * len(layers))
     views = (_view(checkpoint, statistics, index, budget.tile, progress) for index in layers)
-    if method.neurons is not None:
+    weighed: dict[str, Any] = {}
+    if budget.uniform and statistics is not None and method.neurons is not None and layers:
+        settings = Refit() if refit else None
+        planned, weighed = choose(
+            weigh(views, method.neurons, budget.keep),
+            (lambda layers: trial.measure(layers, settings)) if trial is not None else None,
+        )
+    elif method.neurons is not None:
         planned = _spend(
             {view.index: method.neurons(view) for view in views}, method, budget, shape
         )
@@ -73,7 +84,7 @@ def make_plan(
         fingerprint=checkpoint.fingerprint(),
         statistics_sha256=statistics.sha256 if statistics is not None else None,
         method=method.name,
-        settings=_settings(method, budget),
+        settings=_settings(method, budget) | weighed,
         seed=selection.seed,
         keep=budget.keep,
         refit=Refit() if refit and planned else None,

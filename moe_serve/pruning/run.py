@@ -45,6 +45,7 @@ from moe_serve.pruning.request import (
     TextOptions,
     load_corpus,
 )
+from moe_serve.pruning.trial import Trial
 
 PLAN: Final = "plan.json"
 _STATISTICS: Final = "statistics"
@@ -134,7 +135,7 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
     with staged(request.output, _fingerprint(request, checkpoint, corpus, given)) as staging:
         statistics = _calibrated(request, checkpoint, corpus, given, staging, clock, progress)
         with clock("plan"):
-            plan = given or _planned(request, checkpoint, statistics, staging, progress)
+            plan = given or _planned(request, checkpoint, statistics, corpus, staging, progress)
             plan.save(staging.path / PLAN)
         if plan.refit is not None and corpus is None:
             raise UsageError(
@@ -259,13 +260,25 @@ def _planned(
     request: PruneRequest,
     checkpoint: Checkpoint,
     statistics: Statistics | None,
+    corpus: Corpus | None,
     staging: Staging,
     progress: Progress,
 ) -> Plan:
     """The plan, made once per output."""
     if staging.done("plan") is not None:
         return Plan.load(staging.path / PLAN)
-    plan = make_plan(checkpoint, statistics, request.selection, progress, form=request.form)
+    trial = None
+    if corpus is not None:
+        trial = Trial(
+            checkpoint=checkpoint,
+            sequences=corpus.sequences,
+            folder=staging.work,
+            device=request.device,
+            batch_tokens=request.batch_tokens,
+        )
+    plan = make_plan(
+        checkpoint, statistics, request.selection, progress, form=request.form, trial=trial
+    )
     plan.save(staging.path / PLAN)
     staging.finish("plan")
     return plan

@@ -63,6 +63,19 @@ class Walk:
                 after = streams[(layer.index + 1) % 2]
                 batch.store(after, r_BLD + layer.feed_forward(z_BLD))
 
+    def replace(self, layer: Layer, mixture: Mixture, planned: LayerPlan) -> None:
+        """Run a changed layer as it is planned, without a re-fit."""
+        dtype = expert_dtype(self._decoder.checkpoint, layer.index)
+        blocks = blocks_from_units(planned, mixture.units, dtype)
+        pruned = pruned_mixture(mixture, planned.table(), blocks)
+        after = (layer.index + 1) % 2
+        for batch in self._tokens.batches:
+            r_BLD, z_BLD = self._attend(layer, batch, self._original)
+            batch.store(self._original[after], r_BLD + layer.feed_forward(z_BLD))
+            r_BLD, z_BLD = self._attend(layer, batch, self._pruned)
+            y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
+            batch.store(self._pruned[after], r_BLD + y_BLD)
+
     def fit(
         self, layer: Layer, mixture: Mixture, planned: LayerPlan, settings: Refit
     ) -> tuple[LayerBlocks, dict[str, Any]]:
