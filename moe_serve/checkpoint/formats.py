@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,10 +230,16 @@ def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
             remedy="use --format compact, or prune with --format native from the start",
         )
     count, width = sizes.pop()
-    if count < shape.experts and checkpoint.family.routing_of(checkpoint.config).groups > 1:
+    groups = checkpoint.family.routing_of(checkpoint.config).groups
+    size = shape.experts // groups
+    members = {
+        tuple(Counter(e // size for e in k)[g] for g in range(groups)) for k in kept.values()
+    }
+    if any(len(set(counts)) > 1 for counts in members):
         raise PlanError(
-            "the router selects among groups of experts, which dropping would shift",
-            remedy="use --format compact, or a method that keeps every expert",
+            "the router selects among groups of experts, and dropping would shift their bounds",
+            remedy="drop the same number from each group, use --format compact, or a method that "
+            "keeps every expert",
         )
     shared = checkpoint.family.shared_count(checkpoint.config, width)
     grown = shared * width if shared is not None and width != shape.width else None

@@ -67,7 +67,7 @@ def feasible(shape: Shape, routing: Routing, keep: float) -> list[Size]:
     widest: dict[int, int] = {}
     for width in sorted({*range(unit, shape.width, unit), shape.width}):
         count = min(shape.experts, budget // width) // routing.groups * routing.groups
-        if _routable(count, routing):
+        if count and not routing.defects(count):
             widest[count] = width
     if not widest:
         raise PlanError(
@@ -75,12 +75,6 @@ def feasible(shape: Shape, routing: Routing, keep: float) -> list[Size]:
             remedy="keep more, or choose --format compact, which has no such limit",
         )
     return [Size(count, width) for count, width in sorted(widest.items())]
-
-
-def _routable(count: int, routing: Routing) -> bool:
-    each = count // routing.groups
-    least = 2 if routing.groups > 1 and routing.group_score == "best-two" else 1
-    return each >= least and each * routing.groups_selected >= routing.top_k
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
