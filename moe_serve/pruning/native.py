@@ -10,6 +10,7 @@ Shape suffixes: S reservoir tokens, N experts, D hidden size.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -21,6 +22,7 @@ from moe_serve.checkpoint.table import WIDTH_MULTIPLE
 from moe_serve.errors import PlanError
 from moe_serve.families import Routing, Shape
 from moe_serve.pruning.neurons import Ladder, loss_root
+from moe_serve.pruning.numbers import tile_width
 from moe_serve.pruning.plan import Block, LayerPlan, Part
 from moe_serve.pruning.trial import Measured
 from moe_serve.pruning.view import LayerView
@@ -52,17 +54,17 @@ class Narrowed(NamedTuple):
         return self.dropped_error + self.narrowed_error
 
 
-def feasible(shape: Shape, routing: Routing, keep: float) -> list[Size]:
+def feasible(shape: Shape, routing: Routing, keep: float, tile: int = 1) -> list[Size]:
     """Every pair that fits the budget and that no other such pair contains.
 
     A width is a multiple of 64 (32 where experts have fewer than 512 neurons), what fused kernels
-    take, or the original's. The router must find top_k experts; where it selects among groups of
-    experts, all groups stay and lose the same number.
+    take, and of the number format's tile, or it is the original's. The router must find top_k
+    experts; where it selects among groups of experts, all groups stay and lose the same number.
 
     Raises:
         PlanError: there is none.
     """
-    unit = 64 if shape.width >= 512 else WIDTH_MULTIPLE
+    unit = math.lcm(64 if shape.width >= 512 else WIDTH_MULTIPLE, tile)
     budget = int(keep * shape.experts * shape.width + 1e-9)
     widest: dict[int, int] = {}
     for width in sorted({*range(unit, shape.width, unit), shape.width}):
@@ -106,7 +108,7 @@ def weigh(
     options: dict[int, dict[Size, Narrowed]] = {}
     for view in views:
         routing = view.checkpoint.family.routing_of(view.checkpoint.config)
-        sizes = feasible(view.shape, routing, keep)
+        sizes = feasible(view.shape, routing, keep, tile_width(view.checkpoint))
         ladder = method(view)
         search = _Search.of(
             view.mixture(), view.observed().reservoir_SD, loss_root(view.gradients())

@@ -65,9 +65,10 @@ class Walk:
 
     def replace(self, layer: Layer, mixture: Mixture, planned: LayerPlan) -> None:
         """Run a changed layer as it is planned, without a re-fit."""
-        dtype = expert_dtype(self._decoder.checkpoint, layer.index)
-        blocks = blocks_from_units(planned, mixture.units, dtype)
-        pruned = pruned_mixture(mixture, planned.table(), blocks)
+        checkpoint = self._decoder.checkpoint
+        blocks = build_blocks(checkpoint, layer.index, planned, mixture.units)
+        schemes = checkpoint.expert_scheme(layer.index)
+        pruned = pruned_mixture(mixture, planned.table(), blocks, schemes)
         after = (layer.index + 1) % 2
         for batch in self._tokens.batches:
             r_BLD, z_BLD = self._attend(layer, batch, self._original)
