@@ -26,6 +26,7 @@ from moe_serve.files import read_json, reading
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
+_CACHE_SCALES: Final = (".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,9 +152,9 @@ class Checkpoint:
             for ending, expected in scheme.derive(*scheme.size(matrix)).items():
                 if not torch.equal(matrix[ending], expected):
                     raise CheckpointError(
-                        f"{ending} of {name!r} does not count groups in order",
+                        f"{ending} of {name!r} is not what its shape implies",
                         where=str(self.path),
-                        remedy="use a checkpoint quantised without reordering columns (desc_act)",
+                        remedy="fetch it again; columns ordered by activation can't be pruned",
                     )
         return matrix
 
@@ -195,8 +196,12 @@ class Checkpoint:
         return sorted(found, key=lambda e: (e.file, e.start))
 
     def layer_matrices(self, layer: int) -> list[str]:
-        """All matrices and vectors of one decoder layer, in stored order."""
-        return list(dict.fromkeys(logical_name(e.name) for e in self.layer_tensors(layer)))
+        """All matrices and vectors of one decoder layer, in stored order.
+
+        Scales of a quantised key-value cache are not among them: they change no weight.
+        """
+        names = (e.name for e in self.layer_tensors(layer))
+        return list(dict.fromkeys(logical_name(n) for n in names if not n.endswith(_CACHE_SCALES)))
 
     def expert_bytes(self) -> dict[int, int]:
         """Bytes of the routed experts of every mixture layer, by layer index."""
@@ -341,10 +346,10 @@ def _check_experts(checkpoint: Checkpoint) -> None:
         count = compact.blocks if compact else shape.experts
         width = compact.width if compact else shape.width
         wide, tall = (width, shape.hidden), (shape.hidden, width)
+        schemes = checkpoint.expert_scheme(layer)
         expected: set[str] = set()
         for expert in range(count):
             names = family.expert_names(layer, expert)
-            schemes = checkpoint.expert_scheme(layer)
             for name, scheme, form in zip(names, schemes, (wide, wide, tall), strict=True):
                 pieces = scheme.tensors(name)
                 expected.update(pieces.values())

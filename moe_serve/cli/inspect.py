@@ -25,7 +25,7 @@ def inspect_command(
     out.print(
         f"{found['architecture']}: {found['layers']} layers, {found['moe_layers']} with "
         f"{found['experts_per_layer']} experts of {found['expert_width']} neurons, "
-        f"{found['top_k']} selected; {', '.join(found['number_formats'])}"
+        f"{found['top_k']} selected; experts in {'; '.join(found['expert_number_formats'])}"
     )
     table = Table("part", "bytes", "share")
     total = found["bytes"]["total"]

@@ -97,6 +97,12 @@ def _report(result: PruneResult, *, as_json: bool) -> None:
     size = result.manifest.expert_bytes
     share = size.kept / size.original
     out.print(f"{result.output}: {size.kept:,} of {size.original:,} expert bytes ({share:.1%})")
+    if numbers := result.manifest.numbers:
+        kept, rounded = (
+            ", ".join(f"{name} {count}" for name, count in numbers[key].items())
+            for key in ("kept", "requantised")
+        )
+        out.print(f"blocks kept byte for byte: {kept}; rounded again: {rounded}")
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     out.print(f"method {result.manifest.method}; {phases}")
     out.print(f"next: moe-serve compare {result.manifest.original.name} {result.output} --texts …")

@@ -33,6 +33,9 @@ def inspect(path: Path) -> dict[str, Any]:
         "expert_width": shape.width,
         "hidden": shape.hidden,
         "number_formats": sorted({e.dtype for e in checkpoint.tensors.values()}),
+        "expert_number_formats": sorted(
+            {scheme.name for layer in experts for scheme in checkpoint.expert_scheme(layer)}
+        ),
         "bytes": {"total": total, **dict(sorted(parts.items()))},
         "routed_expert_share": parts.get("routed_experts", 0) / total,
         "expert_bytes_per_layer": {str(i): size for i, size in experts.items()},

@@ -205,7 +205,7 @@ def test_different_shared_scales_do_not_join() -> None:
         ("fp8-tiles", "weight", 0x7F, "NaN or infinite"),
         ("fp8-tiles", "weight_scale_inv", math.inf, "NaN or infinite"),
         ("int4", "weight_scale", math.nan, "NaN or infinite"),
-        ("gptq", "g_idx", 1, "does not count groups in order"),
+        ("gptq", "g_idx", 1, "is not what its shape implies"),
     ],
 )
 def test_damaged_numbers_are_named(

@@ -5,17 +5,18 @@ Experts of 128 neurons in tiles of 32: four tiles each.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from moe_serve.calibration.mixture import read_mixture
 from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
-from moe_serve.errors import UsageError
+from moe_serve.errors import CheckpointError, UsageError
 from moe_serve.progress import Silent
 from moe_serve.pruning.plan import LayerPlan, Plan
 from moe_serve.pruning.request import Selection, TextOptions, block_width
@@ -184,6 +185,48 @@ def test_tied_is_the_same_function(
     for layer in (0, 1):
         a, b = (read_mixture(c, layer, CPU)(z_TD) for c in (compact, tied))
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "glm4_moe"])
+def test_other_families(family: str, texts: Path, tmp_path: Path) -> None:
+    """Latent attention, shared experts, correction biases; a cache's scales are just copied."""
+    source = make_model(tmp_path / "m", family, width=WIDTH, dtype=torch.bfloat16)
+    quantise_model(source, tmp_path / "q", "fp8-tiles")
+    file = tmp_path / "q" / "model.safetensors"
+    scale = {"model.layers.0.self_attn.attn.k_scale": torch.ones(1)}
+    save_file(load_file(file) | scale, file, metadata={"format": "pt"})
+    run(tmp_path / "q", tmp_path / "out", texts, refit=True)
+    export(tmp_path / "out", tmp_path / "tied", "tied", Silent())
+    compact, tied = open_checkpoint(tmp_path / "out"), open_checkpoint(tmp_path / "tied")
+    assert all(name in tied.tensors for name in scale)
+    layer = max(compact.table.layers)
+    z_TD = torch.randn(64, compact.shape.hidden)
+    a, b = (read_mixture(c, layer, CPU)(z_TD) for c in (compact, tied))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == compact.tensors.keys()
+    assert index["metadata"]["total_size"] == sum(e.size for e in compact.tensors.values())
+
+
+@pytest.mark.parametrize("ending", ["weight_packed", "weight_scale", "weight_shape"])
+def test_verify_sees_one_changed_number(ending: str, tmp_path: Path) -> None:
+    """A word, a scale or a shape of one block: named, whether or not its hash was renewed."""
+    source = make_model(tmp_path / "m", "qwen3_moe", width=WIDTH, dtype=torch.bfloat16)
+    quantise_model(source, tmp_path / "q", "int4")
+    out = tmp_path / "out"
+    run(tmp_path / "q", out, None)
+    name = f"model.layers.1.mlp.experts.2.up_proj.{ending}"
+    weights = load_file(out / "model.safetensors")
+    weights[name].view(-1)[0] += 1
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    Manifest.load(out).save(out, Silent())
+    if ending == "weight_shape":
+        with pytest.raises(CheckpointError, match="up_proj"):
+            verify(out, tmp_path / "q", Silent())
+    else:
+        (problem,) = verify(out, tmp_path / "q", Silent()).problems
+        assert ending in problem
+        assert "experts.2.up_proj" in problem
 
 
 def test_merged_experts_are_quantised_again(texts: Path, tmp_path: Path) -> None:
