@@ -88,7 +88,7 @@ def main() -> None:
         )
     if options.profile:
         for name in options.methods:
-            profile = cProfile.Profile()
+            profile = cProfile.Profile(time.process_time)
             with tempfile.TemporaryDirectory() as folder:
                 profile.runcall(sides[name], Path(folder))
             print(f"\n{name}:")

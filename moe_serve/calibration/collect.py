@@ -193,7 +193,7 @@ class _Forward:
         before, after = self.states[index % 2], self.states[(index + 1) % 2]
         if index == 0:
             embed(self.decoder, self.sequences, before)
-        layer = self.decoder.layer(index)
+        layer = self.decoder.layer(index, ahead=index + 1)
         domain_T, omega_T = self.sequences.token_domains(), self.sequences.weights()
         accumulator = Accumulator(
             domains=len(self.sequences.domains),

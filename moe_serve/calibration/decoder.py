@@ -56,7 +56,8 @@ class Layer:
 class Decoder:
     """Embeds, walks layer by layer, and computes logits.
 
-    Peak memory: one layer in FP32, the embedding or the output matrix, one batch.
+    Peak memory: one layer in FP32 and the next one as it is stored, or the embedding or the output
+    matrix; one batch.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
@@ -96,8 +97,13 @@ class Decoder:
         like = torch.empty(batch, length, 1, device=self.device)
         return self._rotary(like, position_ids=positions)
 
-    def layer(self, index: int) -> Layer:
-        """Load one layer's weights; drop the returned object to free them."""
+    def layer(self, index: int, *, ahead: int | None = None) -> Layer:
+        """Load one layer's weights; drop the returned object to free them.
+
+        Args:
+            index: the layer.
+            ahead: the one wanted next; its bytes are read while this one computes.
+        """
         family = self.checkpoint.family
         sparse = index in family.moe_layers(self.checkpoint.config)
         skeleton = self._inner.layers[index]
@@ -111,6 +117,8 @@ class Decoder:
         module = _LayerParts(skeleton, dense=not sparse)
         module.load(weights, where=str(self.checkpoint.path))
         mixture = read_mixture(self.checkpoint, index, self.device) if sparse else None
+        if ahead is not None:
+            self.checkpoint.read_ahead(ahead)
         return Layer(index=index, module=module, mixture=mixture)
 
     def head(self) -> OutputHead:

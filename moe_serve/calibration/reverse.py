@@ -126,7 +126,8 @@ class ReversePass:
     @torch.inference_mode(mode=False)
     def step(self, index: int) -> LayerGradients | None:
         """Move the gradient below layer ``index``; its sums, or ``None`` where it is dense."""
-        layer, shape = self._decoder.layer(index), self._decoder.checkpoint.shape
+        layer = self._decoder.layer(index, ahead=index - 1)
+        shape = self._decoder.checkpoint.shape
         above, below = self._gradients[(index + 1) % 2], self._gradients[index % 2]
         sums = GradientSums(experts=shape.experts, width=shape.width, hidden=shape.hidden)
         for batch in self._batches:

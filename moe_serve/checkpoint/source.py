@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import torch
 
+from moe_serve.checkpoint.ahead import ReadAhead, read_entry
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.header import TensorEntry, read_header
 from moe_serve.checkpoint.quantisation import (
@@ -22,7 +23,7 @@ from moe_serve.checkpoint.quantisation import (
 from moe_serve.checkpoint.table import CompactTable, parse_table
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
 from moe_serve.families import Family, Shape, family_of
-from moe_serve.files import read_json, reading
+from moe_serve.files import read_json
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -33,7 +34,7 @@ _CACHE_SCALES: Final = (".k_scale", ".v_scale")
 class Checkpoint:
     """An opened checkpoint directory. Holds headers only; weights stay on disk.
 
-    Peak memory: the headers, and whatever single tensor is being read.
+    Peak memory: the headers, the tensor being read, and the layer being read ahead.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Checkpoint:
     """Empty for a stock checkpoint."""
     _read: list[int] = field(default_factory=lambda: [0])
     _schemes: dict[str, Scheme] = field(default_factory=dict)
+    _ahead: ReadAhead = field(default_factory=ReadAhead)
 
     @property
     def is_compact(self) -> bool:
@@ -79,21 +81,16 @@ class Checkpoint:
     def read_bytes(self, name: str) -> bytearray:
         """Read one tensor's bytes, unchanged."""
         entry = self.entry(name)
-        buffer = bytearray(entry.size)
-        with reading(entry.file), entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start)
-            view = memoryview(buffer)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise IncompleteCheckpoint(
-                        f"ends inside tensor {name!r}",
-                        where=str(entry.file),
-                        remedy="fetch this file again",
-                    )
-                view = view[count:]
+        data = self._ahead.take(name)
+        if data is None:
+            data = read_entry(entry)
         self._read[0] += entry.size
-        return buffer
+        return data
+
+    def read_ahead(self, layer: int) -> None:
+        """Begin to read a decoder layer in the background; nothing where there is none."""
+        if 0 <= layer < self.shape.layers:
+            self._ahead.begin(self.layer_tensors(layer))
 
     def read(self, name: str, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         """Read one tensor in its stored format.

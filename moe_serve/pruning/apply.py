@@ -90,7 +90,7 @@ def _stream(app: Application, plan: Plan, settings: Refit, sequences: Sequences)
         if app.staging.done(_step(index)) is None:
             if index == 0:
                 walk.begin()
-            layer = decoder.layer(index)
+            layer = decoder.layer(index, ahead=index + 1)
             planned = plan.layers.get(index)
             if planned is None or layer.mixture is None:
                 walk.pass_through(layer)
