@@ -76,7 +76,15 @@ class Bench:
                 device=self.device,
             )
             size = prune(request, Silent()).manifest.expert_bytes
-            found = compare(self.model, output, self.heldout, self.device, DEFAULT_BATCH, Silent())
+            found = compare(
+                self.model,
+                output,
+                self.heldout,
+                self.device,
+                DEFAULT_BATCH,
+                Silent(),
+                reference=self.work / "reference.f32",
+            )
         worst = found.domains[found.worst].figures
         return Run(
             label=contestant.label,

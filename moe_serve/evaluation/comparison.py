@@ -77,8 +77,11 @@ def compare(
     device: torch.device,
     batch_tokens: int,
     progress: Progress,
+    reference: Path | None = None,
 ) -> Comparison:
     """Measure a pruned checkpoint against its original on texts.
+
+    ``reference`` keeps what the original put out, for further calls on the same texts.
 
     Raises:
         UsageError: no texts.
@@ -90,7 +93,7 @@ def compare(
         raise UsageError("give texts to compare on", where="--texts")
     with tempfile.TemporaryDirectory(prefix="moe-serve-compare-") as work:
         sums = divergence(
-            before, after, corpus.sequences, Path(work), device, batch_tokens, progress
+            before, after, corpus.sequences, Path(work), device, batch_tokens, progress, reference
         )
     return Comparison(
         original=original,

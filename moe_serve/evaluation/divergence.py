@@ -5,6 +5,7 @@ Shape suffixes: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,7 @@ def divergence(
     device: torch.device,
     batch_tokens: int,
     progress: Progress,
+    reference: Path | None = None,
 ) -> list[Sums]:
     """Totals per sequence.
 
@@ -96,6 +98,8 @@ def divergence(
         device: where to compute.
         batch_tokens: tokens at once.
         progress: told about layers.
+        reference: keeps what the original put out, for further calls on the same tokens with
+            another ``pruned``; made where it is missing.
 
     Raises:
         CheckpointError: the vocabularies differ, or weights are damaged.
@@ -107,11 +111,16 @@ def divergence(
             where=str(pruned.path),
             remedy="compare checkpoints of one model",
         )
-    progress.start("compare", original.shape.layers + pruned.shape.layers + 1)
-    final = [
-        _run(checkpoint, sequences, work / name, device, batch_tokens, progress)
-        for name, checkpoint in (("original", original), ("pruned", pruned))
-    ]
+    kept = States(reference or work / "reference.f32", original.shape.hidden)
+    known = reference is not None and kept.path.exists()
+    layers = pruned.shape.layers + (0 if known else original.shape.layers)
+    progress.start("compare", layers + 1)
+    if not known:
+        made = _run(original, sequences, work / "original", device, batch_tokens, progress)
+        # Under its own name only when it is whole; ``work`` may lie on another disk.
+        shutil.move(made.path, kept.path.with_suffix(".partial"))
+        kept.path.with_suffix(".partial").replace(kept.path)
+    final = [kept, _run(pruned, sequences, work / "pruned", device, batch_tokens, progress)]
     heads = [Decoder(checkpoint, device).head() for checkpoint in (original, pruned)]
     sums = []
     for tokens, start in zip(sequences.tokens, sequences.offsets, strict=True):
@@ -126,7 +135,7 @@ def divergence(
             parts.append(_chunk(logs[0], logs[1], ids[begin + 1 : begin + 1 + count]))
         sums.append(_add(parts))
     progress.advance()
-    for states in final:
+    for states in final if reference is None else final[1:]:
         states.remove()
     return sums
 

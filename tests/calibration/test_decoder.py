@@ -107,5 +107,10 @@ def test_divergence_equals_plain_transformers(tmp_path: Path) -> None:
         assert s.tokens == len(tokens) - 1
         loss = -q[torch.arange(len(q)), ids[0, 1:]].sum()
         assert s.loss_pruned == pytest.approx(float(loss), rel=1e-5)
+    kept = tmp_path / "kept.f32"
+    again = [divergence(first, second, *args, reference=kept) for _ in "ab"]
+    assert again == [sums, sums]
+    assert kept.exists()
+    assert not (tmp_path / "reference.f32").exists()
     same = by_domain(corpus.sequences, divergence(first, first, *args), 0)
     assert all(d.figures.kl_nats == 0 and d.figures.top1_agreement == 1 for d in same.values())
