@@ -23,6 +23,7 @@ from moe_serve.pruning.grouping import (
     leaders_of,
     pseudo_pruning,
 )
+from moe_serve.pruning.groups import best_experts
 from moe_serve.pruning.merging import Recipe, group_count, merge_groups
 from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.reservoir import Reservoir
@@ -125,12 +126,16 @@ def merge_ream(view: LayerView, budget: Budget) -> LayerPlan:
     saliency-weighted average; router rows of the merged ones go. Its code weights the outputs by
     the gate once more inside the saliency, where the paper's (REAP's) formula stands here; and it
     runs the calibration texts again after each merged layer, where the original's inputs are used
-    here (its ``--no_sequential``).
+    here (its ``--no_sequential``). Where the router ranks groups of experts, the most salient are
+    those of :func:`best_experts`.
     """
     statistics = view.observed()
     seen = Reservoir.of(view.mixture(), statistics.reservoir_SD)
     similarity_NN = gated_similarity(seen.output_NSD, seen.logits())
-    leaders = leaders_of(statistics.reap(), group_count(view, budget, _REAM))
+    saliency_N = statistics.reap()
+    rule = view.checkpoint.family.routing_of(view.checkpoint.config)
+    best = best_experts(saliency_N.tolist(), group_count(view, budget, _REAM), rule)
+    leaders = sorted(best, key=lambda e: (-float(saliency_N[e]), e))
     groups = pseudo_pruning(similarity_NN, leaders, _REAM_GROUP)
     why = {"similarity": similarity_NN.tolist()}
     return merge_groups(view, budget, _REAM, groups, mixture=seen.mixture, seen=seen, why=why)

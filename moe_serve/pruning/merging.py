@@ -13,6 +13,7 @@ import torch
 
 from moe_serve.calibration.mixture import Mixture, Unit
 from moe_serve.errors import PlanError
+from moe_serve.families import Routing
 from moe_serve.pruning.alignment import Alignment
 from moe_serve.pruning.coefficients import COEFFICIENTS, Coefficients, Evidence
 from moe_serve.pruning.drops import checked_count
@@ -35,7 +36,7 @@ class Recipe:
     alone, the others' router rows going like those of dropped experts."""
     drop_when_better: bool = False
     """Whether a group is reduced to its most salient member where that leaves the layer's output
-    on held-out tokens closer to the original's."""
+    on held-out tokens closer to the original's and the router sound."""
 
     def may_drop(self, budget: Budget) -> bool:
         """Whether the router may be left with fewer experts to select from."""
@@ -94,12 +95,15 @@ def merge_groups(
         evidence=Evidence(statistics=statistics, reservoir=fitting),
         saliency_N=statistics.reap() if statistics is not None else None,
         judge=seen.held_out() if seen is not None and judges else None,
+        routing=view.checkpoint.family.routing_of(view.checkpoint.config),
     )
     blocks: list[Block] = []
     experts: list[tuple[int, ...] | None] = [None] * view.shape.experts
     decisions = []
+    gone: frozenset[int] = frozenset()
     for group in groups:
-        block, owners, decision = workshop.work(group)
+        block, owners, decision = workshop.work(group, gone)
+        gone |= set(group) - set(owners)
         decisions += [decision] if decision else []
         for expert in owners:
             experts[expert] = (len(blocks),)
@@ -125,9 +129,17 @@ class _Workshop:
     saliency_N: torch.Tensor | None
     judge: Reservoir | None
     """Tokens on which a merge competes with a drop; ``None`` where it does not."""
+    routing: Routing
 
-    def work(self, group: Sequence[int]) -> tuple[Block, list[int], dict[str, Any]]:
-        """(stored block, who is selected for it, why); no reason where nothing was to be chosen."""
+    def work(
+        self, group: Sequence[int], gone: frozenset[int]
+    ) -> tuple[Block, list[int], dict[str, Any]]:
+        """(stored block, who is selected for it, why); no reason where nothing was to be chosen.
+
+        Args:
+            group: its members.
+            gone: experts that can't be selected because of groups before it.
+        """
         members = sorted(group)
         best = self._most_salient(group)
         alone = Block(parts=(Part(expert=best, neurons=tuple(range(self._width(best)))),))
@@ -145,14 +157,23 @@ class _Workshop:
         if self.judge is None:
             return merged, owners, decision | {"chosen": "merge"}
         unit = merged_unit(self.mixture, merged, tuple(owners))
-        gone = [e for e in members if e not in owners]
+        others = [e for e in members if e != best]
         error = {
-            "merge": self.judge.error(dropped=gone, replaced=dict.fromkeys(owners, unit)),
-            "drop": self.judge.error(dropped=[e for e in members if e != best], replaced={}),
+            "merge": self.judge.error(
+                dropped=[e for e in members if e not in owners],
+                replaced=dict.fromkeys(owners, unit),
+            ),
+            "drop": self.judge.error(dropped=others, replaced={}),
         }
-        if error["merge"] < error["drop"]:
+        if error["merge"] < error["drop"] or not self._sound(gone.union(others)):
             return merged, owners, decision | {"chosen": "merge", "error": error}
         return alone, [best], decision | {"chosen": "drop", "error": error}
+
+    def _sound(self, gone: frozenset[int]) -> bool:
+        """Whether the router still selects as it should without these experts."""
+        experts = len(self.mixture.units)
+        kept = [e for e in range(experts) if e not in gone]
+        return not self.routing.selection_defects(kept, experts)
 
     def _width(self, expert: int) -> int:
         return self.mixture.units[expert].width

@@ -327,3 +327,17 @@ def test_a_refit_makes_up_for_what_a_drop_or_a_merge_loses(
     assert result.manifest.refit is not None
     for layer in result.manifest.refit.values():
         assert layer["error_after"] < 0.9 * layer["error_before"]
+
+
+@pytest.mark.parametrize("method", ["merge-ream", "merge-cka"])
+def test_a_router_of_groups_stays_sound(method: str, tmp_path: Path) -> None:
+    """Four groups of two, ranked by their best two: each keeps both of its experts or none."""
+    path = make_model(tmp_path / "model", "deepseek_v3")
+    statistics = calibrated(path, tmp_path)
+    plan = make_plan(
+        open_checkpoint(path), statistics, Selection(keep=0.5, method=method), Silent()
+    )
+    for layer in plan.layers.values():
+        selectable = [e for e in range(8) if layer.experts[e] is not None]
+        assert all((e ^ 1) in selectable for e in selectable)
+        assert len(layer.blocks) == 4
