@@ -40,9 +40,19 @@ Memory = Annotated[
         help="Instead: keep as much as fits a GPU of this size beside the cache, e.g. 24GiB.",
     ),
 ]
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", help='Instead: the same by name, e.g. "RTX 4090", L40S, "A100 80GB".'),
+]
+GpuCount = Annotated[
+    int,
+    typer.Option("--gpu-count", help="With --memory or --gpu: GPUs that share the model."),
+]
 KvTokens = Annotated[
     int,
-    typer.Option("--kv-tokens", help="With --memory: tokens whose keys and values must fit."),
+    typer.Option(
+        "--kv-tokens", help="With --memory or --gpu: tokens whose keys and values must fit."
+    ),
 ]
 MethodName = Annotated[
     str, typer.Option("--method", help="How to choose; auto is the best we have.")

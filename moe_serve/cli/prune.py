@@ -14,6 +14,7 @@ from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.pruning.dryrun import dry_run
+from moe_serve.pruning.gpus import wanted_memory
 from moe_serve.pruning.methods import AUTO
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import (
@@ -25,7 +26,7 @@ from moe_serve.pruning.request import (
     device_named,
 )
 from moe_serve.pruning.run import PruneRequest, PruneResult, prune
-from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, parse_size
+from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS
 
 
 def prune_command(
@@ -34,6 +35,8 @@ def prune_command(
     keep: options.Keep = None,
     experts: options.Experts = None,
     memory: options.Memory = None,
+    gpu: options.Gpu = None,
+    gpu_count: options.GpuCount = 1,
     kv_tokens: options.KvTokens = DEFAULT_KV_TOKENS,
     calibration: options.Calibration = None,
     method: options.MethodName = AUTO,
@@ -64,7 +67,8 @@ def prune_command(
         selection=Selection(
             keep=keep,
             experts=experts,
-            memory=parse_size(memory) if memory else None,
+            memory=wanted_memory(memory, gpu),
+            gpu_count=gpu_count,
             kv_tokens=kv_tokens,
             method=method,
             block_width=block_width,
@@ -114,6 +118,8 @@ def plan_command(
     keep: options.Keep = None,
     experts: options.Experts = None,
     memory: options.Memory = None,
+    gpu: options.Gpu = None,
+    gpu_count: options.GpuCount = 1,
     kv_tokens: options.KvTokens = DEFAULT_KV_TOKENS,
     method: options.MethodName = AUTO,
     block_width: options.BlockWidth = None,
@@ -135,7 +141,8 @@ def plan_command(
     selection = Selection(
         keep=keep,
         experts=experts,
-        memory=parse_size(memory) if memory else None,
+        memory=wanted_memory(memory, gpu),
+        gpu_count=gpu_count,
         kv_tokens=kv_tokens,
         method=method,
         block_width=block_width,

@@ -10,8 +10,10 @@ _ELEMENT_BYTES: Final = 2
 """vLLM caches in the model's 16-bit format unless told otherwise."""
 
 
-def kv_bytes_per_token(config: Config) -> int:
-    """Bytes of one token's cache over all layers, before any parallelism.
+def kv_bytes_per_token(config: Config, gpus: int = 1) -> int:
+    """Bytes of one token's cache over all layers on one of ``gpus`` that share the heads.
+
+    Each holds a head at least, and the whole of what heads have in common.
 
     Latent attention (DeepSeek-V2 and -V3) caches one latent vector and one rotary key for all
     heads: arXiv 2405.04434, section 2.1.3.
@@ -22,4 +24,4 @@ def kv_bytes_per_token(config: Config) -> int:
     heads = int(config["num_attention_heads"])
     cached = int(config.get("num_key_value_heads") or heads)
     width = int(config.get("head_dim") or config["hidden_size"] // heads)
-    return 2 * layers * cached * width * _ELEMENT_BYTES
+    return 2 * layers * -(-cached // gpus) * width * _ELEMENT_BYTES

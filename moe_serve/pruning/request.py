@@ -95,6 +95,8 @@ class Selection:
     """Bytes of the GPU that it must fit."""
     kv_tokens: int = DEFAULT_KV_TOKENS
     """Tokens whose cache must fit beside the weights."""
+    gpu_count: int = 1
+    """GPUs of that memory that share the model."""
     method: str = AUTO
     block_width: int | None = None
     refit: bool | None = None
@@ -163,12 +165,12 @@ class Selection:
     def _share(self, checkpoint: Checkpoint) -> float:
         if sum(wish is not None for wish in (self.keep, self.experts, self.memory)) != 1:
             raise UsageError(
-                "give exactly one of --keep, --experts and --memory",
-                where="--keep, --experts, --memory",
+                "give exactly one of --keep, --experts, --memory and --gpu",
+                where="--keep, --experts, --memory, --gpu",
                 remedy="--keep 0.5 keeps half of the routed experts' bytes",
             )
         if self.memory is not None:
-            return keep_for_memory(checkpoint, self.memory, self.kv_tokens)
+            return keep_for_memory(checkpoint, self.memory, self.kv_tokens, self.gpu_count)
         if self.keep is not None:
             if not 0.0 < self.keep <= 1.0:
                 raise UsageError(

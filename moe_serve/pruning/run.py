@@ -206,7 +206,7 @@ def _fingerprint(
         "method": selection.method,
         "keep": selection.keep,
         "experts": selection.experts,
-        "memory": [selection.memory, selection.kv_tokens],
+        "memory": [selection.memory, selection.kv_tokens, selection.gpu_count],
         "block_width": selection.block_width,
         "refit": selection.refit,
         "across_layers": selection.across_layers,

@@ -32,32 +32,50 @@ def parse_size(text: str) -> int:
     return size
 
 
-def keep_for_memory(checkpoint: Checkpoint, memory: int, kv_tokens: int) -> float:
+def keep_for_memory(checkpoint: Checkpoint, memory: int, kv_tokens: int, gpus: int = 1) -> float:
     """The largest share of expert bytes with which weights and cache fit.
 
     Args:
         checkpoint: the original.
         memory: bytes of one GPU.
         kv_tokens: tokens whose keys and values must fit beside the weights.
+        gpus: how many share the model (tensor parallelism). Matrices are split over them; routers,
+            norms and other vectors are on each.
 
     Raises:
+        UsageError: there is no GPU.
         PlanError: what can't be pruned fills the memory already.
     """
+    if gpus < 1:
+        raise UsageError(f"is {gpus}", where="--gpu-count", remedy="give 1 or more")
     experts = sum(checkpoint.expert_bytes().values())
     fixed = sum(entry.size for entry in checkpoint.tensors.values()) - experts
-    cache = kv_tokens * kv_bytes_per_token(checkpoint.config)
-    usable = int(memory * USABLE)
+    fixed += (gpus - 1) * _on_each(checkpoint)
+    cache = gpus * kv_tokens * kv_bytes_per_token(checkpoint.config, gpus)
+    usable = int(memory * USABLE) * gpus
     if fixed + experts + cache <= usable:
         return 1.0
     # They draft for the original and go with the first neuron.
     fixed -= sum(checkpoint.prediction_layers().values())
     room = usable - fixed - cache
     if room <= 0:
-        least = (fixed + cache) / USABLE
+        least = (fixed + cache) / USABLE / gpus
         raise PlanError(
-            f"{memory / 2**30:.2f} GiB are too little: the part that is never pruned takes "
+            f"{gpus} × {memory / 2**30:.2f} GiB are too little: what is never pruned takes "
             f"{fixed / 2**30:.2f} GiB, the cache of {kv_tokens:,} tokens {cache / 2**30:.2f} GiB",
             where="--memory",
-            remedy=f"give more than {least / 2**30:.2f} GiB, or fewer --kv-tokens",
+            remedy=f"give more than {least / 2**30:.2f} GiB each, or fewer --kv-tokens",
         )
     return min(_LESS_THAN_ALL, room / experts)
+
+
+def _on_each(checkpoint: Checkpoint) -> int:
+    """Bytes that tensor parallelism does not split."""
+    routers = {
+        checkpoint.family.gate_name(i) for i in checkpoint.family.moe_layers(checkpoint.config)
+    }
+    return sum(
+        entry.size
+        for entry in checkpoint.tensors.values()
+        if len(entry.shape) < 2 or entry.name in routers
+    )

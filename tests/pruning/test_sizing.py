@@ -10,6 +10,7 @@ from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import PlanError, UsageError
 from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.progress import Silent
+from moe_serve.pruning.gpus import gpu_memory, wanted_memory
 from moe_serve.pruning.request import Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, prune
 from moe_serve.pruning.sizing import USABLE, keep_for_memory, parse_size
@@ -60,6 +61,43 @@ def test_the_result_fits(tmp_path: Path) -> None:
     after = sum(e.size for e in open_checkpoint(tmp_path / "o").tensors.values())
     assert 0.6 * whole < after <= memory * USABLE - cache
     assert keep_for_memory(checkpoint, 100 * whole, 10) == 1.0
+
+
+def test_gpus_are_known_by_name() -> None:
+    """With or without the maker's name; what is unknown or comes in several sizes lists what is."""
+    assert gpu_memory("rtx4090") == gpu_memory("NVIDIA GeForce RTX 4090") == 24_564 * 2**20
+    with pytest.raises(UsageError, match=r"no GPU 'Voodoo 2'.*RTX 4090.*H200"):
+        gpu_memory("Voodoo 2")
+    with pytest.raises(UsageError, match="several sizes; give one of A100 40GB, A100 80GB;"):
+        gpu_memory("A100")
+    with pytest.raises(UsageError, match="one of the two"):
+        wanted_memory("24GB", "L4")
+    assert wanted_memory("24GB", None) == 24 * 10**9
+    assert wanted_memory(None, None) is None
+
+
+def test_two_gpus_share_what_can_be_split(tmp_path: Path) -> None:
+    """Each holds half of the matrices and of the heads, and all vectors and routers.
+
+    Four heads of 16 over two layers cache 2·2·4·16·2 = 512 bytes a token, half on each GPU; one
+    head less than GPUs is on each.
+    """
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "mixtral"))
+    sizes = {name: e.size for name, e in checkpoint.tensors.items()}
+    vectors = sum(size for name, size in sizes.items() if "norm" in name or "gate.weight" in name)
+    experts = sum(checkpoint.expert_bytes().values())
+    fixed = sum(sizes.values()) - experts
+    # The model's one head of keys and values is on both.
+    cache = 100 * kv_bytes_per_token(checkpoint.config)
+    each = (fixed - vectors + experts / 2) / 2 + vectors + cache
+    keep = keep_for_memory(checkpoint, int(each / USABLE) + 1, 100, 2)
+    assert keep == pytest.approx(0.5, abs=1e-4)
+    four = checkpoint.config | {"num_key_value_heads": 4, "head_dim": 16}
+    assert kv_bytes_per_token(four) == 512
+    assert kv_bytes_per_token(four, 2) == 256
+    assert kv_bytes_per_token(four, 8) == 128
+    with pytest.raises(UsageError, match="gpu-count"):
+        keep_for_memory(checkpoint, 10**9, 100, 0)
 
 
 def test_too_little_memory_says_how_much_is_needed(tmp_path: Path) -> None:
