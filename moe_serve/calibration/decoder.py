@@ -144,7 +144,7 @@ class Decoder:
                 where=str(checkpoint.path),
                 remedy="fetch the missing shard",
             )
-        if tied and not torch.equal(checkpoint.read(own), checkpoint.read(embedding)):
+        if tied and not torch.equal(checkpoint.weight(own), checkpoint.weight(embedding)):
             raise CheckpointError(
                 f"tie_word_embeddings is true, but {own} differs from {embedding}",
                 where=str(checkpoint.path),

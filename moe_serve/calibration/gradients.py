@@ -94,7 +94,8 @@ class LayerGradients:
         Source: arXiv 2509.22299, eq. 15. Zero for an expert that no token reached.
         """
         reached_N1 = self.reached_N[:, None].clamp(min=torch.finfo(torch.float64).tiny)
-        return self.activation_NI.double() * self.slope_NI.double() / reached_N1.square()
+        # Divided twice: the square of so small a number is zero.
+        return (self.activation_NI.double() / reached_N1) * (self.slope_NI.double() / reached_N1)
 
 
 class GradientSums:

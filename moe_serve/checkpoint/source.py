@@ -256,6 +256,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
     _check_layers(checkpoint)
     _check_experts(checkpoint)
+    _check_shared(checkpoint)
     return checkpoint
 
 
@@ -375,3 +376,23 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                 where=str(checkpoint.path),
                 remedy="a quantised layout this version does not read, or a stale shard",
             )
+
+
+def _check_shared(checkpoint: Checkpoint) -> None:
+    """The shared experts are as wide as the config says, where it says it."""
+    family, shape = checkpoint.family, checkpoint.shape
+    count = family.shared_count(checkpoint.config, shape.width) or 0
+    for layer in family.moe_layers(checkpoint.config) if count else ():
+        names = family.shared_names(layer)
+        if names is None:
+            continue
+        scheme, width = checkpoint.scheme(names.gate), count * shape.width
+        for ending, stored in scheme.shapes(width, shape.hidden).items():
+            entry = checkpoint.entry(scheme.tensors(names.gate)[ending])
+            if entry.shape != stored:
+                raise CheckpointError(
+                    f"tensor {entry.name!r} is {list(entry.shape)}, {family.shared_count_key} = "
+                    f"{checkpoint.config[family.shared_count_key or '']} makes {list(stored)}",
+                    where=str(checkpoint.path),
+                    remedy="config.json and weights belong to different checkpoints",
+                )

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from moe_serve.calibration.mixture import Router
 from moe_serve.errors import CheckpointError
-from moe_serve.families import family_of
+from moe_serve.families import Routing, family_of
 from tests.support.models import FAMILIES, settings_of
-from tests.support.references import layer_router, new_model, router_weights
+from tests.support.references import layer_router, mask_router, new_model, router_weights
 
 _WITHOUT_OWN = ("kimi_k2",)
 """DeepSeek-V3's router under another name."""
@@ -26,14 +26,24 @@ def model_of(family: str) -> Any:
     return new_model(family, settings_of(family))
 
 
+def dropped_experts(data: st.DataObject, rule: Routing, experts: int) -> tuple[int, ...]:
+    """Any that may be dropped: single ones, all but one of a group, or whole groups."""
+    size = experts // rule.groups
+    whole = data.draw(st.sets(st.integers(0, rule.groups - 1)), "groups dropped")
+    single = data.draw(st.sets(st.integers(0, experts - 1)), "experts dropped")
+    kept = [e for e in range(experts) if e // size not in whole and e not in single]
+    return () if rule.selection_defects(kept, experts) else tuple(set(range(experts)) - set(kept))
+
+
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in _WITHOUT_OWN])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_weights_are_transformers(family: str, data: st.DataObject) -> None:
     """Any N, k, groups, scale, bias and renormalisation give the same weights to 1e-6.
 
-    Bias and logits spread widely, so that both signs of a biased score occur, and groups whose
-    best expert is not selected.
+    Whatever is dropped: stock software is told by a bias of -1e30, or by a mask where the router
+    has no bias. Bias and logits spread widely, so that both signs of a biased score occur, and
+    groups whose best expert is not selected.
     """
     model = model_of(family)
     layer = len(model.model.layers) - 1
@@ -57,7 +67,11 @@ def test_weights_are_transformers(family: str, data: st.DataObject) -> None:
     weight_ND = torch.randn(experts, 64, generator=generator) * 0.3
     bias_N = torch.randn(experts, generator=generator) if row.correction_bias else None
     z_TD = torch.randn(7, 64, generator=generator)
-    ours = Router(weight_ND=weight_ND, rule=row.routing_of(config), bias_N=bias_N)
+    rule = row.routing_of(config)
+    gone = dropped_experts(data, rule, experts)
+    ours = Router(weight_ND=weight_ND, rule=rule, bias_N=bias_N, dropped=gone)
+    if bias_N is not None:
+        bias_N = bias_N.index_fill(0, torch.tensor(gone).long(), -1e30)
     gate, _ = layer_router(model, layer)
     theirs = type(gate)(type(model.config)(**config))
     with torch.no_grad():
@@ -68,6 +82,8 @@ def test_weights_are_transformers(family: str, data: st.DataObject) -> None:
         if bias_N is not None and hasattr(block, "e_score_correction_bias"):
             block.e_score_correction_bias = bias_N
         block.gate = theirs
+        if bias_N is None and gone:
+            mask_router(model, layer, list(gone))
         torch.testing.assert_close(
             ours(z_TD), router_weights(model, layer, z_TD), rtol=1e-6, atol=1e-6
         )
