@@ -27,6 +27,25 @@ def tile_width(checkpoint: Checkpoint) -> int:
     return math.lcm(*tiles)
 
 
+def removal_unit(checkpoint: Checkpoint, *, refit: bool) -> int:
+    """Neurons that have to be kept or removed together for bytes to be kept.
+
+    A re-fit rounds down projections in any case, so that only gate and up matter then: rows of
+    FP8 under one scale per tile go by tiles, rows of packed integers one by one, or by the words
+    that hold their zeros.
+    """
+    return math.lcm(
+        *(
+            scheme.tile(axis)
+            for layer in checkpoint.family.moe_layers(checkpoint.config)
+            for projection, scheme, axis in zip(
+                PROJECTIONS, checkpoint.expert_scheme(layer), _AXES, strict=True
+            )
+            if not (refit and projection == "down")
+        )
+    )
+
+
 def kept_blocks(plan: LayerPlan, scheme: Scheme, axis: int, width: int) -> set[int]:
     """Blocks whose stored numbers are the original's.
 

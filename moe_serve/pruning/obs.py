@@ -16,7 +16,7 @@ import torch
 
 _FP64_WIDTH: Final = 1024
 """Wider experts are handled in FP32: half the memory, and λ bounds the condition number."""
-_ROUNDS: Final = 192
+ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
 
 
@@ -56,7 +56,7 @@ def removal_path(
     Memory: twice the normal matrices in FP64 up to an expert width of 1024, in FP32 beyond.
     """
     experts, width, _ = normal_NII.shape
-    step = -(-width // _ROUNDS)
+    step = -(-width // ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
     for expert in range(experts):

@@ -19,7 +19,7 @@ from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError, UsageError
 from moe_serve.pruning.coefficients import coefficients_named
 from moe_serve.pruning.methods import AUTO, Method, method_named
-from moe_serve.pruning.numbers import tile_width
+from moe_serve.pruning.numbers import removal_unit, tile_width
 from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, keep_for_memory
 from moe_serve.pruning.view import Budget
 
@@ -135,7 +135,7 @@ class Selection:
             keep=keep,
             block_width=width or checkpoint.shape.width,
             experts=None if method.neurons else self.experts,
-            tile=1 if self.requantise else tile,
+            tile=1 if self.requantise else removal_unit(checkpoint, refit=refit),
             uniform=self.uniform,
             across_layers=self.across_layers,
             coefficients=self.coefficients,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_serve.pruning.obs import RemovalPath, damped_inverse
+from moe_serve.pruning.obs import ROUNDS, RemovalPath, damped_inverse
 
 
 def tile_path(
@@ -38,30 +38,44 @@ def tile_path(
 def _peel(
     inverse: torch.Tensor, weight_ID: torch.Tensor, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    left = [torch.arange(i, min(i + tile, len(weight_ID))) for i in range(0, len(weight_ID), tile)]
+    """Remove tiles, the dearest last; up to 192 tiles one at a time, else several per round."""
+    width, hidden = weight_ID.shape
+    tiles, step = width // tile, -(-(width // tile) // ROUNDS)
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
     total = 0.0
-    while left:
-        updates = [_update(inverse, weight_ID, tile_S) for tile_S in left]
-        costs = [float((weight_ID[s] * u).sum()) for s, u in zip(left, updates, strict=True)]
-        best = min(range(len(left)), key=costs.__getitem__)
-        if len(left[-1]) < tile:
-            best = len(left) - 1
-        gone, update = left.pop(best), updates[best]
+
+    def remove(gone: torch.Tensor, shares: torch.Tensor) -> None:
+        nonlocal total
         rows = inverse[gone]
-        weight_ID -= rows.T @ update
-        inverse -= rows.T @ torch.linalg.solve(rows[:, gone], rows)
-        total += costs[best]
+        pivot = rows[:, gone].clone()
+        update = torch.linalg.solve(pivot, weight_ID[gone])
+        added = float((weight_ID[gone] * update).sum())
+        weight_ID.sub_(rows.T @ update)
+        inverse.sub_(rows.T @ torch.linalg.solve(pivot, rows))
+        # What is left of a removed neuron is zero up to rounding; make its pivot harmless.
+        weight_ID[gone] = 0.0
+        inverse.diagonal()[gone] = 1.0
         order.append(gone)
-        errors.append(torch.full((len(gone),), total, dtype=torch.float64))
+        errors.append(total + added * shares)
+        total += added
+
+    if short := width - tiles * tile:
+        remove(torch.arange(tiles * tile, width), torch.ones(short, dtype=torch.float64))
+    alive = torch.ones(tiles, dtype=torch.bool)
+    numbers = torch.arange(tiles * tile).view(tiles, tile)
+    while bool(alive.any()):
+        whole = inverse[: tiles * tile, : tiles * tile].view(tiles, tile, tiles, tile)
+        pivots = whole.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        weights = weight_ID[: tiles * tile].view(tiles, tile, hidden)
+        cost = (weights * torch.linalg.solve(pivots, weights)).sum(dim=(1, 2))
+        count = min(step, int(alive.sum()))
+        cost = cost.masked_fill(~alive, torch.inf)
+        chosen = torch.topk(cost, count, largest=False, sorted=True).indices
+        alive[chosen] = False
+        shares = torch.arange(1, count + 1, dtype=torch.float64) / count
+        remove(numbers[chosen].flatten(), shares.repeat_interleave(tile))
     return torch.cat(order), torch.cat(errors)
-
-
-def _update(inverse: torch.Tensor, weight_ID: torch.Tensor, tile_S: torch.Tensor) -> torch.Tensor:
-    """((H⁻¹)_SS)⁻¹ W_S."""
-    update: torch.Tensor = torch.linalg.solve(inverse[tile_S][:, tile_S], weight_ID[tile_S])
-    return update
 
 
 def tiles_by_value(value_NI: torch.Tensor, tile: int) -> RemovalPath:
