@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -10,6 +10,7 @@ import psutil
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import free_bytes
 from moe_serve.errors import UsageError
+from moe_serve.families import Shape
 from moe_serve.pruning.forecast import (
     Forecast,
     Rates,
@@ -19,6 +20,7 @@ from moe_serve.pruning.forecast import (
     calibrate_step,
     plan_step,
 )
+from moe_serve.pruning.methods import Method
 from moe_serve.pruning.neurons import block_obs
 from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.probe import measure
@@ -99,9 +101,13 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
         given = request.statistics is not None and request.statistics.exists()
         texts = corpus is not None or given
         method, budget, refits = request.selection.resolve(checkpoint, texts=texts)
-        inverts = method.neurons is block_obs
         refit = Refit() if refits else None
-        work = _work(request, corpus, keep=budget.keep, inverts=inverts, refit=refit)
+        work = replace(
+            _work(request, corpus, keep=budget.keep, refit=refit),
+            inverts=method.neurons is block_obs,
+            compares=method.compares,
+            alignments=_alignments(method, sizes.shape),
+        )
         if corpus is not None and not given:
             steps.append(calibrate_step(sizes, work))
         steps.append(plan_step(sizes, work))
@@ -114,7 +120,6 @@ def _work(
     corpus: Corpus | None,
     *,
     keep: float,
-    inverts: bool = False,
     refit: Refit | None = None,
 ) -> Work:
     sequences = corpus.sequences if corpus else None
@@ -124,9 +129,15 @@ def _work(
         length=max(map(len, sequences.tokens)) if sequences else 0,
         batch_tokens=request.batch_tokens,
         keep=keep,
-        inverts=inverts,
         refit=refit if sequences else None,
     )
+
+
+def _alignments(method: Method, shape: Shape) -> int:
+    """Neuron assignments in a layer, at most."""
+    if method.pairs:
+        return shape.experts * (shape.experts - 1) // 2
+    return shape.experts if method.merges else 0
 
 
 def _resident() -> int:

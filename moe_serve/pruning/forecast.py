@@ -106,6 +106,10 @@ class Work:
     keep: float = 1.0
     inverts: bool = False
     """Whether the method inverts the normal matrices."""
+    compares: bool = False
+    """Whether the method runs every expert on the reservoir."""
+    alignments: int = 0
+    """Pairs of experts in a layer whose neurons are matched."""
     refit: Refit | None = None
 
 
@@ -205,9 +209,12 @@ def calibrate_step(sizes: Sizes, work: Work) -> Step:
 
 
 def plan_step(sizes: Sizes, work: Work) -> Step:
-    """One layer's statistics at a time; with inversions, a factor, an inverse and downdates.
+    """One layer's statistics at a time, and what the method adds.
 
-    Cholesky factor I³/3, inverse 2 I³/3, downdates in rounds 2 I³/3 and 2 I² D for the weights.
+    Inversions: Cholesky factor I³/3, inverse 2 I³/3, downdates in rounds 2 I³/3 and 2 I² D for the
+    weights. Comparisons of experts: all of them on the reservoir's S tokens, and Gram matrices
+    [S, S] in FP64. Alignments: inner products of all pairs of neurons, 3 D weights each; the
+    assignment itself is small beside them.
     """
     shape = sizes.shape
     square = shape.experts * shape.width**2
@@ -216,13 +223,19 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
     if work.inverts:
         each = 5 / 3 * shape.width**3 + 2 * shape.width**2 * shape.hidden
         flops = sizes.sparse * shape.experts * each
+    flops += sizes.sparse * work.alignments * 6 * shape.width**2 * shape.hidden
+    outputs = 0
+    if work.compares:
+        each = 2 * RESERVOIR * (sizes.expert_weights + RESERVOIR * (shape.hidden + shape.experts))
+        flops += sizes.sparse * shape.experts * each
+        outputs = shape.experts * RESERVOIR * (shape.hidden * _F32 + RESERVOIR * _F64)
     return Step(
         name="plan",
         passes=0,
         flops=flops,
         read=sizes.statistics_bytes(work.domains) + sizes.expert_bytes // 3,
         written=0,
-        memory=2 * square * _F32 + experts * _F32,
+        memory=2 * square * _F32 + experts * _F32 + outputs,
         disk=0,
         on_processor=True,
     )

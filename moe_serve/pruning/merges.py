@@ -148,7 +148,7 @@ def merge_weights(view: LayerView, budget: Budget) -> LayerPlan:
     average linkage; a group is averaged evenly, aligned to its first member.
 
     Source: weight matching of Git Re-Basin, arXiv 2209.04836, section 3.2, with the expert as the
-    model. Cost: see :func:`aligned_distances`; minutes per layer for a hundred experts.
+    model. Cost: see :func:`aligned_distances`; the dry run says how long that is.
     """
     mixture = view.mixture()
     distance_NN = aligned_distances(mixture)

@@ -60,6 +60,10 @@ class Method:
     worth: Callable[[LayerView], torch.Tensor] | None = None
     """Set by a method of experts whose budget runs over the whole model: what each expert of a
     layer is worth [N]. A layer keeps as many as it has among the model's best."""
+    compares: bool = False
+    """Whether it runs every expert of a layer on the reservoir."""
+    pairs: bool = False
+    """Whether it aligns the neurons of every pair of experts."""
     comparable: bool = False
     """Whether the ladders of different layers measure the same thing."""
     needs_texts: bool = True
@@ -75,7 +79,7 @@ METHODS: Final = {
         Method(name="block-heapr", neurons=block_heapr, comparable=True),
         Method(name="block-taylor", neurons=block_taylor, comparable=True),
         Method(name="block-magnitude", neurons=block_magnitude, needs_texts=False),
-        Method(name="drop-naee", experts=drop_naee),
+        Method(name="drop-naee", experts=drop_naee, compares=True),
         Method(name="drop-reap", experts=drop_reap),
         Method(name="drop-ean", experts=drop_ean),
         Method(name="drop-man", experts=drop_man),
@@ -86,18 +90,25 @@ METHODS: Final = {
         Method(name="drop-fisher", experts=drop_fisher),
         Method(name="drop-aimer", experts=drop_aimer, needs_texts=False),
         Method(name="drop-random", experts=drop_random, needs_texts=False),
-        Method(name="merge-cka", experts=merge_cka, merges=True),
+        Method(name="merge-cka", experts=merge_cka, merges=True, compares=True),
         Method(name="merge-cka-weights", experts=merge_cka_weights, merges=True, needs_texts=False),
-        Method(name="merge-hc", experts=merge_hc, merges=True),
+        Method(name="merge-hc", experts=merge_hc, merges=True, compares=True),
         Method(
             name="merge-msmoe",
             experts=merge_msmoe,
             merges=True,
+            compares=True,
             worth=lambda view: view.observed().frequency(),
         ),
-        Method(name="merge-ream", experts=merge_ream, merges=True),
-        Method(name="merge-weights", experts=merge_weights, merges=True, needs_texts=False),
-        Method(name="merge-gradient", experts=merge_gradient, merges=True),
+        Method(name="merge-ream", experts=merge_ream, merges=True, compares=True),
+        Method(
+            name="merge-weights",
+            experts=merge_weights,
+            merges=True,
+            pairs=True,
+            needs_texts=False,
+        ),
+        Method(name="merge-gradient", experts=merge_gradient, merges=True, compares=True),
     )
 }
 

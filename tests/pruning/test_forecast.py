@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,20 @@ def test_arithmetic_of_inversions() -> None:
     assert plan_step(SIZES, WORK).flops == 0
     inverting = Work(tokens=100, domains=2, length=50, batch_tokens=64, inverts=True)
     assert plan_step(SIZES, inverting).flops == pytest.approx(8 * 1080)
+
+
+def test_arithmetic_of_comparisons() -> None:
+    """All experts on 1,024 tokens, their Gram matrices, and inner products of aligned neurons.
+
+    An expert on the reservoir 2·1024·180, its Gram matrix 2·1024²·10, that with 4 others 2·1024²·4;
+    3 alignments in each of 2 layers, 6·6²·10 each.
+    """
+    comparing = replace(WORK, compares=True)
+    expected = 8 * (2 * 1024 * 180 + 2 * 1024**2 * 14)
+    assert plan_step(SIZES, comparing).flops == pytest.approx(expected)
+    more = plan_step(SIZES, comparing).memory - plan_step(SIZES, WORK).memory
+    assert more == 4 * (1024 * 10 * 4 + 1024**2 * 8)
+    assert plan_step(SIZES, replace(WORK, alignments=3)).flops == pytest.approx(2 * 3 * 2160)
 
 
 def test_a_refit_costs_more_and_stores_as_much() -> None:
