@@ -49,13 +49,17 @@ def inspect(path: Path) -> dict[str, Any]:
             }
             for i, t in table.items()
         },
-        "served_by": (
-            "vLLM 0.32 with the moe-serve plugin (--load-format moe_serve)"
-            if checkpoint.is_compact
-            else "transformers, vLLM and other software that knows the architecture"
-        ),
+        "served_by": _served_by(checkpoint),
         "gpu_memory_for_weights_bytes": total,
     }
+
+
+def _served_by(checkpoint: Checkpoint) -> str:
+    if not checkpoint.is_compact:
+        return "transformers, vLLM and other software that knows the architecture"
+    if checkpoint.family.served:
+        return "vLLM 0.32 with the moe-serve plugin (--load-format moe_serve)"
+    return "nothing in this form: export it with --format tied or native"
 
 
 def _prediction(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -45,6 +45,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family(
         model_type="mixtral",
         architecture="MixtralForCausalLM",
+        served=True,
         count_keys=("num_local_experts",),
         top_k_key="num_experts_per_tok",
         width_key="intermediate_size",
@@ -57,6 +58,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
+        served=True,
         # transformers 5 saves the count under the second name, everything before under the first.
         count_keys=("num_experts", "num_local_experts"),
         top_k_key="num_experts_per_tok",
@@ -72,6 +74,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family(
         model_type="qwen2_moe",
         architecture="Qwen2MoeForCausalLM",
+        served=True,
         count_keys=("num_experts", "num_local_experts"),
         top_k_key="num_experts_per_tok",
         width_key="moe_intermediate_size",
@@ -88,6 +91,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     Family(
         model_type="olmoe",
         architecture="OlmoeForCausalLM",
+        served=True,
         count_keys=("num_experts", "num_local_experts"),
         top_k_key="num_experts_per_tok",
         width_key="intermediate_size",
@@ -143,6 +147,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         _DEEPSEEK_V3,
         model_type="glm4_moe",
         architecture="Glm4MoeForCausalLM",
+        served=True,
         frequency_key=None,
     ),
     replace(

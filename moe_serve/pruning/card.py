@@ -41,9 +41,15 @@ one; draft with another method.
 {% if format == "compact" -%}
 ## Serving
 
+{% if served -%}
 Needs vLLM with the moe-serve plugin; stock vLLM refuses the architecture by name.
 
     moe-serve up --original ORIGINAL --pruned .
+{% else -%}
+The moe-serve plugin does not serve this architecture; write a form that stock software loads:
+
+    moe-serve export . STOCK --format tied
+{% endif -%}
 {% else -%}
 ## Serving
 
@@ -64,8 +70,13 @@ Quality has to be measured on your own texts: `moe-serve compare ORIGINAL THIS -
 """
 
 
-def model_card(manifest: Manifest) -> str:
-    """Render the card from what the manifest knows."""
+def model_card(manifest: Manifest, *, served: bool) -> str:
+    """Render the card from what the manifest knows.
+
+    Args:
+        manifest: of the written checkpoint.
+        served: whether the vLLM plugin serves the family's compact form.
+    """
     environment = Environment(undefined=StrictUndefined, autoescape=False)  # noqa: S701 - Markdown
     bytes_ = manifest.expert_bytes
     return environment.from_string(_TEMPLATE).render(
@@ -80,6 +91,7 @@ def model_card(manifest: Manifest) -> str:
         layers=manifest.layers,
         numbers=manifest.numbers,
         calibration=manifest.calibration,
+        served=served,
         left_out=manifest.prediction_layers
         if manifest.prediction_layers and not manifest.prediction_layers.kept
         else None,

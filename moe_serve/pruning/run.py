@@ -363,7 +363,9 @@ def _seal(
         if predicting
         else None,
     )
-    write_atomic(target / "README.md", model_card(manifest).encode())
+    write_atomic(
+        target / "README.md", model_card(manifest, served=checkpoint.family.served).encode()
+    )
     return manifest.save(target, progress)
 
 

@@ -9,6 +9,7 @@ import pytest
 from moe_serve.errors import UnsupportedFamily
 from moe_serve.families import FAMILIES, family_of
 from moe_serve.families.table import REFUSED
+from moe_serve_vllm.families import FAMILIES as PLUGIN_ROWS
 from tests.support.models import FAMILIES as TESTED
 from tests.support.models import settings_of
 
@@ -16,6 +17,12 @@ from tests.support.models import settings_of
 def test_every_row_has_a_tiny_model() -> None:
     """A new row without its test parameter fails here."""
     assert {row.model_type for row in FAMILIES} == set(TESTED)
+
+
+def test_served_is_what_the_plugin_has_rows_for() -> None:
+    """Two tables, one of which is installed without the other."""
+    ours = {row.compact_architecture for row in FAMILIES if row.served}
+    assert ours == {row.architecture for row in PLUGIN_ROWS}
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))

@@ -91,6 +91,9 @@ def test_they_go_with_any_change(form: str, model: Path, tmp_path: Path) -> None
     assert "Layers 3 (" in (out / "README.md").read_text()
     assert inspect(out)["prediction_layers"] == {"layers": [], "bytes": 0, "left_out": [LAYER]}
     if form == "compact":
+        served = open_checkpoint(model).family.served
+        assert ("plugin" in inspect(out)["served_by"]) is served
+        assert ("moe-serve export" in (out / "README.md").read_text()) is not served
         assert verify(out, model, Silent()).problems == []
     else:
         ids = torch.arange(1, 20)[None]
