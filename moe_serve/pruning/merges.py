@@ -8,7 +8,9 @@ refer to one tensor.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
+
+import torch
 
 from moe_serve.pruning.alignment import (
     aligned_distances,
@@ -64,7 +66,7 @@ def merge_cka(view: LayerView, budget: Budget) -> LayerPlan:
     part = seen.fitting() if _CKA.judges(budget) else seen
     similarity_NN = linear_cka(part.output_NSD)
     groups = average_linkage(1.0 - similarity_NN, group_count(view, budget, _CKA))
-    why = {"similarity": similarity_NN.tolist()}
+    why = {"similarity": _digits(similarity_NN)}
     return merge_groups(view, budget, _CKA, groups, mixture=seen.mixture, seen=seen, why=why)
 
 
@@ -78,9 +80,9 @@ def merge_cka_weights(view: LayerView, budget: Budget) -> LayerPlan:
     their weights before they are averaged, and the router rows stay.
     """
     mixture = view.mixture()
-    similarity_NN = surrogate_cka(*(view.projection(i) for i in range(3)))
+    similarity_NN = surrogate_cka(mixture.units)
     groups = average_linkage(1.0 - similarity_NN, group_count(view, budget, _CKA_WEIGHTS))
-    why = {"similarity": similarity_NN.tolist()}
+    why = {"similarity": _digits(similarity_NN)}
     return merge_groups(view, budget, _CKA_WEIGHTS, groups, mixture=mixture, seen=None, why=why)
 
 
@@ -94,7 +96,7 @@ def merge_hc(view: LayerView, budget: Budget) -> LayerPlan:
     seen = Reservoir.of(view.mixture(), view.observed().reservoir_SD)
     distance_NN = mean_output_distance(seen.output_NSD)
     groups = average_linkage(distance_NN, group_count(view, budget, _HC))
-    why = {"distance": distance_NN.tolist()}
+    why = {"distance": _digits(distance_NN)}
     return merge_groups(view, budget, _HC, groups, mixture=seen.mixture, seen=seen, why=why)
 
 
@@ -113,7 +115,7 @@ def merge_msmoe(view: LayerView, budget: Budget) -> LayerPlan:
     similarity_NN = logit_cosine(seen.logits())
     leaders = leaders_of(statistics.frequency(), group_count(view, budget, _MSMOE))
     groups = around_leaders(similarity_NN, leaders)
-    why = {"similarity": similarity_NN.tolist()}
+    why = {"similarity": _digits(similarity_NN)}
     return merge_groups(view, budget, _MSMOE, groups, mixture=seen.mixture, seen=seen, why=why)
 
 
@@ -137,7 +139,7 @@ def merge_ream(view: LayerView, budget: Budget) -> LayerPlan:
     best = best_experts(saliency_N.tolist(), group_count(view, budget, _REAM), rule)
     leaders = sorted(best, key=lambda e: (-float(saliency_N[e]), e))
     groups = pseudo_pruning(similarity_NN, leaders, _REAM_GROUP)
-    why = {"similarity": similarity_NN.tolist()}
+    why = {"similarity": _digits(similarity_NN)}
     return merge_groups(view, budget, _REAM, groups, mixture=seen.mixture, seen=seen, why=why)
 
 
@@ -153,7 +155,7 @@ def merge_weights(view: LayerView, budget: Budget) -> LayerPlan:
     mixture = view.mixture()
     distance_NN = aligned_distances(mixture)
     groups = average_linkage(distance_NN, group_count(view, budget, _WEIGHTS))
-    why = {"distance": distance_NN.tolist()}
+    why = {"distance": _digits(distance_NN)}
     return merge_groups(view, budget, _WEIGHTS, groups, mixture=mixture, seen=None, why=why)
 
 
@@ -171,5 +173,10 @@ def merge_gradient(view: LayerView, budget: Budget) -> LayerPlan:
     seen = Reservoir.of(view.mixture(), view.observed().reservoir_SD)
     similarity_NN = gradient_cosine(view.gradients().map_NRR)
     groups = average_linkage(1.0 - similarity_NN, group_count(view, budget, _GRADIENT))
-    why: dict[str, Any] = {"similarity": similarity_NN.tolist()}
+    why = {"similarity": _digits(similarity_NN)}
     return merge_groups(view, budget, _GRADIENT, groups, mixture=seen.mixture, seen=seen, why=why)
+
+
+def _digits(matrix_NN: torch.Tensor) -> list[list[float]]:
+    """Four digits of each: a plan of many layers of hundreds of experts stays readable."""
+    return [[float(f"{x:.4g}") for x in row] for row in matrix_NN.tolist()]

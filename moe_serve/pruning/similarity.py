@@ -5,9 +5,12 @@ Shape suffixes: S tokens, N experts, I neurons per expert, D hidden size, R sket
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
+
+from moe_serve.calibration.mixture import Unit
 
 _PROBES: Final = 1024
 """At most this many input dimensions probe the weights."""
@@ -48,19 +51,16 @@ def _centred_gram(y_SD: torch.Tensor) -> torch.Tensor:
     return centred
 
 
-def surrogate_cka(
-    gate_NID: torch.Tensor, up_NID: torch.Tensor, down_NDI: torch.Tensor
-) -> torch.Tensor:
+def surrogate_cka(units: Sequence[Unit]) -> torch.Tensor:
     """Linear CKA of the experts' surrogate matrices W_down (W_gate ⊙ W_up), [N, N] in [0, 1].
 
     The surrogate (arXiv 2407.09590, section 3, model-centric) replaces a gated expert by one
     D × D matrix. It does not depend on the order of the neurons. Its columns, what each input
     dimension puts out, are compared like outputs on tokens; at most 1024 of them, evenly spaced.
     """
-    hidden = gate_NID.shape[2]
+    hidden = units[0].gate_FD.shape[1]
     probes = torch.linspace(0, hidden - 1, min(hidden, _PROBES)).round().long()
-    pairs = zip(gate_NID, up_NID, down_NDI, strict=True)
-    columns = [(d_DI @ (g_ID[:, probes] * u_ID[:, probes])).T for g_ID, u_ID, d_DI in pairs]
+    columns = [(u.down_DF @ (u.gate_FD[:, probes] * u.up_FD[:, probes])).T for u in units]
     return linear_cka(torch.stack(columns))
 
 

@@ -225,7 +225,7 @@ def test_gradients_that_agree_group_experts(view: LayerView) -> None:
     similarity = torch.tensor(merge_gradient(view, seven()).why["similarity"])
     flat = view.loss.map_NRR.double().flatten(1)
     expected = torch.nn.functional.cosine_similarity(flat[3], flat[4], dim=0)
-    assert float(similarity[3, 4]) == pytest.approx(float(expected), rel=1e-6)
+    assert float(similarity[3, 4]) == pytest.approx(float(expected), rel=1e-3)
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from moe_serve.pruning.similarity import (
     mean_output_distance,
     surrogate_cka,
 )
+from tests.support.experts import random_unit, shuffled
 
 
 def test_rotation_and_scale_do_not_matter() -> None:
@@ -47,16 +50,17 @@ def test_a_planted_pair_is_grouped_first() -> None:
 
 
 def test_surrogate_does_not_see_the_order_of_neurons() -> None:
-    """A shuffled, rescaled copy is the same; an unrelated expert is not; by hand for one neuron."""
+    """A shuffled, rescaled copy is the same; an unrelated expert is not."""
     torch.manual_seed(3)
-    gate, up, down = torch.randn(3, 20, 32), torch.randn(3, 20, 32), torch.randn(3, 32, 20)
-    order = torch.randperm(20)
-    gate[1], up[1], down[1] = gate[0][order], 2.0 * up[0][order], down[0][:, order]
-    cka = surrogate_cka(gate, up, down)
+    unit = random_unit(0, width=20, hidden=32)
+    copy = shuffled(unit, 1, torch.randperm(20).tolist())
+    copy = dataclasses.replace(copy, up_FD=2.0 * copy.up_FD)
+    units = [unit, copy, random_unit(2, width=20, hidden=32)]
+    cka = surrogate_cka(units)
     assert float(cka[0, 1]) == pytest.approx(1.0, abs=1e-5)
     assert float(cka[0, 2]) < 0.3
-    columns = torch.stack([d @ (g * u) for g, u, d in zip(gate, up, down, strict=True)])
-    torch.testing.assert_close(cka, linear_cka(columns.transpose(1, 2)))
+    columns = torch.stack([(u.down_DF @ (u.gate_FD * u.up_FD)).T for u in units])
+    torch.testing.assert_close(cka, linear_cka(columns))
 
 
 def test_distance_of_mean_outputs_by_hand() -> None:
