@@ -17,6 +17,8 @@ from moe_serve.calibration.mixture import Mixture, read_mixture
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CheckpointError
 
+_DERIVED: Final = ".rotary_emb.inv_freq"
+"""Old checkpoints store it; it follows from the config."""
 _IDENTITY: Final = frozenset({"model_type", "architectures", "auto_map"})
 """Config keys that say which class to load, as opposed to how large it is."""
 
@@ -112,7 +114,7 @@ class Decoder:
         weights = {
             name.removeprefix(prefix): self._read(name)
             for name in self.checkpoint.layer_matrices(index)
-            if not (sparse and name.startswith(block))
+            if not (sparse and name.startswith(block)) and not name.endswith(_DERIVED)
         }
         module = _LayerParts(skeleton, dense=not sparse)
         module.load(weights, where=str(self.checkpoint.path))

@@ -176,6 +176,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         expert=f"{_SPARSE_BLOCK}.experts.{{expert}}",
         projections=_NUMBERED,
         routing=RoutingRule(score="sigmoid", renormalise=True),
+        extra_layers_key="num_mtp_modules",
     ),
 )
 

@@ -14,7 +14,7 @@ from moe_serve.calibration.mixture import Mixture, Router, make_units
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.table import LayerTable
 from moe_serve.families import Routing
-from tests.support.models import FAMILIES, make_model
+from tests.support.models import FAMILIES, change_weights, make_model
 from tests.support.references import our_logits, reference_logits
 from tests.support.twins import make_twins, random_table
 
@@ -34,6 +34,17 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(
         our_logits(path, ids), reference_logits(path, ids, {}), rtol=1e-5, atol=2e-5
     )
+
+
+def test_stored_frequencies_are_not_needed(tmp_path: Path) -> None:
+    """Old checkpoints hold a buffer that follows from the config."""
+    path = make_model(tmp_path / "m", "deepseek")
+    ids = tokens(1, 20)
+    expected = our_logits(path, ids)
+    change_weights(
+        path, lambda w: w.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(16)})
+    )
+    assert torch.equal(our_logits(path, ids), expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

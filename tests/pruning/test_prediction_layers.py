@@ -21,12 +21,18 @@ from moe_serve.pruning.verify import verify
 from tests.support.models import change_config, change_weights, make_model
 from tests.support.references import our_logits, reference_logits
 
-WITH = ("deepseek_v3", "glm4_moe", "glm4_moe_lite")
+KEYS = {
+    "deepseek_v3": "num_nextn_predict_layers",
+    "glm4_moe": "num_nextn_predict_layers",
+    "glm4_moe_lite": "num_nextn_predict_layers",
+    "minimax_m2": "num_mtp_modules",
+}
 LAYER = 3
 
 
-def add_prediction_layer(path: Path) -> None:
+def with_prediction_layer(path: Path, family: str) -> Path:
     """A fourth layer as DeepSeek-V3 and GLM-4.5 publish it: a whole mixture and its own parts."""
+    make_model(path, family, num_hidden_layers=LAYER)
 
     def grow(weights: dict[str, torch.Tensor]) -> None:
         for name in [n for n in weights if n.startswith(f"model.layers.{LAYER - 1}.")]:
@@ -40,15 +46,20 @@ def add_prediction_layer(path: Path) -> None:
         weights[f"{own}shared_head.head.weight"] = weights["lm_head.weight"].clone()
 
     change_weights(path, grow)
-    change_config(path, num_nextn_predict_layers=1)
+    change_config(path, **{KEYS[family]: 1})
+    return path
 
 
-@pytest.fixture(params=WITH)
+def counted(path: Path) -> int:
+    """Such layers by the config."""
+    checkpoint = open_checkpoint(path)
+    return int(checkpoint.config[checkpoint.family.extra_layers_key or ""])
+
+
+@pytest.fixture(params=KEYS)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model with such a layer."""
-    path = make_model(tmp_path / "m", request.param)
-    add_prediction_layer(path)
-    return path
+    return with_prediction_layer(tmp_path / "m", request.param)
 
 
 def pruned(model: Path, output: Path, keep: float, form: str = "compact") -> Manifest:
@@ -68,7 +79,7 @@ def test_they_stay_where_nothing_changes(model: Path, tmp_path: Path) -> None:
     manifest = pruned(model, tmp_path / "out", 1.0)
     same = open_checkpoint(tmp_path / "out")
     assert same.tensors.keys() == open_checkpoint(model).tensors.keys()
-    assert same.config["num_nextn_predict_layers"] == 1
+    assert counted(tmp_path / "out") == 1
     assert manifest.prediction_layers is not None
     assert manifest.prediction_layers.kept
     assert "Left out" not in (tmp_path / "out/README.md").read_text()
@@ -87,7 +98,7 @@ def test_they_go_with_any_change(form: str, model: Path, tmp_path: Path) -> None
     assert made.bytes == before["prediction_layers"]["bytes"]
     checkpoint = open_checkpoint(out)
     assert not [name for name in checkpoint.tensors if f"layers.{LAYER}." in name]
-    assert checkpoint.config["num_nextn_predict_layers"] == 0
+    assert counted(out) == 0
     assert "Layers 3 (" in (out / "README.md").read_text()
     assert inspect(out)["prediction_layers"] == {"layers": [], "bytes": 0, "left_out": [LAYER]}
     if form == "compact":
@@ -104,8 +115,7 @@ def test_they_go_with_any_change(form: str, model: Path, tmp_path: Path) -> None
 
 def test_the_memory_asked_for_counts_them_only_where_they_stay(tmp_path: Path) -> None:
     """All fits: keep everything. Only they are too much: next to nothing else goes."""
-    path = make_model(tmp_path / "m", "deepseek_v3")
-    add_prediction_layer(path)
+    path = with_prediction_layer(tmp_path / "m", "deepseek_v3")
     checkpoint = open_checkpoint(path)
     cache = 100 * kv_bytes_per_token(checkpoint.config)
     whole = sum(entry.size for entry in checkpoint.tensors.values()) + cache
@@ -119,8 +129,9 @@ def test_the_memory_asked_for_counts_them_only_where_they_stay(tmp_path: Path) -
 
 def test_a_config_that_names_none_is_refused(model: Path) -> None:
     """The files hold a layer that the config does not count."""
-    change_config(model, num_nextn_predict_layers=0)
-    with pytest.raises(CheckpointError, match=r"layers\.3\..*beyond the 3.*num_nextn_predict"):
+    key = str(open_checkpoint(model).family.extra_layers_key)
+    change_config(model, **{key: 0})
+    with pytest.raises(CheckpointError, match=rf"layers\.3\..*beyond the 3.*{key}"):
         open_checkpoint(model)
 
 
