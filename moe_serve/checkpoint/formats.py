@@ -134,6 +134,11 @@ class Form:
                 for ending, tensor in scheme.tensors(name).items():
                     writer.write(tensor, whole[ending])
 
+    def write_router(self, writer: ShardWriter, layer: int, rows_ND: torch.Tensor) -> None:
+        """Write new router rows [N, D], of all original experts; those that stay are taken."""
+        kept = torch.tensor(self.rows.get(layer, range(len(rows_ND))))
+        writer.write(self.checkpoint.family.gate_name(layer), rows_ND.cpu().index_select(0, kept))
+
     def write_extras(self, target: Path) -> None:
         """Write ``router_mask.safetensors`` where stock software can't express the drops."""
         if not self.mask:

@@ -72,6 +72,13 @@ Requantise = Annotated[
         "tiles byte for byte.",
     ),
 ]
+RouterRefitFlag = Annotated[
+    bool,
+    typer.Option(
+        "--router-refit/--no-router-refit",
+        help="Re-fit the router to what is kept, where held-out tokens say that it helps.",
+    ),
+]
 FormatName = Annotated[str, typer.Option("--format", help="compact, tied or native.")]
 DryRun = Annotated[
     bool,

@@ -11,7 +11,7 @@ from moe_serve.calibration.decoder import Decoder
 from moe_serve.calibration.mixture import read_mixture
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.stream import batches
-from moe_serve.checkpoint.formats import Form, LayerBlocks
+from moe_serve.checkpoint.formats import Form
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging
@@ -19,7 +19,7 @@ from moe_serve.progress import Progress
 from moe_serve.pruning.build import build_blocks
 from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.refit import FitTokens
-from moe_serve.pruning.walk import Walk, held_out
+from moe_serve.pruning.walk import FittedLayer, Walk, held_out
 
 _COPY = "apply/copy"
 
@@ -52,13 +52,14 @@ def apply_plan(app: Application, plan: Plan, sequences: Sequences | None) -> dic
         app.form.copy_unchanged(app.writer)
         app.writer.sync()
         app.staging.finish(_COPY)
-    if plan.refit is not None and sequences is not None:
-        return _stream(app, plan, plan.refit, sequences)
+    if plan.needs_texts and sequences is not None:
+        return _stream(app, plan, sequences)
     app.progress.start("apply", len(plan.layers))
     for index, layer in sorted(plan.layers.items()):
         if app.staging.done(_step(index)) is None:
             mixture = read_mixture(app.checkpoint, index, app.device)
-            _finish(app, index, build_blocks(app.checkpoint, index, layer, mixture.units), None)
+            blocks = build_blocks(app.checkpoint, index, layer, mixture.units)
+            _finish(app, index, FittedLayer(blocks=blocks, rows_ND=None, record={}))
         app.progress.advance()
     return None
 
@@ -67,22 +68,22 @@ def _step(layer: int) -> str:
     return f"apply/{layer}"
 
 
-def _finish(
-    app: Application, index: int, blocks: LayerBlocks | None, record: dict[str, Any] | None
-) -> None:
+def _finish(app: Application, index: int, layer: FittedLayer | None) -> None:
     """Bring a layer to the disk, then say so."""
-    if blocks is not None:
-        app.form.write_layer(app.writer, index, blocks)
+    if layer is not None:
+        app.form.write_layer(app.writer, index, layer.blocks)
+        if layer.rows_ND is not None:
+            app.form.write_router(app.writer, index, layer.rows_ND)
         app.writer.sync()
-    app.staging.finish(_step(index), record or {})
+    app.staging.finish(_step(index), layer.record if layer else {})
 
 
-def _stream(app: Application, plan: Plan, settings: Refit, sequences: Sequences) -> dict[str, Any]:
+def _stream(app: Application, plan: Plan, sequences: Sequences) -> dict[str, Any]:
     decoder = Decoder(app.checkpoint, app.device)
     tokens = FitTokens(
         batches=tuple(batches(sequences, app.batch_tokens, app.device)),
         omega_T=sequences.weights(),
-        held_T=held_out(sequences, settings.holdout),
+        held_T=held_out(sequences, (plan.refit or Refit()).holdout),
     )
     walk = Walk(decoder, sequences, tokens, app.staging.work)
     app.progress.start("apply", decoder.layers)
@@ -94,10 +95,11 @@ def _stream(app: Application, plan: Plan, settings: Refit, sequences: Sequences)
             planned = plan.layers.get(index)
             if planned is None or layer.mixture is None:
                 walk.pass_through(layer)
-                _finish(app, index, None, None)
+                _finish(app, index, None)
             else:
-                blocks, record = walk.fit(layer, layer.mixture, planned, settings)
-                _finish(app, index, blocks, record)
+                _finish(
+                    app, index, walk.fit(layer, layer.mixture, planned, plan.refit, plan.router)
+                )
         app.progress.advance()
     walk.end()
     return {

@@ -81,6 +81,17 @@ class NumberFormat(_Model):
     """Blocks rounded again in the same scheme, by projection."""
 
 
+class RouterFit(_Model):
+    """Re-fit of the router's rows before that of the down projections."""
+
+    ridges: tuple[float, ...] = (0.01, 0.1, 1.0)
+    """Candidates for λ as a multiple of the normal matrix's mean diagonal."""
+    steps: int = 30
+    """Conjugate-gradient iterations."""
+    margin: float = 0.002
+    """Share of the held-out error by which it must fall for new rows to be taken."""
+
+
 class Plan(_Model):
     """What ``apply`` carries out."""
 
@@ -93,10 +104,16 @@ class Plan(_Model):
     seed: int
     keep: float
     refit: Refit | None
+    router: RouterFit | None = None
     layers: dict[int, LayerPlan]
     """Layers that change; the others are copied."""
     numbers: NumberFormat | None = None
     """``None`` where the experts are plain numbers."""
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether carrying it out fits something."""
+        return self.refit is not None or self.router is not None
 
     def table(self) -> CompactTable:
         """The remapping of all changed layers."""

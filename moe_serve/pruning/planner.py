@@ -19,7 +19,7 @@ from moe_serve.pruning.methods import Method
 from moe_serve.pruning.native import choose, weigh
 from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.numbers import number_format
-from moe_serve.pruning.plan import LayerPlan, Plan, Refit
+from moe_serve.pruning.plan import LayerPlan, Plan, Refit, RouterFit
 from moe_serve.pruning.request import Selection
 from moe_serve.pruning.trial import Trial
 from moe_serve.pruning.view import Budget, LayerView
@@ -60,11 +60,11 @@ def make_plan(
     progress.start("plan", passes * len(layers))
     views = (_view(checkpoint, statistics, index, budget.tile, progress) for index in layers)
     weighed: dict[str, Any] = {}
+    by = Refit() if refit else None
     if budget.uniform and statistics is not None and method.neurons is not None and layers:
-        settings = Refit() if refit else None
         planned, weighed = choose(
             weigh(views, method.neurons, budget.keep),
-            (lambda layers: trial.measure(layers, settings)) if trial is not None else None,
+            (lambda layers: trial.measure(layers, by)) if trial is not None else None,
         )
     elif method.neurons is not None:
         planned = _spend(
@@ -79,6 +79,14 @@ def make_plan(
                 _view(checkpoint, statistics, index, budget.tile, progress) for index in layers
             )
         planned = {view.index: method.experts(view, budgets[view.index]) for view in views}
+    router = RouterFit() if selection.router_refit and planned else None
+    if router is not None and trial is not None:
+        fits = {
+            name: trial.measure(planned, by, r) for name, r in (("without", None), ("with", router))
+        }
+        weighed |= {"router_refit": {name: kl._asdict() for name, kl in fits.items()}}
+        if fits["with"].mean >= fits["without"].mean:
+            router = None
     plan = Plan(
         model=checkpoint.path.resolve().name,
         fingerprint=checkpoint.fingerprint(),
@@ -87,7 +95,8 @@ def make_plan(
         settings=_settings(method, budget) | weighed,
         seed=selection.seed,
         keep=budget.keep,
-        refit=Refit() if refit and planned else None,
+        refit=by if planned else None,
+        router=router,
         layers=planned,
         numbers=number_format(checkpoint, planned, refit=refit),
     )

@@ -101,6 +101,8 @@ class Selection:
     block_width: int | None = None
     refit: bool | None = None
     """``None``: as the method does."""
+    router_refit: bool = False
+    """Whether the router's rows are re-fitted where that helps."""
     uniform: bool = False
     across_layers: bool = True
     coefficients: str | None = None
@@ -125,6 +127,12 @@ class Selection:
         tile = tile_width(checkpoint)
         width = block_width(checkpoint, self.block_width, tile) if method.neurons else None
         refit = method.refit if self.refit is None else self.refit
+        if self.router_refit and not texts:
+            raise UsageError(
+                "a re-fit of the router needs calibration texts",
+                where="--router-refit",
+                remedy="give --calibration PATH or --no-router-refit",
+            )
         if refit and not texts:
             raise UsageError(
                 "a re-fit needs calibration texts",

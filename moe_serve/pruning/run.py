@@ -137,11 +137,11 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
         with clock("plan"):
             plan = given or _planned(request, checkpoint, statistics, corpus, staging, progress)
             plan.save(staging.path / PLAN)
-        if plan.refit is not None and corpus is None:
+        if plan.needs_texts and corpus is None:
             raise UsageError(
                 "this plan re-fits what is kept and needs calibration texts",
                 where="--calibration",
-                remedy="give the texts, or plan with --no-refit",
+                remedy="give the texts, or plan with --no-refit and --no-router-refit",
             )
         with clock("apply"):
             form = form_named(request.form, checkpoint, plan.table())
@@ -209,6 +209,7 @@ def _fingerprint(
         "memory": [selection.memory, selection.kv_tokens, selection.gpu_count],
         "block_width": selection.block_width,
         "refit": selection.refit,
+        "router_refit": selection.router_refit,
         "across_layers": selection.across_layers,
         "merging": [selection.coefficients, selection.drop_when_better],
         "requantise": selection.requantise,

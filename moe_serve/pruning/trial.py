@@ -21,11 +21,11 @@ from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import batches
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.pruning.plan import LayerPlan, Refit
+from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens
 from moe_serve.pruning.walk import Walk, held_out
 
-TRIAL_TOKENS: Final = 32_768
+TRIAL_TOKENS: Final = 16_384
 """Tokens of a trial, those it is measured on included."""
 _MEASURED: Final = 0.25
 """Share of a trial's sequences that measure."""
@@ -53,7 +53,12 @@ class Trial:
     batch_tokens: int
 
     @torch.inference_mode()
-    def measure(self, layers: dict[int, LayerPlan], refit: Refit | None) -> Measured:
+    def measure(
+        self,
+        layers: dict[int, LayerPlan],
+        refit: Refit | None,
+        router: RouterFit | None = None,
+    ) -> Measured:
         """Apply some layers' plans in memory, then compare.
 
         Cost: about three forward passes over :data:`TRIAL_TOKENS` tokens, and the re-fits.
@@ -74,10 +79,8 @@ class Trial:
                 layer = decoder.layer(index)
                 if layer.mixture is None or index not in layers:
                     walk.pass_through(layer)
-                elif refit is None:
-                    walk.replace(layer, layer.mixture, layers[index])
                 else:
-                    walk.fit(layer, layer.mixture, layers[index], refit)
+                    walk.fit(layer, layer.mixture, layers[index], refit, router)
             kl_T = _divergence(decoder.head(), walk.last(), measured_T, self.device)
         domain_T = sequences.token_domains()[measured_T]
         means = [float(kl_T[domain_T == d].mean()) for d in domain_T.unique().tolist()]

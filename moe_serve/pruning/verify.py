@@ -102,7 +102,9 @@ def _against(
         return
     plan = Plan.load(checkpoint.path / "plan.json")
     plan.check(original)
-    edited = form_named("compact", original, plan.table()).edited()
+    edited = set(form_named("compact", original, plan.table()).edited())
+    if plan.router is not None:
+        edited |= {original.family.gate_name(layer) for layer in plan.layers}
     unchanged = [e for e in copied_entries(original, set(plan.layers)) if e.name not in edited]
     progress.start("compare with original", len(unchanged) + len(plan.layers))
     for entry in unchanged:

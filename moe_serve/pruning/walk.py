@@ -5,6 +5,8 @@ Shape suffixes: B sequences, L tokens each, D hidden size, T tokens.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,20 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
 from moe_serve.checkpoint.formats import LayerBlocks
 from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs
-from moe_serve.pruning.plan import LayerPlan, Refit
+from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens, refit
+from moe_serve.pruning.router import fit_rows
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedLayer:
+    """A changed layer, to be written."""
+
+    blocks: LayerBlocks
+    rows_ND: torch.Tensor | None
+    """The router's rows in their stored format, where they changed."""
+    record: dict[str, Any]
+    """What the re-fits did."""
 
 
 class Walk:
@@ -63,24 +77,15 @@ class Walk:
                 after = streams[(layer.index + 1) % 2]
                 batch.store(after, r_BLD + layer.feed_forward(z_BLD))
 
-    def replace(self, layer: Layer, mixture: Mixture, planned: LayerPlan) -> None:
-        """Run a changed layer as it is planned, without a re-fit."""
-        checkpoint = self._decoder.checkpoint
-        blocks = build_blocks(checkpoint, layer.index, planned, mixture.units)
-        schemes = checkpoint.expert_scheme(layer.index)
-        pruned = pruned_mixture(mixture, planned.table(), blocks, schemes)
-        after = (layer.index + 1) % 2
-        for batch in self._tokens.batches:
-            r_BLD, z_BLD = self._attend(layer, batch, self._original)
-            batch.store(self._original[after], r_BLD + layer.feed_forward(z_BLD))
-            r_BLD, z_BLD = self._attend(layer, batch, self._pruned)
-            y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
-            batch.store(self._pruned[after], r_BLD + y_BLD)
-
     def fit(
-        self, layer: Layer, mixture: Mixture, planned: LayerPlan, settings: Refit
-    ) -> tuple[LayerBlocks, dict[str, Any]]:
-        """Build and re-fit a changed layer; both streams move on."""
+        self,
+        layer: Layer,
+        mixture: Mixture,
+        planned: LayerPlan,
+        refit_by: Refit | None,
+        router_by: RouterFit | None = None,
+    ) -> FittedLayer:
+        """Build a changed layer, re-fit what is asked for; both streams move on."""
         checkpoint = self._decoder.checkpoint
         schemes = checkpoint.expert_scheme(layer.index)
         table = planned.table()
@@ -96,24 +101,41 @@ class Walk:
             y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
             batch.store(self._inputs, z_BLD)
             batch.store(self._residual, goal_BLD - r_BLD - y_BLD)
-        fitted = refit(
-            pruned,
-            self._inputs,
-            self._residual,
-            self._tokens,
-            settings,
-            schemes[2],
-            planned.width,
-        )
+        record: dict[str, Any] = {}
+        rows = None
+        if router_by is not None:
+            gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
+            found = fit_rows(
+                pruned, self._inputs, self._residual, self._tokens, router_by, gate.dtype
+            )
+            record["router"] = {
+                "ridge": found.ridge,
+                "held_out_error_before": found.error_before,
+                "held_out_error_after": found.error_after,
+            }
+            if found.ridge is not None:
+                pruned = dataclasses.replace(pruned, router=found.router)
+                rows = found.router.weight_ND.to(gate.dtype)
+        if refit_by is not None:
+            fitted = refit(
+                pruned,
+                self._inputs,
+                self._residual,
+                self._tokens,
+                refit_by,
+                schemes[2],
+                planned.width,
+            )
+            record |= {
+                "ridge": fitted.ridge,
+                "error_before": fitted.error_before,
+                "error_after": fitted.error_after,
+            }
+            blocks = with_downs(blocks, table, fitted.stored, schemes[2])
         for batch in self._tokens.batches:
             # goal - residual is r + P W on the rounded weights: what will be served.
             batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))
-        record = {
-            "ridge": fitted.ridge,
-            "error_before": fitted.error_before,
-            "error_after": fitted.error_after,
-        }
-        return with_downs(blocks, table, fitted.stored, schemes[2]), record
+        return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
 
     def _attend(
         self, layer: Layer, batch: Batch, streams: tuple[States, States]

@@ -21,7 +21,7 @@ from moe_serve.pruning.obs import RemovalPath
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import Selection, TextOptions, load_corpus
 from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.trial import Measured, Trial, _share
+from moe_serve.pruning.trial import TRIAL_TOKENS, Measured, Trial, _share
 from moe_serve.pruning.verify import verify
 from moe_serve.pruning.view import LayerView
 from moe_serve.pruning.walk import held_out
@@ -187,7 +187,7 @@ def test_a_trial_says_what_a_comparison_of_the_files_says(root: Path, tmp_path: 
         model=root / "m", output=tmp_path / "out", texts=TextOptions(paths=()), selection=selection
     )
     prune(request, Silent())
-    sequences = _share(corpus.sequences, 32_768)
+    sequences = _share(corpus.sequences, TRIAL_TOKENS)
     measured_T = held_out(sequences, 0.25)
     chosen = [
         number
