@@ -54,7 +54,8 @@ def collect(
 ) -> Statistics:
     """Stream all layers and write ``statistics.safetensors`` and ``statistics.json``.
 
-    Reads every weight of the decoder twice: forward, and back for the gradients. Peak memory: one
+    Reads every weight of the decoder twice: forward, and back for the gradients if the record
+    wants them. Peak memory: one
     layer in FP32, its normal matrices (N · I² · 4 bytes) and one batch; hidden states stay on disk.
 
     Args:
@@ -106,15 +107,16 @@ def observe(
     inputs = LayerInputs.of(sequences, numbers, staging, layers=layers, hidden=hidden)
     states = [States(staging.work / f"calibrate-{i}.f32", hidden) for i in (0, 1)]
     if not staging.resumed:
-        require_space(staging.path, inputs.bytes_needed + 2 * states[0].size(ours.total))
-    progress.start("calibrate", 2 * layers)
+        kept = inputs.bytes_needed if record.gradients else 0
+        require_space(staging.path, kept + 2 * states[0].size(ours.total))
+    progress.start("calibrate", (2 if record.gradients else 1) * layers)
     forward = _Forward(
         decoder=decoder,
         sequences=ours,
         states=(states[0], states[1]),
         sample=_sample(sequences, numbers, record),
         reservoir=record.reservoir,
-        inputs=inputs,
+        inputs=inputs if record.gradients else None,
         settings=settings,
     )
     steps = _Steps(group=group, staging=staging, progress=progress)
@@ -126,8 +128,9 @@ def observe(
             reverse.begin()
         return reverse.step(index)
 
-    write = writer.write_gradients if writer else None
-    steps.take("reverse", reversed(range(layers)), back, write)
+    if record.gradients:
+        write = writer.write_gradients if writer else None
+        steps.take("reverse", reversed(range(layers)), back, write)
     if writer is not None:
         writer.close()
     staging.finish(_DONE)
@@ -183,7 +186,8 @@ class _Forward:
     sample: dict[int, int]
     """Position among our tokens → row of the reservoir."""
     reservoir: int
-    inputs: LayerInputs
+    inputs: LayerInputs | None
+    """What the reverse pass will want."""
     settings: Collection
 
     @torch.inference_mode()
@@ -205,7 +209,8 @@ class _Forward:
         last = index == self.decoder.layers - 1
         for batch in batches(self.sequences, self.settings.batch_tokens, device):
             x_BLD = batch.load(before)
-            self.inputs.keep(index, batch, x_BLD)
+            if self.inputs is not None:
+                self.inputs.keep(index, batch, x_BLD)
             r_BLD = layer.attend(x_BLD, self.decoder.rotary(*batch.shape))
             z_BLD = layer.normed(r_BLD)
             if layer.mixture is None:
@@ -220,7 +225,7 @@ class _Forward:
                 ).view_as(r_BLD)
             x_BLD = r_BLD + y_BLD
             batch.store(after, x_BLD)
-            if last:
+            if last and self.inputs is not None:
                 self.inputs.keep(index + 1, batch, x_BLD)
         return accumulator.result() if layer.mixture is not None else None
 

@@ -43,6 +43,8 @@ class CalibrationRecord:
     reservoir: int
     share: Share = WHOLE
     """The part of the texts that was observed; the other fields describe the whole."""
+    gradients: bool = True
+    """Whether the reverse pass is taken."""
 
     @classmethod
     def of(
@@ -80,7 +82,11 @@ class CalibrationRecord:
             "sources": list(self.sources),
             "seed": self.seed,
             "reservoir": self.reservoir,
-        } | ({"shard": str(self.share)} if self.share.of > 1 else {})
+        } | self._exceptions()
+
+    def _exceptions(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"shard": str(self.share)} if self.share.of > 1 else {}
+        return found if self.gradients else found | {"gradients": False}
 
 
 class StatisticsWriter:
@@ -100,7 +106,8 @@ class StatisticsWriter:
         gradients = LayerGradients.shapes(
             experts=shape.experts, width=shape.width, hidden=shape.hidden
         )
-        shapes |= {_GRADIENTS + field: form for field, form in gradients.items()}
+        if record.gradients:
+            shapes |= {_GRADIENTS + field: form for field, form in gradients.items()}
         runs = [
             tuple(
                 TensorSpec(name=_name(layer, field), dtype=dtype, shape=form)
@@ -180,6 +187,11 @@ class Statistics:
                 where=str(self.folder),
                 remedy="calibrate this one",
             )
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether the reverse pass was taken."""
+        return bool(self.record.get("gradients", True))
 
     def layer(self, layer: int) -> LayerStatistics:
         """Read one layer. Memory: its N normal matrices."""

@@ -104,6 +104,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
         refit = Refit() if refits else None
         work = replace(
             _work(request, corpus, keep=budget.keep, refit=refit),
+            reverse=method.loss or given or request.statistics is not None,
             inverts=method.neurons is block_obs,
             compares=method.compares,
             alignments=_alignments(method, sizes.shape),

@@ -75,7 +75,7 @@ class Sizes:
         """Weights of one routed expert."""
         return 3 * self.shape.width * self.shape.hidden
 
-    def statistics_bytes(self, domains: int) -> int:
+    def statistics_bytes(self, domains: int, *, gradients: bool = True) -> int:
         """On disk, all layers: N normal matrices of side I above all."""
         shape = self.shape
         forms = LayerStatistics.shapes(
@@ -85,13 +85,12 @@ class Sizes:
             hidden=shape.hidden,
             reservoir=RESERVOIR,
         )
-        forms |= {
-            f"gradients.{name}": form
-            for name, form in LayerGradients.shapes(
+        kinds = list(forms.values())
+        if gradients:
+            kinds += LayerGradients.shapes(
                 experts=shape.experts, width=shape.width, hidden=shape.hidden
-            ).items()
-        }
-        return self.sparse * sum(itemsize(kind) * _count(form) for kind, form in forms.values())
+            ).values()
+        return self.sparse * sum(itemsize(kind) * _count(form) for kind, form in kinds)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +103,8 @@ class Work:
     length: int
     batch_tokens: int
     keep: float = 1.0
+    reverse: bool = True
+    """Whether the method asks what the loss feels."""
     inverts: bool = False
     """Whether the method inverts the normal matrices."""
     compares: bool = False
@@ -189,19 +190,21 @@ class Forecast:
 
 
 def calibrate_step(sizes: Sizes, work: Work) -> Step:
-    """Forward over all tokens, reverse over at most 16,384 of them."""
+    """Forward over all tokens; where the method asks for it, back over at most 16,384 of them."""
     shape, some = sizes.shape, min(GRADIENT_TOKENS, work.tokens)
     normal = work.tokens * shape.top_k * 2 * shape.width**2 * sizes.sparse
     # Attention forward again and backward: 3 forwards. Experts: 5 products instead of 3.
     reverse = some * (3 * _dense(sizes, work) + 5 / 3 * _routed(sizes))
-    loss = some * (6 * shape.vocabulary * shape.hidden + 2 * shape.hidden**2 * sizes.sparse)
-    rows = 2 * work.tokens + (shape.layers + 3) * some
-    statistics = sizes.statistics_bytes(work.domains)
+    reverse += some * (6 * shape.vocabulary * shape.hidden + 2 * shape.hidden**2 * sizes.sparse)
+    rows = 2 * work.tokens + ((shape.layers + 3) * some if work.reverse else 0)
+    statistics = sizes.statistics_bytes(work.domains, gradients=work.reverse)
+    passes = 2 if work.reverse else 1
+    read = passes * sizes.decoder_bytes + sizes.embedding_bytes + statistics
     return Step(
         name="calibrate",
-        passes=2,
-        flops=_forward(sizes, work) + normal + reverse + loss,
-        read=2 * sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes + statistics,
+        passes=passes,
+        flops=_forward(sizes, work) + normal + (reverse if work.reverse else 0.0),
+        read=read + (sizes.head_bytes if work.reverse else 0),
         written=statistics,
         memory=_layer_memory(sizes, work) + shape.experts * shape.width**2 * _F32,
         disk=statistics + rows * shape.hidden * _F32,
@@ -233,7 +236,7 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
         name="plan",
         passes=0,
         flops=flops,
-        read=sizes.statistics_bytes(work.domains) + sizes.expert_bytes // 3,
+        read=sizes.statistics_bytes(work.domains, gradients=work.reverse) + sizes.expert_bytes // 3,
         written=0,
         memory=2 * square * _F32 + experts * _F32 + outputs,
         disk=0,

@@ -68,6 +68,8 @@ class Method:
     """Whether the ladders of different layers measure the same thing."""
     needs_texts: bool = True
     """Whether it needs calibration statistics."""
+    loss: bool = True
+    """Whether it asks what the loss feels; else its own run leaves out the reverse pass."""
     refit: bool = False
     """Whether what is kept is re-fitted unless the user says otherwise."""
 
@@ -79,28 +81,29 @@ METHODS: Final = {
         Method(name="block-heapr", neurons=block_heapr, comparable=True),
         Method(name="block-taylor", neurons=block_taylor, comparable=True),
         Method(name="block-magnitude", neurons=block_magnitude, needs_texts=False),
-        Method(name="drop-naee", experts=drop_naee, compares=True),
-        Method(name="drop-reap", experts=drop_reap),
-        Method(name="drop-ean", experts=drop_ean),
-        Method(name="drop-man", experts=drop_man),
-        Method(name="drop-msan", experts=drop_msan),
-        Method(name="drop-seer", experts=drop_seer),
-        Method(name="drop-frequency", experts=drop_frequency),
+        Method(name="drop-naee", experts=drop_naee, loss=False, compares=True),
+        Method(name="drop-reap", experts=drop_reap, loss=False),
+        Method(name="drop-ean", experts=drop_ean, loss=False),
+        Method(name="drop-man", experts=drop_man, loss=False),
+        Method(name="drop-msan", experts=drop_msan, loss=False),
+        Method(name="drop-seer", experts=drop_seer, loss=False),
+        Method(name="drop-frequency", experts=drop_frequency, loss=False),
         Method(name="drop-taylor", experts=drop_taylor),
         Method(name="drop-fisher", experts=drop_fisher),
         Method(name="drop-aimer", experts=drop_aimer, needs_texts=False),
         Method(name="drop-random", experts=drop_random, needs_texts=False),
-        Method(name="merge-cka", experts=merge_cka, merges=True, compares=True),
+        Method(name="merge-cka", experts=merge_cka, loss=False, merges=True, compares=True),
         Method(name="merge-cka-weights", experts=merge_cka_weights, merges=True, needs_texts=False),
-        Method(name="merge-hc", experts=merge_hc, merges=True, compares=True),
+        Method(name="merge-hc", experts=merge_hc, loss=False, merges=True, compares=True),
         Method(
             name="merge-msmoe",
             experts=merge_msmoe,
+            loss=False,
             merges=True,
             compares=True,
             worth=lambda view: view.observed().frequency(),
         ),
-        Method(name="merge-ream", experts=merge_ream, merges=True, compares=True),
+        Method(name="merge-ream", experts=merge_ream, loss=False, merges=True, compares=True),
         Method(
             name="merge-weights",
             experts=merge_weights,

@@ -117,7 +117,7 @@ def _view(
         index=index,
         checkpoint=checkpoint,
         statistics=statistics.layer(index) if statistics is not None else None,
-        loss=statistics.gradients(index) if statistics is not None else None,
+        loss=statistics.gradients(index) if statistics and statistics.has_gradients else None,
         tile=tile,
     )
 

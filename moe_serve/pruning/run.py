@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +36,7 @@ from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
 from moe_serve.pruning.apply import Application, apply_plan
 from moe_serve.pruning.card import model_card
+from moe_serve.pruning.methods import method_named
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import (
@@ -249,12 +250,17 @@ def _calibrated(
         return collect(
             checkpoint,
             corpus.sequences,
-            corpus.record(checkpoint, request.texts.seed),
+            replace(corpus.record(checkpoint, request.texts.seed), gradients=_feels_loss(request)),
             folder,
             staging,
             Collection(device=request.device, batch_tokens=request.batch_tokens),
             progress,
         )
+
+
+def _feels_loss(request: PruneRequest) -> bool:
+    """Whether the method asks for gradients; statistics that are kept serve any method."""
+    return method_named(request.selection.method, texts=True).loss
 
 
 def _planned(

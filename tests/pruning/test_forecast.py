@@ -58,6 +58,16 @@ def test_arithmetic_of_a_calibration() -> None:
     assert step.memory >= 4 * 36 * 4 + 1000 * 4 + 2000
 
 
+def test_methods_that_feel_no_loss_spare_the_way_back() -> None:
+    """One pass, no output matrix, fewer files."""
+    work = Work(tokens=100, domains=2, length=50, batch_tokens=64, reverse=False)
+    step = calibrate_step(SIZES, work)
+    assert step.passes == 1
+    assert step.flops == pytest.approx(100 * (3000 + 1440 + 288))
+    assert step.read - SIZES.statistics_bytes(2, gradients=False) == 4000 + 2000
+    assert step.disk < calibrate_step(SIZES, WORK).disk
+
+
 def test_arithmetic_of_inversions() -> None:
     """5/3·6³ + 2·6²·10 = 1,080 for each of 8 experts, and nothing for other methods."""
     assert plan_step(SIZES, WORK).flops == 0

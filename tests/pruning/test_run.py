@@ -9,18 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import WORK
 from moe_serve.errors import CheckpointError, MoeServeError, OutputError, PlanError, UsageError
 from moe_serve.progress import Silent
+from moe_serve.pruning.methods import METHODS as REGISTERED
 from moe_serve.pruning.plan import Plan
+from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, prune
 from moe_serve.pruning.verify import verify
@@ -83,6 +87,25 @@ def test_runs_are_deterministic(method: str, model: Path, texts: Path, tmp_path:
     assert (tmp_path / "a/moe_serve.json").read_bytes() == (
         tmp_path / "b/moe_serve.json"
     ).read_bytes()
+
+
+def test_methods_without_gradients_spare_the_reverse_pass(texts: Path, tmp_path: Path) -> None:
+    """The same plan as from full statistics, and each such method can do without them."""
+    model = make_model(tmp_path / "m", "qwen3_moe")
+    short = request(model, tmp_path / "a", texts, method="drop-reap")
+    prune(short, Silent())
+    prune(replace(short, output=tmp_path / "b", statistics=tmp_path / "s"), Silent())
+    assert Statistics(tmp_path / "s").has_gradients
+    plans = [Plan.load(tmp_path / name / "plan.json") for name in "ab"]
+    assert plans[0].layers == plans[1].layers
+    record = json.loads((tmp_path / "s/statistics.json").read_text()) | {"gradients": False}
+    (tmp_path / "s/statistics.json").write_text(json.dumps(record))
+    without = [method.name for method in REGISTERED.values() if not method.loss]
+    assert len(without) > 5
+    for name in without:
+        selection = Selection(keep=0.5, method=name)
+        made = make_plan(open_checkpoint(model), Statistics(tmp_path / "s"), selection, Silent())
+        assert made.layers
 
 
 def test_batch_size_changes_only_rounding(texts: Path, tmp_path: Path) -> None:
