@@ -25,6 +25,7 @@ from moe_serve.calibration.stream import Batch
 from moe_serve.checkpoint.quantisation import Matrix, Scheme
 from moe_serve.errors import CalibrationError
 from moe_serve.pruning.plan import Refit
+from moe_serve.pruning.rounding import round_neurons
 
 _TINY: Final = torch.finfo(torch.float32).tiny
 
@@ -127,9 +128,9 @@ def refit(
                 scale = max(fit.mean_diagonal + held.mean_diagonal, _TINY)
             ridge, w_FD = _best(fit, held, start_FD.double(), candidates, scale)
             candidates = (ridge,)
-            w_FD = w_FD.float()
-            for slot in slots:
-                matrix = scheme.quantise(w_FD[slot.columns].T)
+            fit.a_FF.diagonal().add_(ridge * scale)
+            matrices = round_neurons(w_FD, fit.a_FF, scheme, [slot.columns for slot in slots])
+            for slot, matrix in zip(slots, matrices, strict=True):
                 stored[slot.unit] = matrix
                 downs[slot.unit] = scheme.dequantise(matrix).T.to(present_FD.device)
             rounded_FD = torch.cat([downs[slot.unit] for slot in slots])

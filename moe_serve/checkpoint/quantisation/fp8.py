@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
-from moe_serve.checkpoint.quantisation.scheme import Axis, Matrix, Piece, Scheme
+from moe_serve.checkpoint.quantisation.scheme import Axis, Grid, Matrix, Piece, Scheme
 
 LARGEST: Final = 448.0
 """The largest finite E4M3 value."""
@@ -68,9 +68,19 @@ class Fp8(Scheme):
         scale = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
         codes = weight.float() / self._spread(scale.float(), rows, columns)
         return {
-            "weight": codes.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn),
+            "weight": _codes(codes),
             self.scale: scale.reshape(self.pieces[1].shape(rows, columns)),
         }
+
+    def grid(self, matrix: Matrix) -> Grid:
+        """E4M3 codes times each weight's scale."""
+        rows, columns = matrix["weight"].shape
+        scale = self._spread(matrix[self.scale].float(), rows, columns).expand(rows, columns)
+        return Grid(scale, torch.zeros_like(scale), lambda w: _codes(w).float(), matrix)
+
+    def encode(self, weight: torch.Tensor, grid: Grid) -> Matrix:
+        """Nearest codes under the grid's scales."""
+        return {"weight": _codes(weight / grid.scale), self.scale: grid.matrix[self.scale]}
 
     def _spread(self, scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """The scale of every weight, by broadcasting where one counts for all."""
@@ -83,3 +93,8 @@ class Fp8(Scheme):
         if (self.column_step or 1) > 1:
             scale = scale.repeat_interleave(self.column_step or 1, dim=1)[:, :columns]
         return scale
+
+
+def _codes(scaled: torch.Tensor) -> torch.Tensor:
+    """Nearest E4M3 values, the largest where there is none."""
+    return scaled.clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

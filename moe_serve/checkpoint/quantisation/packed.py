@@ -24,7 +24,7 @@ import torch
 
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.quantisation.codes import WORD, Groups, fit_groups, pack, unpack
-from moe_serve.checkpoint.quantisation.scheme import Axis, Matrix, Piece, Scheme
+from moe_serve.checkpoint.quantisation.scheme import Axis, Grid, Matrix, Piece, Scheme
 
 AWQ_ORDER: Final = (0, 2, 4, 6, 1, 3, 5, 7)
 """The code at each place of a word."""
@@ -102,22 +102,50 @@ class Packed(Scheme):
 
     def dequantise(self, matrix: Matrix) -> torch.Tensor:
         """(code - zero) · scale."""
-        bits, order = self.bits, self._order
-        if self.layout == "compressed-tensors":
-            codes = unpack(matrix["weight_packed"], bits, 1, order)
-            scale = matrix["weight_scale"].float()
-            zeros = matrix.get("weight_zero_point")
-            zero = None if zeros is None else unpack(zeros, bits, 0, order)
-        else:
-            dim = 1 if self.layout == "AWQ" else 0
-            codes = unpack(matrix["qweight"], bits, dim, order).T
-            scale = matrix["scales"].float().T
-            zero = unpack(matrix["qzeros"], bits, 1, order).T + self.zero_offset
+        codes = self._codes(matrix)
         rows, columns = codes.shape
+        scale, zero = self._scales(matrix)
         grouped = codes.reshape(rows, scale.shape[1], -1).float()
-        grouped -= float(1 << (bits - 1)) if zero is None else zero.float()[..., None]
+        grouped -= zero[..., None]
         grouped *= scale[..., None]
         return grouped.reshape(rows, columns)
+
+    def _codes(self, matrix: Matrix) -> torch.Tensor:
+        """I32 [rows, columns]."""
+        if self.layout == "compressed-tensors":
+            return unpack(matrix["weight_packed"], self.bits, 1, self._order)
+        dim = 1 if self.layout == "AWQ" else 0
+        return unpack(matrix["qweight"], self.bits, dim, self._order).T
+
+    def _scales(self, matrix: Matrix) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero of each row and group, FP32."""
+        if self.layout == "compressed-tensors":
+            scale = matrix["weight_scale"].float()
+            if not self.stored_zero:
+                return scale, torch.full_like(scale, float(1 << (self.bits - 1)))
+            return scale, unpack(matrix["weight_zero_point"], self.bits, 0, self._order).float()
+        zero = unpack(matrix["qzeros"], self.bits, 1, self._order).T + self.zero_offset
+        return matrix["scales"].float().T, zero.float()
+
+    def grid(self, matrix: Matrix) -> Grid:
+        """Whole numbers from 0 to 2^bits - 1, less the zero, times the scale."""
+        columns = self.size(matrix)[1]
+        each = self.group or columns
+        scale, zero = (t.repeat_interleave(each, dim=1) for t in self._scales(matrix))
+        return Grid(scale, zero, self._whole, matrix)
+
+    def _whole(self, scaled: torch.Tensor) -> torch.Tensor:
+        return scaled.round().clamp(0, (1 << self.bits) - 1)
+
+    def encode(self, weight: torch.Tensor, grid: Grid) -> Matrix:
+        """Nearest codes under the grid's scales and zeros."""
+        codes = self._whole(weight / grid.scale + grid.zero).to(torch.int32)
+        if self.layout == "compressed-tensors":
+            packed = {"weight_packed": pack(codes, self.bits, 1, self._order)}
+        else:
+            dim = 1 if self.layout == "AWQ" else 0
+            packed = {"qweight": pack(codes.T, self.bits, dim, self._order)}
+        return grid.matrix | packed
 
     def quantise(self, weight: torch.Tensor) -> Matrix:
         """Codes of least squared error per group."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
-from moe_serve.checkpoint.quantisation.scheme import Axis, Matrix, Piece, Scheme
+from moe_serve.checkpoint.quantisation.scheme import Axis, Grid, Matrix, Piece, Scheme
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,3 +38,14 @@ class Plain(Scheme):
     def quantise(self, weight: torch.Tensor) -> Matrix:
         """Rounded to nearest."""
         return {"weight": weight.to(TORCH_DTYPES[self.dtype])}
+
+    def grid(self, matrix: Matrix) -> Grid:
+        """Every number of the format, whatever the others are."""
+        one = torch.ones(matrix["weight"].shape)
+        dtype = TORCH_DTYPES[self.dtype]
+        return Grid(one, one * 0.0, lambda w: w.to(dtype).float(), matrix)
+
+    def encode(self, weight: torch.Tensor, grid: Grid) -> Matrix:
+        """Rounded to nearest."""
+        del grid
+        return self.quantise(weight)

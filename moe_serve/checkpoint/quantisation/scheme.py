@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,6 +66,25 @@ class Piece:
         return tuple(shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The values that a matrix can take under given scales: (code - zero) · scale."""
+
+    scale: torch.Tensor
+    """FP32 [rows, columns]."""
+    zero: torch.Tensor
+    """FP32 [rows, columns]; zeros where codes are signed."""
+    codes: Callable[[torch.Tensor], torch.Tensor]
+    """Rounds to the nearest code, as FP32."""
+    matrix: Matrix
+    """A stored matrix with these scales."""
+
+    def nearest(self, column: torch.Tensor, number: int) -> torch.Tensor:
+        """The nearest values to one column [rows]."""
+        scale, zero = self.scale[:, number], self.zero[:, number]
+        return (self.codes(column / scale + zero) - zero) * scale
+
+
 class Scheme(ABC):
     """A number format of matrices. Subclasses are frozen dataclasses: equal settings are equal."""
 
@@ -86,6 +105,14 @@ class Scheme(ABC):
     @abstractmethod
     def quantise(self, weight: torch.Tensor) -> Matrix:
         """The nearest stored form of W [rows, columns] that this scheme finds."""
+
+    @abstractmethod
+    def grid(self, matrix: Matrix) -> Grid:
+        """What W can be under the scales of a stored matrix."""
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, grid: Grid) -> Matrix:
+        """Store W [rows, columns] under the scales of a grid, rounded to it."""
 
     @property
     def exact(self) -> bool:
