@@ -170,7 +170,11 @@ def steps_done(journal: Path) -> int:
         ({"experts": 1, "method": "drop-reap"}, PlanError, "the router selects 2"),
         ({"experts": 9}, PlanError, "the model has 8 experts"),
         ({"block_width": 33}, UsageError, "not a multiple of 32"),
-        ({"method": "merge-cka", "form": "native"}, PlanError, "share blocks|combinations"),
+        (
+            {"method": "merge-cka", "drop_when_better": False, "form": "native"},
+            PlanError,
+            "share blocks|combinations",
+        ),
     ],
 )
 def test_impossible_requests_are_refused(
