@@ -61,7 +61,7 @@ def make_plan(
     views = (_view(checkpoint, statistics, index, budget.tile, progress) for index in layers)
     weighed: dict[str, Any] = {}
     by = Refit() if refit else None
-    if budget.uniform and statistics is not None and method.neurons is not None and layers:
+    if budget.uniform and method.neurons is not None and method.comparable and layers:
         planned, weighed = choose(
             weigh(views, method.neurons, budget.keep),
             (lambda layers: trial.measure(layers, by)) if trial is not None else None,

@@ -200,3 +200,19 @@ def test_a_trial_says_what_a_comparison_of_the_files_says(root: Path, tmp_path: 
     # A comparison leaves out each sequence's last token, which predicts nothing: 1 in 128.
     kl = sum(s.kl for s in sums) / sum(s.tokens for s in sums)
     assert found.mean == pytest.approx(kl, rel=0.1)
+
+
+def test_a_method_without_a_loss_metric_narrows_every_expert_alike(
+    root: Path, tmp_path: Path
+) -> None:
+    """Weights alone say nothing of what a drop costs: all 8 stay, with 64 of their 96 neurons."""
+    request = PruneRequest(
+        model=root / "m",
+        output=tmp_path / "out",
+        texts=TextOptions(paths=()),
+        selection=Selection(keep=0.7, method="block-magnitude", uniform=True),
+        form="native",
+    )
+    prune(request, Silent())
+    made = open_checkpoint(tmp_path / "out").shape
+    assert (made.experts, made.width) == (8, 64)
