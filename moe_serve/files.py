@@ -59,6 +59,12 @@ def writing(path: Path) -> Iterator[None]:
                 where=str(path),
                 remedy="free some space and run the same command again; it resumes",
             ) from exc
+        if exc.errno == errno.EFBIG:
+            raise OutputError(
+                "is larger than this file system or the user's limit allows",
+                where=str(path),
+                remedy="raise the limit (ulimit -f) or change disks; the same command resumes",
+            ) from exc
         raise OutputError(
             f"cannot be written ({exc.strerror or exc})",
             where=str(path),

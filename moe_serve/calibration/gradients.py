@@ -132,7 +132,8 @@ class GradientSums:
         if not bool(torch.isfinite(g_TD).all()):
             raise CalibrationError(
                 "gradients hold NaN or infinite values",
-                remedy="the model's activations overflow; run moe-serve verify on it",
+                remedy="weights are damaged, or the model overflows: compare the files' SHA-256 "
+                "with the source",
             )
         self._sums["weight"] += omega_T.double().sum().cpu()
         self._sums["metric_DD"] += ((g_TD * omega_T[:, None]).T @ g_TD).cpu()

@@ -137,7 +137,8 @@ class Accumulator:
         if not bool(torch.isfinite(z_TD).all()):
             raise CalibrationError(
                 "hidden states hold NaN or infinite values",
-                remedy="the weights of an earlier layer are damaged; run moe-serve verify",
+                remedy="weights of an earlier layer are damaged, or the model overflows: compare "
+                "the files' SHA-256 with the source",
             )
         self._weight += omega_T.double().sum().cpu()
         chosen, rows = list(sample), list(sample.values())

@@ -90,10 +90,7 @@ def staged(target: Path, fingerprint: Mapping[str, Any]) -> Iterator[Staging]:
             other settings is in the way, or the disk is full.
     """
     target = target.absolute()
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise OutputError(
-            "exists already", where=str(target), remedy="choose another output or remove it first"
-        )
+    _refuse_existing(target)
     partial = target.with_name(target.name + _SUFFIX)
     with writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
@@ -108,13 +105,26 @@ def staged(target: Path, fingerprint: Mapping[str, Any]) -> Iterator[Staging]:
                 where=str(partial),
                 remedy="wait for it, or choose another output",
             ) from None
+        try:
+            _refuse_existing(target)  # Whoever held the lock until now may have finished it.
+        except OutputError:
+            partial.rmdir()
+            raise
         staging = Staging(partial, fingerprint)
         yield staging
-        shutil.rmtree(staging.work)
-        if target.is_dir():
-            target.rmdir()
-        partial.replace(target)
-        lock_path.unlink(missing_ok=True)
+        with writing(target):
+            shutil.rmtree(staging.work)
+            if target.is_dir():
+                target.rmdir()
+            partial.replace(target)
+            lock_path.unlink(missing_ok=True)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise OutputError(
+            "exists already", where=str(target), remedy="choose another output or remove it first"
+        )
 
 
 def free_bytes(path: Path) -> int:
