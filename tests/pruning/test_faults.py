@@ -49,7 +49,7 @@ def request(model: Path, texts: Path, output: Path) -> PruneRequest:
 def test_a_disk_that_fills_up_loses_nothing(
     model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No space after 3, 25 and 25 writes more; with space again the same command finishes the same."""
+    """No space after 3, 25, 25 writes more; with space again the same command ends the same."""
     whole = prune(request(model, texts, tmp_path / "whole"), Silent()).manifest
     again = request(model, texts, tmp_path / "out")
     real: Callable[..., int] = os.pwrite
