@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from moe_serve.families import FAMILIES as ROWS
 from tests.support.references import new_model
 
-SERVED = ("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "glm4_moe")
+SERVED = tuple(row.model_type for row in ROWS if row.served)
 """Families that the vLLM plugin serves."""
 VOCABULARY = 260
 _COMMON: dict[str, Any] = {
