@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -177,6 +178,16 @@ def test_quantising_is_close(scheme: Scheme) -> None:
     off = scheme.dequantise(scheme.quantise(weight)) - weight
     bits = scheme.bits if isinstance(scheme, Packed) else 8
     assert float(off.norm() / weight.norm()) < (0.11 if bits == 4 else 0.03)
+
+
+def test_scales_stay_powers_of_two() -> None:
+    """448 · 0.7 needs a scale of at least 0.7: the next power of two is 1."""
+    scheme = dataclasses.replace(WHOLE, powers_of_two=True)
+    stored = scheme.quantise(torch.tensor([[448.0 * 0.7, -3.0]]))
+    assert stored["weight_scale"].tolist() == [1.0]
+    assert scheme.dequantise(stored)[0, 1] == -3.0
+    stored = scheme.quantise(torch.tensor([[448.0 / 8, 0.0]]))
+    assert stored["weight_scale"].tolist() == [0.125]
 
 
 @pytest.mark.parametrize("axis", [ROWS, COLUMNS])

@@ -120,6 +120,7 @@ def _fp8(name: str, weight: TensorEntry | None, scale: TensorEntry, settings: Se
         scale_dims=len(scale.shape),
         row_step=steps[0],
         column_step=steps[1],
+        powers_of_two=settings.get("scale_fmt") == "ue8m0",
     )
     if scheme.pieces[1].shape(rows, columns) != scale.shape:
         raise _odd(name, scale)

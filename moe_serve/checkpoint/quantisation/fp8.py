@@ -31,6 +31,8 @@ class Fp8(Scheme):
     """Rows under one scale; ``None``: all."""
     column_step: int | None
     """Columns under one scale; ``None``: all."""
+    powers_of_two: bool = False
+    """Whether scales are (DeepSeek-V3.1's ``scale_fmt: ue8m0``)."""
 
     @property
     def name(self) -> str:
@@ -65,6 +67,8 @@ class Fp8(Scheme):
         largest = tiled.abs().amax(dim=(1, 3))
         dtype = TORCH_DTYPES[self.scale_dtype]
         scale = torch.where(largest > 0, largest / LARGEST, 1.0)
+        if self.powers_of_two:
+            scale = scale.log2().ceil().exp2()
         scale = scale.clamp(min=torch.finfo(dtype).tiny).to(dtype)
         codes = weight.float() / self._spread(scale.float(), rows, columns)
         return {
