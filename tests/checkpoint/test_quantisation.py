@@ -217,6 +217,7 @@ def test_different_shared_scales_do_not_join() -> None:
         ("fp8-tiles", "weight_scale_inv", math.inf, "NaN or infinite"),
         ("int4", "weight_scale", math.nan, "NaN or infinite"),
         ("gptq", "g_idx", 1, "is not what its shape implies"),
+        ("gptq", "qzeros", 1, "is not what its shape implies"),
     ],
 )
 def test_damaged_numbers_are_named(

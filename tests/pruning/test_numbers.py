@@ -18,6 +18,7 @@ from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CheckpointError, UsageError
 from moe_serve.progress import Silent
+from moe_serve.pruning.numbers import removal_unit
 from moe_serve.pruning.plan import LayerPlan, Plan
 from moe_serve.pruning.request import Selection, TextOptions, block_width
 from moe_serve.pruning.run import PruneRequest, prune
@@ -242,6 +243,23 @@ def test_merged_experts_are_quantised_again(texts: Path, tmp_path: Path) -> None
     assert count > 0
     assert plan.numbers is not None
     assert plan.numbers.requantised == {"gate": count, "up": count, "down": count}
+
+
+def test_neurons_that_go_together(model: tuple[str, Path, dict[str, torch.Tensor]]) -> None:
+    """Whole tiles; with a re-fit what rows of gate and up share: a scale, a word of zeros, none."""
+    layout, source, _ = model
+    free = layout in ("fp8-rows", "fp8-whole")
+    checkpoint = open_checkpoint(source)
+    assert removal_unit(checkpoint, refit=False) == (1 if free else TILE)
+    shared = {
+        "fp8-tiles": TILE,
+        "int4-zeros": 8,
+        "gptq": 8,
+        "gptq-zeros": 8,
+        "gptq-v2": 8,
+        "awq": 8,
+    }
+    assert removal_unit(checkpoint, refit=True) == shared.get(layout, 1)
 
 
 def test_blocks_narrower_than_a_tile_are_refused(tmp_path: Path) -> None:

@@ -83,7 +83,13 @@ class Packed(Scheme):
                 rows=Axis(1, words if packed_rows else 1),
                 columns=Axis(0, 1 if packed_rows else words),
             ),
-            Piece(ending="qzeros", dtype="I32", rows=Axis(1, words), columns=columns),
+            Piece(
+                ending="qzeros",
+                dtype="I32",
+                rows=Axis(1, words),
+                columns=columns,
+                derived=self.symmetric,
+            ),
             Piece(ending="scales", dtype=self.scale_dtype, rows=Axis(1), columns=columns),
         ]
         if self.group_index:
@@ -91,14 +97,19 @@ class Packed(Scheme):
         return tuple(found)
 
     def derive(self, rows: int, columns: int) -> Matrix:
-        """``weight_shape`` or ``g_idx``."""
+        """``weight_shape``; ``g_idx``, and ``qzeros`` where all zeros are the same."""
+        found: Matrix = {}
         if self.shape_dtype is not None:
             dtype = TORCH_DTYPES[self.shape_dtype]
-            return {"weight_shape": torch.tensor([rows, columns], dtype=dtype)}
+            found["weight_shape"] = torch.tensor([rows, columns], dtype=dtype)
         if self.group_index:
             index = torch.arange(columns, dtype=torch.int32)
-            return {"g_idx": index // (self.group or columns)}
-        return {}
+            found["g_idx"] = index // (self.group or columns)
+        if self.symmetric and self.layout != "compressed-tensors":
+            zero = (1 << (self.bits - 1)) - self.zero_offset
+            zeros = torch.full((columns // (self.group or columns), rows), zero, dtype=torch.int32)
+            found["qzeros"] = pack(zeros, self.bits, 1, self._order)
+        return found
 
     def dequantise(self, matrix: Matrix) -> torch.Tensor:
         """(code - zero) · scale."""

@@ -126,7 +126,7 @@ class Scheme(ABC):
 
     def tile(self, axis: int) -> int:
         """Rows (or columns) that have to stay together for their bytes to be kept."""
-        found = (piece.axis(axis) for piece in self.pieces)
+        found = (piece.axis(axis) for piece in self.pieces if not piece.derived)
         return math.lcm(*(a.step for a in found if a is not None))
 
     def shared_along(self, axis: int) -> bool:
