@@ -214,6 +214,7 @@ class _Forward:
             width=shape.width,
             hidden=shape.hidden,
             reservoir=self.reservoir,
+            device=device,
         )
         last = index == self.decoder.layers - 1
         for batch in batches(self.sequences, self.settings.batch_tokens, device):

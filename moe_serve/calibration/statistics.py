@@ -100,16 +100,24 @@ class Accumulator:
     """
 
     def __init__(
-        self, *, domains: int, experts: int, width: int, hidden: int, reservoir: int
+        self,
+        *,
+        domains: int,
+        experts: int,
+        width: int,
+        hidden: int,
+        reservoir: int,
+        device: torch.device,
     ) -> None:
-        """Start at zero."""
+        """Start at zero; ``device`` is where the batches are."""
         sums = (domains, experts)
         self._sums = {
             name: torch.zeros(sums, dtype=torch.float64)
             for name in ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
         }
         self._weight = torch.zeros(1, dtype=torch.float64)
-        self._normal_NII = torch.zeros(experts, width, width)
+        home = _home(device, experts * width**2 * 4)
+        self._normal_NII = torch.zeros(experts, width, width, device=home)
         self._output_ND = torch.zeros(experts, hidden)
         self._reservoir_SD = torch.zeros(reservoir, hidden)
         self._reservoir_domain_S = torch.zeros(reservoir, dtype=torch.int64)
@@ -153,7 +161,10 @@ class Accumulator:
             self._add_sums(expert, domain_T[index], weight_t, norm_t)
             omega_t = omega_T[index]
             scaled_tI = h_tI * (weight_t * omega_t.sqrt())[:, None]
-            self._normal_NII[expert] += (scaled_tI.T @ scaled_tI).cpu()
+            if scaled_tI.device == self._normal_NII.device:
+                self._normal_NII[expert].addmm_(scaled_tI.T, scaled_tI)
+            else:
+                self._normal_NII[expert] += (scaled_tI.T @ scaled_tI).cpu()
             self._output_ND[expert] += (omega_t @ f_tD).cpu()
         return out_TD
 
@@ -177,8 +188,18 @@ class Accumulator:
         return LayerStatistics(
             **self._sums,
             weight=self._weight,
-            normal_NII=self._normal_NII,
+            normal_NII=self._normal_NII.cpu(),
             output_ND=self._output_ND,
             reservoir_SD=self._reservoir_SD,
             reservoir_domain_S=self._reservoir_domain_S,
         )
+
+
+def _home(device: torch.device, size: int) -> torch.device:
+    """Where so many bytes of sums grow: on the GPU if they leave half of what is free there.
+
+    Elsewhere every batch would send as many bytes over the bus.
+    """
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
+        return device
+    return torch.device("cpu")
