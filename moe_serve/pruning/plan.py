@@ -82,7 +82,10 @@ class NumberFormat(_Model):
 
 
 class RouterFit(_Model):
-    """Re-fit of the router's rows before that of the down projections."""
+    """Re-fit of the router's rows, after that of the down projections.
+
+    The other way round the rows follow what the down projections can make up for better.
+    """
 
     ridges: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Candidates for λ as a multiple of the normal matrix's mean diagonal."""

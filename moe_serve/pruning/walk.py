@@ -103,19 +103,6 @@ class Walk:
             batch.store(self._residual, goal_BLD - r_BLD - y_BLD)
         record: dict[str, Any] = {}
         rows = None
-        if router_by is not None:
-            gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
-            found = fit_rows(
-                pruned, self._inputs, self._residual, self._tokens, router_by, gate.dtype
-            )
-            record["router"] = {
-                "ridge": found.ridge,
-                "held_out_error_before": found.error_before,
-                "held_out_error_after": found.error_after,
-            }
-            if found.ridge is not None:
-                pruned = dataclasses.replace(pruned, router=found.router)
-                rows = found.router.weight_ND.to(gate.dtype)
         if refit_by is not None:
             fitted = refit(
                 pruned,
@@ -131,7 +118,20 @@ class Walk:
                 "error_before": fitted.error_before,
                 "error_after": fitted.error_after,
             }
+            pruned = dataclasses.replace(pruned, units=fitted.units)
             blocks = with_downs(blocks, table, fitted.stored, schemes[2])
+        if router_by is not None:
+            gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
+            found = fit_rows(
+                pruned, self._inputs, self._residual, self._tokens, router_by, gate.dtype
+            )
+            record["router"] = {
+                "ridge": found.ridge,
+                "held_out_error_before": found.error_before,
+                "held_out_error_after": found.error_after,
+            }
+            if found.ridge is not None:
+                rows = found.router.weight_ND.to(gate.dtype)
         for batch in self._tokens.batches:
             # goal - residual is r + P W on the rounded weights: what will be served.
             batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))

@@ -134,8 +134,8 @@ def test_noise_leaves_the_rows(tmp_path: Path) -> None:
     assert torch.equal(residual.read(0, TOKENS), e_TD)
 
 
-@pytest.mark.parametrize("form", ["compact", "native"])
-def test_a_router_is_refitted_in_a_run(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "refit"), [("compact", False), ("native", True)])
+def test_a_router_is_refitted_in_a_run(form: str, refit: bool, tmp_path: Path) -> None:
     """Files hold the new rows, verify knows of them, stock software agrees where it loads them."""
     model = make_model(tmp_path / "m", "mixtral", dtype=torch.bfloat16)
     texts = TextOptions(paths=(write_texts(tmp_path / "t.jsonl"),), tokens=1024, length=128)
@@ -143,7 +143,7 @@ def test_a_router_is_refitted_in_a_run(form: str, tmp_path: Path) -> None:
         model=model,
         output=tmp_path / "planned",
         texts=texts,
-        selection=Selection(keep=0.5, method="drop-reap", router_refit=True, refit=False),
+        selection=Selection(keep=0.5, method="drop-reap", router_refit=True, refit=refit),
         form=form,
         batch_tokens=512,
     )
