@@ -31,8 +31,8 @@ def removal_unit(checkpoint: Checkpoint, *, refit: bool) -> int:
     """Neurons that have to be kept or removed together for bytes to be kept.
 
     A re-fit rounds down projections in any case, so that only gate and up matter then: rows of
-    FP8 under one scale per tile go by tiles, rows of packed integers one by one, or by the words
-    that hold their zeros.
+    FP8 under one scale per tile go by tiles, rows of packed integers one by one: words are filled
+    anew with the same codes.
     """
     return math.lcm(
         *(

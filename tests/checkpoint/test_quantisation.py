@@ -158,6 +158,17 @@ def test_cutting_tiles_keeps_their_numbers(
     assert same(scheme.join(tiles, axis, total, weight.shape[1 - axis]), stored)
 
 
+@pytest.mark.parametrize("name", [n for n in SCHEMES if n not in ("fp8-tiles", "plain")])
+def test_rows_of_their_own_scale_go_one_by_one(name: str) -> None:
+    """Rows in any order keep their codes, scales and zeros, though words are filled anew."""
+    scheme = SCHEMES[name]
+    stored = scheme.quantise(torch.randn(2 * TILE, TILE))
+    picked = torch.randperm(2 * TILE)[:TILE]
+    assert scheme.tile(ROWS) == 1
+    part = scheme.gather(stored, ROWS, picked.tolist())
+    assert torch.equal(scheme.dequantise(part), scheme.dequantise(stored)[picked])
+
+
 @ALL
 @pytest.mark.parametrize("axis", [ROWS, COLUMNS])
 def test_padding_is_zero(scheme: Scheme, axis: int) -> None:

@@ -246,20 +246,12 @@ def test_merged_experts_are_quantised_again(texts: Path, tmp_path: Path) -> None
 
 
 def test_neurons_that_go_together(model: tuple[str, Path, dict[str, torch.Tensor]]) -> None:
-    """Whole tiles; with a re-fit what rows of gate and up share: a scale, a word of zeros, none."""
+    """Whole tiles; with a re-fit only what shares an FP8 scale along gate and up's rows."""
     layout, source, _ = model
     free = layout in ("fp8-rows", "fp8-whole")
     checkpoint = open_checkpoint(source)
     assert removal_unit(checkpoint, refit=False) == (1 if free else TILE)
-    shared = {
-        "fp8-tiles": TILE,
-        "int4-zeros": 8,
-        "gptq": 8,
-        "gptq-zeros": 8,
-        "gptq-v2": 8,
-        "awq": 8,
-    }
-    assert removal_unit(checkpoint, refit=True) == shared.get(layout, 1)
+    assert removal_unit(checkpoint, refit=True) == (TILE if layout == "fp8-tiles" else 1)
 
 
 def test_blocks_narrower_than_a_tile_are_refused(tmp_path: Path) -> None:

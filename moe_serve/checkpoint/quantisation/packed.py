@@ -60,15 +60,20 @@ class Packed(Scheme):
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """The layout's tensors."""
-        words, group = WORD // self.bits, self.group
+        words, group, order = WORD // self.bits, self.group, self._order
         if self.layout == "compressed-tensors":
             columns = Axis(1, group) if group else None
             found = [
-                Piece(ending="weight_packed", dtype="I32", rows=Axis(0), columns=Axis(1, words)),
+                Piece(
+                    ending="weight_packed",
+                    dtype="I32",
+                    rows=Axis(0),
+                    columns=Axis(1, words, order),
+                ),
                 Piece(ending="weight_scale", dtype=self.scale_dtype, rows=Axis(0), columns=columns),
             ]
             if self.stored_zero:
-                ending, rows = "weight_zero_point", Axis(0, words)
+                ending, rows = "weight_zero_point", Axis(0, words, order)
                 found.append(Piece(ending=ending, dtype="I32", rows=rows, columns=columns))
             if self.shape_dtype is not None:
                 ending, dtype = "weight_shape", self.shape_dtype
@@ -80,13 +85,13 @@ class Packed(Scheme):
             Piece(
                 ending="qweight",
                 dtype="I32",
-                rows=Axis(1, words if packed_rows else 1),
-                columns=Axis(0, 1 if packed_rows else words),
+                rows=Axis(1, words, order) if packed_rows else Axis(1),
+                columns=Axis(0) if packed_rows else Axis(0, words, order),
             ),
             Piece(
                 ending="qzeros",
                 dtype="I32",
-                rows=Axis(1, words),
+                rows=Axis(1, words, order),
                 columns=columns,
                 derived=self.symmetric,
             ),

@@ -15,6 +15,8 @@ from typing import Final
 
 import torch
 
+from moe_serve.checkpoint.quantisation.codes import WORD, pack, unpack
+
 Matrix = dict[str, torch.Tensor]
 """A stored matrix: name ending → tensor."""
 
@@ -33,6 +35,25 @@ class Axis:
     dim: int
     step: int = 1
     """Rows (or columns) of W that one index covers."""
+    order: tuple[int, ...] | None = None
+    """Where an index is a word of codes: the code at each place, from the lowest bits up. Words
+    can be taken apart and filled anew without changing a code."""
+
+    def take(self, tensor: torch.Tensor, index: Sequence[int], total: int) -> torch.Tensor:
+        """Rows (or columns) ``index`` of ``total`` from a stored tensor.
+
+        Raises:
+            ValueError: they are not whole tiles.
+        """
+        if self.order is not None:
+            bits = WORD // len(self.order)
+            codes = unpack(tensor, bits, self.dim, self.order)
+            picked = codes.index_select(self.dim, torch.tensor(list(index), device=codes.device))
+            return pack(picked, bits, self.dim, self.order)
+        tiles = _tiles(index, self.step, total)
+        if tiles is None:
+            raise ValueError(f"not whole tiles of {self.step}")
+        return tensor.index_select(self.dim, torch.tensor(tiles, device=tensor.device))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +148,7 @@ class Scheme(ABC):
     def tile(self, axis: int) -> int:
         """Rows (or columns) that have to stay together for their bytes to be kept."""
         found = (piece.axis(axis) for piece in self.pieces if not piece.derived)
-        return math.lcm(*(a.step for a in found if a is not None))
+        return math.lcm(*(a.step for a in found if a is not None and a.order is None))
 
     def shared_along(self, axis: int) -> bool:
         """Whether something is stored once for all rows (or columns)."""
@@ -165,7 +186,7 @@ class Scheme(ABC):
         return _tiles(index, self.tile(axis), total) is not None
 
     def gather(self, matrix: Matrix, axis: int, index: Sequence[int]) -> Matrix:
-        """Rows (or columns) ``index`` of W, every stored number as it was.
+        """Rows (or columns) ``index`` of W, every code and scale as it was.
 
         Raises:
             ValueError: they are not whole tiles.
@@ -177,10 +198,7 @@ class Scheme(ABC):
             if piece.derived:
                 continue
             if where is not None:
-                tiles = _tiles(index, where.step, total)
-                if tiles is None:
-                    raise ValueError(f"{self.name}: not whole tiles of {where.step}")
-                tensor = tensor.index_select(where.dim, torch.tensor(tiles, device=tensor.device))
+                tensor = where.take(tensor, index, total)
             taken[piece.ending] = tensor
         return taken | self.derive(*self.size(taken))
 
