@@ -57,9 +57,12 @@ def apply_plan(app: Application, plan: Plan, sequences: Sequences | None) -> dic
     app.progress.start("apply", len(plan.layers))
     for index, layer in sorted(plan.layers.items()):
         if app.staging.done(_step(index)) is None:
-            mixture = read_mixture(app.checkpoint, index, app.device)
-            blocks = build_blocks(app.checkpoint, index, layer, mixture.units)
+            # No name holds a layer's experts while the next one's are read.
+            blocks = build_blocks(
+                app.checkpoint, index, layer, read_mixture(app.checkpoint, index, app.device).units
+            )
             _finish(app, index, FittedLayer(blocks=blocks, rows_ND=None, record={}))
+            del blocks
         app.progress.advance()
     return None
 
@@ -100,6 +103,7 @@ def _stream(app: Application, plan: Plan, sequences: Sequences) -> dict[str, Any
                 _finish(
                     app, index, walk.fit(layer, layer.mixture, planned, plan.refit, plan.router)
                 )
+            del layer  # Freed before the next one is read.
         app.progress.advance()
     walk.end()
     return {
