@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,9 +12,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from moe_serve.calibration.texts import Texts
+from moe_serve.calibration.texts import Document, Texts
 from moe_serve.errors import CalibrationError
 
+_EXCERPT: Final = 128
+"""Tokens that one document gives at a time, at least: enough for its kind of text to show."""
 MIN_LENGTH: Final = 16
 """A shorter remainder of a domain is left out: it says little and costs a batch."""
 
@@ -109,9 +111,11 @@ def tokenize(
 ) -> Sequences:
     """Tokenise documents, pack each domain's into sequences of ``length`` tokens.
 
-    Documents are taken in a seeded random order until a domain has ``tokens_per_domain``; they are
-    joined by the end-of-text token. The last sequence of a domain may be shorter; there is no
-    padding.
+    A domain's tokens are spread over its documents: every document gives one excerpt before any
+    gives a second, in seeded random order, until there are ``tokens_per_domain``. A few documents
+    read whole would stand for those documents, not for the domain. Excerpts are joined, a
+    document's last by the end-of-text token. The last sequence of a domain may be shorter; there
+    is no padding.
 
     Args:
         texts: what to tokenise.
@@ -119,7 +123,7 @@ def tokenize(
         tokens_per_domain: bound on tokens taken from each domain.
         length: L, tokens per sequence.
         vocabulary: the model's vocabulary size; ids must lie below it.
-        seed: decides the order of documents.
+        seed: decides the order of documents and excerpts.
 
     Raises:
         CalibrationError: no tokenizer, ids beyond the vocabulary, or a domain with hardly a token.
@@ -129,14 +133,9 @@ def tokenize(
     owners: list[int] = []
     for number, domain in enumerate(texts.domains):
         documents = [d for d in texts.documents if d.domain == domain]
-        random.Random(f"{seed}/{domain}").shuffle(documents)
-        ids: list[int] = []
-        for document in documents:
-            if len(ids) >= tokens_per_domain:
-                break
-            ids += encode(document.text)
-            ids += [end] if end is not None else []
-        ids = ids[:tokens_per_domain]
+        ids = _spread(
+            documents, encode, end, tokens_per_domain, length, random.Random(f"{seed}/{domain}")
+        )
         if len(ids) < MIN_LENGTH:
             raise CalibrationError(
                 f"domain {domain!r} has only {len(ids)} tokens",
@@ -155,6 +154,34 @@ def tokenize(
                 sequences.append(part)
                 owners.append(number)
     return Sequences(domains=texts.domains, tokens=tuple(sequences), domain=tuple(owners))
+
+
+def _spread(
+    documents: list[Document],
+    encode: Callable[[str], list[int]],
+    end: int | None,
+    tokens: int,
+    length: int,
+    rng: random.Random,
+) -> list[int]:
+    """At most ``tokens`` ids, as evenly from the documents as excerpts allow."""
+    rng.shuffle(documents)
+    size = max(1, min(length, max(_EXCERPT, tokens // len(documents))))
+    ids: list[int] = []
+    rest: list[list[list[int]]] = []
+    for document in documents:
+        if len(ids) >= tokens:
+            break
+        whole = encode(document.text) + ([end] if end is not None else [])
+        excerpts = [whole[i : i + size] for i in range(0, len(whole), size)]
+        rng.shuffle(excerpts)
+        ids += excerpts.pop()
+        rest.append(excerpts)
+    while len(ids) < tokens and any(rest):
+        for excerpts in rest:
+            if excerpts and len(ids) < tokens:
+                ids += excerpts.pop()
+    return ids[:tokens]
 
 
 def _tokenizer(model: Path) -> tuple[Any, int | None]:

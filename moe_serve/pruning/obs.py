@@ -19,6 +19,9 @@ _FP64_WIDTH: Final = 1024
 ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
 
+_BATCH_BYTES: Final = 2**28
+"""Experts that fit are handled side by side: a round's cost is mostly that of beginning it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RemovalPath:
@@ -53,17 +56,20 @@ def removal_path(
         ridge: λ as a multiple of the layer's mean diagonal; keeps neurons that no token
             used (and experts that no token reached) well defined, and cheapest.
 
-    Memory: twice the normal matrices in FP64 up to an expert width of 1024, in FP32 beyond.
+    Memory: 256 MiB, or one expert's matrix, three times; FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
     step = -(-width // ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
-    for expert in range(experts):
-        inverse = damped_inverse(normal_NII, expert, ridge)
-        weight_ID = down_NDI[expert].T.to(inverse.dtype).clone()
-        order, error = _peel(inverse, weight_ID, step)
-        order_NI[expert], error_NI[expert] = order, error
+    dtype = torch.float64 if width <= _FP64_WIDTH else torch.float32
+    together = max(1, _BATCH_BYTES // (width * width * dtype.itemsize))
+    for first in range(0, experts, together):
+        some = range(first, min(first + together, experts))
+        inverse_nII = torch.stack([damped_inverse(normal_NII, expert, ridge) for expert in some])
+        weight_nID = down_NDI[some.start : some.stop].transpose(1, 2).to(dtype, copy=True)
+        order, error = _peel(inverse_nII, weight_nID.contiguous(), step)
+        order_NI[some.start : some.stop], error_NI[some.start : some.stop] = order, error
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
 
 
@@ -77,41 +83,51 @@ def damped_inverse(normal_NII: torch.Tensor, expert: int, ridge: float) -> torch
 
 
 def _peel(
-    inverse: torch.Tensor, weight_ID: torch.Tensor, step: int
+    inverse_nII: torch.Tensor, weight_nID: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove ``step`` neurons per round until none is left.
+    """Remove ``step`` neurons of every expert per round until none is left.
 
-    The arrays shrink to the survivors now and then, so that the whole costs a fraction of I³.
+    Experts are independent and lose equally many in a round, so they go side by side. The arrays
+    shrink to the survivors now and then, so that the whole costs a fraction of I³ per expert.
     """
-    width = len(weight_ID)
-    alive = torch.arange(width)
-    gone = torch.zeros(width, dtype=torch.bool)
+    experts, width, _ = weight_nID.shape
+    alive_nI = torch.arange(width).expand(experts, width)
+    gone_nI = torch.zeros(experts, width, dtype=torch.bool)
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
-    total = 0.0
-    norm_I = weight_ID.square().sum(dim=1)
-    while not bool(gone.all()):
-        left = int((~gone).sum())
-        if left < 0.8 * len(alive):
-            keep = torch.nonzero(~gone).squeeze(1)
-            alive, inverse = alive[keep], inverse[keep][:, keep]
-            weight_ID, norm_I, gone = weight_ID[keep], norm_I[keep], gone[keep]
+    total_n1 = torch.zeros(experts, 1, dtype=torch.float64)
+    left = width
+    while left:
+        if left < 0.8 * alive_nI.shape[1]:
+            keep_nI = (~gone_nI).nonzero()[:, 1].view(experts, left)
+            alive_nI = alive_nI.gather(1, keep_nI)
+            inverse_nII = _rows(_rows(inverse_nII, keep_nI).transpose(1, 2), keep_nI)
+            weight_nID = _rows(weight_nID, keep_nI)
+            gone_nI = torch.zeros(experts, left, dtype=torch.bool)
         count = min(step, left)
-        score_I = (norm_I / inverse.diagonal()).masked_fill(gone, torch.inf)
-        chosen = torch.topk(score_I, count, largest=False, sorted=True).indices
-        rows = inverse[chosen]
-        pivot = torch.linalg.inv(rows[:, chosen]) if count > 1 else 1.0 / rows[:, chosen]
-        update = pivot @ weight_ID[chosen]
-        added = float((weight_ID[chosen] * update).sum())
-        weight_ID -= rows.T @ update
-        inverse -= rows.T @ (pivot @ rows)
-        gone[chosen] = True
-        weight_ID[gone] = 0.0
+        diagonal_nI = inverse_nII.diagonal(dim1=1, dim2=2)
+        score_nI = (weight_nID.square().sum(dim=2) / diagonal_nI).masked_fill(gone_nI, torch.inf)
+        chosen_nR = torch.topk(score_nI, count, dim=1, largest=False, sorted=True).indices
+        rows_nRI = _rows(inverse_nII, chosen_nR)
+        block_nRR = rows_nRI.gather(2, chosen_nR[:, None, :].expand(-1, count, -1))
+        pivot_nRR = torch.linalg.inv(block_nRR) if count > 1 else 1.0 / block_nRR
+        lost_nRD = _rows(weight_nID, chosen_nR)
+        update_nRD = pivot_nRR @ lost_nRD
+        added_n1 = (lost_nRD * update_nRD).sum(dim=(1, 2), dtype=torch.float64)[:, None]
+        weight_nID.baddbmm_(rows_nRI.transpose(1, 2), update_nRD, alpha=-1.0)
+        inverse_nII.baddbmm_(rows_nRI.transpose(1, 2), pivot_nRR @ rows_nRI, alpha=-1.0)
+        gone_nI.scatter_(1, chosen_nR, value=True)
+        weight_nID.masked_fill_(gone_nI[:, :, None], 0.0)
         # A removed neuron's row and column are zero up to rounding; make its pivot harmless.
-        inverse.diagonal()[gone] = 1.0
-        norm_I = weight_ID.square().sum(dim=1)
-        order.append(alive[chosen])
-        share = torch.arange(1, count + 1, dtype=torch.float64) / count
-        errors.append(total + added * share)
-        total += added
-    return torch.cat(order), torch.cat(errors)
+        diagonal_nI.masked_fill_(gone_nI, 1.0)
+        order.append(alive_nI.gather(1, chosen_nR))
+        share_R = torch.arange(1, count + 1, dtype=torch.float64) / count
+        errors.append(total_n1 + added_n1 * share_R)
+        total_n1 = total_n1 + added_n1
+        left -= count
+    return torch.cat(order, dim=1), torch.cat(errors, dim=1)
+
+
+def _rows(matrix_nIX: torch.Tensor, index_nR: torch.Tensor) -> torch.Tensor:
+    """Some rows of each matrix of a batch, copied."""
+    return matrix_nIX.gather(1, index_nR[:, :, None].expand(-1, -1, matrix_nIX.shape[2]))
