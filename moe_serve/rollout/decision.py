@@ -1,0 +1,276 @@
+"""What to do now, given what was seen: a pure function. Effects are the controller's.
+
+Rolling back needs proof of harm, a hard limit, or too long without data. Advancing needs every
+guard to exclude harm, and nothing else wrong. Everything else is waiting, and says for what.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+from moe_serve.rollout.guards import Evidence, errors, latency, split_mismatch
+from moe_serve.rollout.policy import Policy, Step
+from moe_serve.rollout.window import Window
+
+Phase = Literal["idle", "shadow", "canary", "paused", "promoted", "rolled_back"]
+PHASES: Final[tuple[Phase, ...]] = (
+    "idle",
+    "shadow",
+    "canary",
+    "paused",
+    "promoted",
+    "rolled_back",
+)
+Kind = Literal["hold", "advance", "rollback", "pause"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class State:
+    """Where a rollout stands."""
+
+    phase: Phase = "idle"
+    step: int = 0
+    """Index of the present step."""
+    began: float = 0.0
+    """When the step began, or the rollout ended; seconds since the epoch."""
+    released: bool = False
+    """A person let this step's gate open."""
+    reason: str = ""
+    """Why it is paused or rolled back."""
+    before: Phase = "idle"
+    """What is resumed after a pause."""
+
+    @property
+    def active(self) -> bool:
+        """Whether guards watch."""
+        return self.phase in ("shadow", "canary", "paused", "promoted")
+
+    def target(self, policy: Policy) -> tuple[float, float]:
+        """Percent of the traffic and of copies that pruned should get, where that is settled."""
+        if self.phase in ("shadow", "canary"):
+            step = policy.steps[self.step]
+            return step.weight, step.shadow
+        return (100.0, 0.0) if self.phase == "promoted" else (0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What to do, why, and what it rests on."""
+
+    kind: Kind
+    reason: str
+    """One of a few words, countable: ``harm``, ``blind``, ``inconclusive``, ..."""
+    words: str
+    """For a person."""
+    evidence: tuple[Evidence, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record."""
+        return {
+            "kind": self.kind,
+            "reason": self.reason,
+            "words": self.words,
+            "evidence": [found.to_json() for found in self.evidence],
+        }
+
+
+def begin(policy: Policy, at: float) -> State:
+    """The first step of a rollout."""
+    return enter(State(), policy, 0, at)
+
+
+def enter(state: State, policy: Policy, step: int, at: float) -> State:
+    """Step number ``step``, or promotion after the last."""
+    if step >= len(policy.steps):
+        return State(phase="promoted", step=state.step, began=at)
+    phase: Phase = "canary" if policy.steps[step].weight else "shadow"
+    return State(phase=phase, step=step, began=at)
+
+
+def apply(decision: Decision, state: State, policy: Policy, at: float) -> State:
+    """The state after a decision was carried out."""
+    if decision.kind == "advance":
+        return enter(state, policy, state.step + 1, at)
+    if decision.kind == "rollback":
+        return State(phase="rolled_back", step=state.step, began=at, reason=decision.words)
+    if decision.kind == "pause":
+        return pause(state, decision.words)
+    return state
+
+
+def pause(state: State, reason: str) -> State:
+    """Keep the share, stop advancing."""
+    before = state.before if state.phase == "paused" else state.phase
+    return replace(state, phase="paused", before=before, reason=reason)
+
+
+def resume(state: State, at: float) -> State:
+    """Go on, or open a gate; the evidence is kept and the step's maximum time begins anew.
+
+    Evidence that began anew would let a step pass that is tried often enough.
+    """
+    phase = state.before if state.phase == "paused" else state.phase
+    # Going on after a pause is not yet a word on the gate.
+    opened = state.released or state.phase != "paused"
+    return replace(state, phase=phase, before="idle", reason="", began=at, released=opened)
+
+
+def judge(window: Window, policy: Policy, step: Step, *, explain: bool) -> tuple[Evidence, ...]:
+    """All statistical guards of a step."""
+    slow = policy.guards.latency().items()
+    return (
+        errors(window, policy, step, explain=explain),
+        *(latency(name, guard, window, policy, step, explain=explain) for name, guard in slow),
+    )
+
+
+def decide(window: Window, policy: Policy, state: State, *, explain: bool = True) -> Decision:
+    """What to do now.
+
+    Args:
+        window: what was seen since the step began.
+        policy: the rollout's.
+        state: where it stands.
+        explain: also estimate how much more is needed; takes longer.
+    """
+    if not state.active:
+        return Decision(kind="hold", reason=state.phase, words=f"the rollout is {state.phase}")
+    may_roll_back = state.phase != "paused" or policy.while_paused == "rollback"
+    if may_roll_back and (found := _hard(window, policy)):
+        return found
+    if window.trouble:
+        return _blind(window, policy, may_roll_back=may_roll_back)
+    if "promoted" in (state.phase, state.before):
+        words = "everything goes to pruned; the hard limits are watched"
+        return Decision(kind="hold", reason=state.phase, words=words)
+    evidence = judge(window, policy, policy.steps[state.step], explain=explain)
+    if may_roll_back and (harmful := [e for e in evidence if e.verdict == "harm"]):
+        words = "; ".join(_proof(e) for e in harmful)
+        return Decision(kind="rollback", reason="harm", words=words, evidence=evidence)
+    kind, reason, words = _onwards(window, policy, state, evidence)
+    return Decision(kind=kind, reason=reason, words=words, evidence=evidence)
+
+
+def _onwards(
+    window: Window, policy: Policy, state: State, evidence: tuple[Evidence, ...]
+) -> tuple[Kind, str, str]:
+    """No harm is proven: wait, go on, or give up waiting."""
+    step = policy.steps[state.step]
+    missing = "; ".join(_missing(window, step, evidence))
+    mismatch = split_mismatch(window, policy, step)
+    late = window.now - state.began >= step.max_seconds
+    kind: Kind = "hold"
+    if state.phase == "paused":
+        reason, words = "paused", f"paused: {state.reason or 'no reason given'}"
+    elif late and (missing or mismatch):
+        kind = policy.inconclusive
+        reason = "inconclusive"
+        words = f"no verdict after {_span(step.max_seconds)}: {mismatch or missing}"
+    elif mismatch:
+        reason = "split"
+        words = f"{mismatch}; what is measured can't be trusted until that is cleared"
+    elif window.requests <= 0 and window.seconds > 0:
+        reason, words = "no-traffic", _no_traffic(step)
+    elif missing:
+        reason, words = "evidence", missing
+    elif step.gate == "hand" and not state.released:
+        reason, words = "gate", "harm is excluded; a person opens this gate (rollout resume)"
+    elif policy.frozen(window.now):
+        reason, words = "freeze", "harm is excluded; nothing advances in a freeze window"
+    else:
+        kind = "advance"
+        reason, words = "fine", f"harm is excluded by {', '.join(e.guard for e in evidence)}"
+    return kind, reason, words
+
+
+def _no_traffic(step: Step) -> str:
+    if step.shadow:
+        return "no copies reach the pruned engine; is there traffic, and does the proxy mirror it?"
+    return "no traffic is no evidence; send some, or use a shadow step"
+
+
+def _hard(window: Window, policy: Policy) -> Decision | None:
+    """Limits that need no statistics."""
+    hard, now = policy.hard, window.now
+    failed, requests = window.burst()
+    found = ""
+    if failed >= hard.failed_requests and failed >= hard.failed_share * requests:
+        found = f"{failed:.0f} of {requests:.0f} pruned requests failed within a minute"
+    elif _lasts(window.unhealthy_since, now, hard.unhealthy_seconds):
+        found = f"the pruned engine is unhealthy for {_span(hard.unhealthy_seconds)}"
+    elif window.restarts["pruned"] >= hard.restarts:
+        found = f"the pruned engine restarted {window.restarts['pruned']} times"
+    elif _lasts(window.full_since, now, hard.kv_seconds):
+        found = f"the pruned engine's KV cache is full for {_span(hard.kv_seconds)}"
+    return Decision(kind="rollback", reason="hard", words=found) if found else None
+
+
+def _lasts(since: float | None, now: float, limit: float) -> bool:
+    return since is not None and now - since >= limit
+
+
+def _blind(window: Window, policy: Policy, *, may_roll_back: bool) -> Decision:
+    blind = window.now - (window.now if window.blind_since is None else window.blind_since)
+    if blind >= policy.blind_seconds and may_roll_back:
+        words = f"{window.trouble}; no usable data for {_span(blind)}"
+        return Decision(kind="rollback", reason="blind", words=words)
+    return Decision(
+        kind="hold",
+        reason="blind",
+        words=f"{window.trouble}; rolled back when that lasts {_span(policy.blind_seconds)}",
+    )
+
+
+def _missing(window: Window, step: Step, evidence: tuple[Evidence, ...]) -> list[str]:
+    """What has to be there before the step is left, in words; empty when all is."""
+    found = []
+    if window.seconds < step.min_seconds:
+        found.append(f"{_span(step.min_seconds - window.seconds)} of the minimum time")
+    rate = window.requests / window.seconds if window.seconds > 0 else 0.0
+    if window.requests < step.min_requests:
+        found.append(_more("minimum", step.min_requests - window.requests, rate))
+    for guard in evidence:
+        if guard.verdict != "open":
+            continue
+        if guard.factor is not None:
+            found.append(_more(guard.guard, (guard.factor - 1.0) * window.requests, rate))
+        elif guard.pruned[1] > 0:
+            gap = f"up to {guard.upper:+.4f} where less than {guard.limit:g} has to be shown"
+            found.append(f"{guard.guard}: the difference is {gap}")
+        else:
+            found.append(f"{guard.guard}: no requests yet")
+    return found
+
+
+def _more(what: str, requests: float, rate: float) -> str:
+    if rate <= 0.0:
+        return f"{what}: more requests; none arrive now"
+    count = _rounded(requests)
+    return f"{what}: about {count} more requests, {_span(requests / rate)} at this rate"
+
+
+def _rounded(number: float) -> str:
+    """Two significant digits, upwards."""
+    if number < 10.0:
+        return f"{max(1, math.ceil(number))}"
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return f"{math.ceil(number / unit) * unit:,.0f}"
+
+
+def _span(seconds: float) -> str:
+    for unit, size in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2.0 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1.0):.0f} s"
+
+
+def _proof(evidence: Evidence) -> str:
+    k, n = evidence.pruned
+    ko, no = evidence.original
+    return (
+        f"{evidence.guard}: {k:.0f} of {n:.0f} on pruned, {ko:.0f} of {no:.0f} on the original; "
+        f"difference {evidence.lower:+.4f} to {evidence.upper:+.4f}, margin {evidence.margin:g} "
+        f"({evidence.basis})"
+    )

@@ -1,0 +1,195 @@
+"""Each guard's difference, pruned - original, as an interval against its margin.
+
+The lower end holds at the rolling-back level, which is split over all tests of a rollout; the
+upper end at the advancing level, which is not split because all guards must pass together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from moe_serve.rollout.policy import LatencyGuard, Policy, Step
+from moe_serve.rollout.sequential import (
+    log_share_e_process,
+    log_split_e_process,
+    lower_rate,
+    null_share,
+    upper_rate,
+)
+from moe_serve.rollout.window import Pair, Window
+from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
+
+Verdict = Literal["harm", "fine", "open"]
+_MOST: Final = 1_000_000.0
+"""Times the data so far, beyond which "more of it" is no advice."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evidence:
+    """What one guard knows now."""
+
+    guard: str
+    verdict: Verdict
+    """``harm`` is proven, ``fine``: harm is excluded, or still ``open``."""
+    lower: float
+    upper: float
+    margin: float
+    limit: float
+    """Below which ``upper`` must come to leave this step: margin times slack."""
+    pruned: tuple[float, float]
+    """(events, requests)."""
+    original: tuple[float, float]
+    basis: str
+    """What the pruned variant was compared with."""
+    factor: float | None = None
+    """Times the data so far that should do, if rates stay; ``None``: no amount would."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record."""
+        return asdict(self)
+
+
+def _smallest_factor(passes: Callable[[float], bool]) -> float | None:
+    """How many times the data, at the same rates, are enough; to about 2 %."""
+    high = 1.0
+    while not passes(high):
+        high *= 2.0
+        if high > _MOST:
+            return None
+    low = high / 2.0
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
+
+
+def errors(window: Window, policy: Policy, step: Step, *, explain: bool) -> Evidence:
+    """Failures at the proxy: a difference of rates, and the share of failures that is pruned's."""
+    guard, size = policy.guards.errors, policy.design_effect
+    failed_p, total_p = (v / size for v in window.failures[PRUNED])
+    failed_o, total_o = (v / size for v in window.failures[ORIGINAL])
+    back, ahead = policy.alpha / policy.tests / 2.0, policy.alpha_advance / 2.0
+    limit = guard.margin * step.slack
+
+    def upper(times: float) -> float:
+        return upper_rate(failed_p * times, total_p * times, ahead) - lower_rate(
+            failed_o * times, total_o * times, ahead
+        )
+
+    lower = lower_rate(failed_p, total_p, back / 2.0) - upper_rate(failed_o, total_o, back / 2.0)
+    top = upper(1.0)
+    share = null_share(_exposure(step), guard.ratio)
+    evidence = float(log_share_e_process(failed_p, failed_p + failed_o, share))
+    harm = lower > guard.margin or (evidence >= -math.log(back) and top >= guard.margin)
+    verdict: Verdict = "harm" if harm else "fine" if top < limit else "open"
+    factor = None
+    if explain and verdict == "open":
+        factor = _smallest_factor(lambda times: upper(times) < limit)
+    return Evidence(
+        guard="errors",
+        verdict=verdict,
+        lower=lower,
+        upper=top,
+        margin=guard.margin,
+        limit=limit,
+        pruned=(window.failures[PRUNED][0], window.failures[PRUNED][1]),
+        original=(window.failures[ORIGINAL][0], window.failures[ORIGINAL][1]),
+        basis=f"original; its failures {_odds(evidence)} for a ratio above {guard.ratio:g}",
+        factor=factor,
+    )
+
+
+def _odds(log_value: float) -> str:
+    return f"speak {math.exp(min(log_value, 700.0)):.3g} : 1"
+
+
+def _exposure(step: Step) -> float:
+    """Share of the requests counted that pruned gets; a shadow copy is counted on both sides."""
+    if step.weight:
+        return step.weight / 100.0
+    return step.shadow / (100.0 + step.shadow)
+
+
+def latency(
+    metric: str, guard: LatencyGuard, window: Window, policy: Policy, step: Step, *, explain: bool
+) -> Evidence:
+    """Share of requests over an objective, within strata of concurrency or against the objective.
+
+    The intervals of all strata hold together (a union bound over a number fixed beforehand), so
+    they may be weighted by what was seen.
+    """
+    size = policy.design_effect
+    strata = [
+        {v: (pairs[v][0] / size, pairs[v][1] / size) for v in VARIANTS}
+        for _, pairs in sorted(window.over.get(metric, {}).items())
+    ]
+    total = {v: _sum([pairs[v] for pairs in strata]) for v in VARIANTS}
+    shared = [pairs for pairs in strata if pairs[PRUNED][1] > 0 and pairs[ORIGINAL][1] > 0]
+    comparable = sum(pairs[PRUNED][1] for pairs in shared)
+    relative = guard.compare == "original" and 2.0 * comparable >= total[PRUNED][1] > 0
+    # Which of the two ways is used depends on the data: each has half of the level.
+    back = policy.alpha / policy.tests / 2.0
+    ahead = policy.alpha_advance / 2.0
+    limit = guard.margin * step.slack
+    number = len(policy.strata) + 1
+
+    def bounds(times: float) -> tuple[float, float]:
+        if not relative:
+            k, n = (v * times for v in total[PRUNED])
+            # Where the original is slower than allowed itself, pruned is not to blame for as much.
+            slow, seen = (v * times for v in total[ORIGINAL])
+            worst = upper_rate(slow, seen, back / 2.0)
+            tolerated = max(guard.allowed, worst) if seen > 0 else guard.allowed
+            return (
+                lower_rate(k, n, back / 2.0) - tolerated,
+                upper_rate(k, n, ahead) - guard.allowed,
+            )
+        mass = [1.0 / (1.0 / s[PRUNED][1] + 1.0 / s[ORIGINAL][1]) for s in shared]
+        low = high = 0.0
+        for pairs, weight in zip(shared, mass, strict=True):
+            (kp, np_), (ko, no) = (tuple(v * times for v in pairs[a]) for a in (PRUNED, ORIGINAL))
+            each = back / (2.0 * number)
+            low += weight * (lower_rate(kp, np_, each) - upper_rate(ko, no, each))
+            each = ahead / (2.0 * number)
+            high += weight * (upper_rate(kp, np_, each) - lower_rate(ko, no, each))
+        return low / sum(mass), high / sum(mass)
+
+    lower, upper = bounds(1.0)
+    verdict: Verdict = "harm" if lower > guard.margin else "fine" if upper < limit else "open"
+    factor = None
+    if explain and verdict == "open" and total[PRUNED][1] > 0:
+        factor = _smallest_factor(lambda times: bounds(times)[1] < limit)
+    edge = window.edges.get(metric, guard.objective)
+    against = f"original in {len(shared)} strata of concurrency" if relative else "the objective"
+    return Evidence(
+        guard=metric,
+        verdict=verdict,
+        lower=lower,
+        upper=upper,
+        margin=guard.margin,
+        limit=limit,
+        pruned=(total[PRUNED][0] * size, total[PRUNED][1] * size),
+        original=(total[ORIGINAL][0] * size, total[ORIGINAL][1] * size),
+        basis=f"{against}, requests over {edge:g} s",
+        factor=factor,
+    )
+
+
+def _sum(pairs: list[tuple[float, float]]) -> tuple[float, float]:
+    return sum(k for k, _ in pairs), sum(n for _, n in pairs)
+
+
+def split_mismatch(window: Window, policy: Policy, step: Step) -> str:
+    """Why the traffic is not split as asked; empty where it may well be."""
+    if not step.weight:
+        return ""
+    share = step.weight / 100.0
+    counts: list[Pair] = [window.failures[ORIGINAL], window.failures[PRUNED]]
+    seen = [pair[1] / policy.design_effect for pair in counts]
+    if float(log_split_e_process(seen, [1.0 - share, share])) < -math.log(policy.alpha_split):
+        return ""
+    part = 100.0 * counts[1][1] / (counts[0][1] + counts[1][1])
+    return f"{part:.2f} % of the requests reached pruned where {step.weight:g} % should"

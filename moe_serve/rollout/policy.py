@@ -1,0 +1,267 @@
+"""``policy.toml``: how a rollout goes. Every field has a default, and the default a reason."""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from datetime import datetime, time
+from pathlib import Path
+from typing import Annotated, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from moe_serve.errors import UsageError
+
+Metric = Literal["ttft", "tpot"]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Step(_Part):
+    """One share of the traffic, held until the guards say what is needed to leave it."""
+
+    weight: float = Field(ge=0.0, lt=100.0)
+    """Percent of requests that the pruned variant answers; 0 for a shadow step."""
+    shadow: float = Field(default=0.0, ge=0.0, le=100.0)
+    """Percent of requests copied to the pruned variant, its answers thrown away. Only with
+    ``weight = 0``: beside real traffic it would add load that the guards then measure."""
+    min_seconds: float = Field(default=600.0, ge=0.0)
+    """Not left before. Ten minutes: some harm (a leak, a cache that fills) takes time to show."""
+    min_requests: int = Field(default=200, ge=1)
+    """Pruned requests before it is left, whatever the intervals say; about what it takes to
+    exclude an error rate of 2 %."""
+    max_seconds: Positive = 86_400.0
+    """Then it is inconclusive. A day: every hour of the day has been seen once."""
+    gate: Literal["auto", "hand"] = "auto"
+    """``hand``: a person lets it on (``rollout resume``); guards go on watching meanwhile."""
+    slack: float = Field(default=1.0, ge=1.0)
+    """Margins are multiplied by this for *leaving* the step. At 1 % of the traffic a larger harm
+    is tolerable and excluding a small one would take days; later steps exclude it."""
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Step:
+        if (self.weight > 0.0) == (self.shadow > 0.0):
+            raise ValueError("a step has either a weight or a shadow share")
+        return self
+
+
+class ErrorGuard(_Part):
+    """Requests that failed at the proxy: status 500 and above, resets, streams cut off."""
+
+    margin: Share = 0.005
+    """Tolerated difference of failure rates, pruned - original. Half a percentage point: below
+    what users notice beside their own network."""
+    ratio: float = Field(default=2.0, ge=1.0)
+    """Rolled back when pruned provably fails more than this many times as often (and the
+    difference is not already shown to be within the margin): the quicker test where failures
+    are rare."""
+
+
+class LatencyGuard(_Part):
+    """Share of requests slower than an objective."""
+
+    objective: Positive
+    """Seconds. Tested at the engine's histogram edge nearest to it, which the evidence names."""
+    margin: Share = 0.05
+    """Tolerated difference of the shares over the objective. Five points: a pruned model is there
+    to be faster; this excludes that it is plainly slower."""
+    allowed: Share = 0.1
+    """Tolerated share over the objective where there is nothing comparable to compare with."""
+    compare: Literal["original", "objective"] = "original"
+    """``original``: within strata of concurrency, because load differs by weight; where less than
+    half of the pruned requests have a counterpart there, ``objective``."""
+
+
+class Guards(_Part):
+    """Non-inferiority tests against margins. A guard left out (``ttft = "off"``) is not tested."""
+
+    errors: ErrorGuard = ErrorGuard()
+    ttft: LatencyGuard | Literal["off"] = LatencyGuard(objective=1.0)
+    """Time to first token. One second: where a person begins to wait."""
+    tpot: LatencyGuard | Literal["off"] = LatencyGuard(objective=0.1)
+    """Time per output token *after the first*, mean of a request
+    (``vllm:request_time_per_output_token_seconds``). 0.1 s: faster than people read."""
+
+    def latency(self) -> dict[Metric, LatencyGuard]:
+        """Those in use."""
+        found: dict[Metric, LatencyGuard] = {}
+        if isinstance(self.ttft, LatencyGuard):
+            found["ttft"] = self.ttft
+        if isinstance(self.tpot, LatencyGuard):
+            found["tpot"] = self.tpot
+        return found
+
+
+class Hard(_Part):
+    """What is acted on at once, without statistics. Far from anything a healthy engine does."""
+
+    failed_share: Share = 0.5
+    """Of the pruned requests of the last minute."""
+    failed_requests: int = Field(default=20, ge=1)
+    """As many must have failed for the share to count: one failure of one is no burst."""
+    unhealthy_seconds: float = Field(default=15.0, ge=0.0)
+    """The pruned engine's health check failing. Its traffic already goes to the original."""
+    restarts: int = Field(default=3, ge=1)
+    """Restarts of the pruned engine within one step."""
+    kv_usage: float = Field(default=0.99, gt=0.0, le=1.0)
+    """The pruned engine's KV cache this full..."""
+    kv_seconds: float = Field(default=300.0, ge=0.0)
+    """...for this long while requests wait. Five minutes: a burst passes, a leak does not."""
+
+
+class Freeze(_Part):
+    """When traffic must not be moved towards the pruned variant. Rolling back always may."""
+
+    days: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = Field(min_length=1)
+    """Of the week."""
+    start: time = time(0, 0)
+    """In the policy's time zone."""
+    end: time = time(23, 59, 59)
+    """On the same day; a window over midnight is two entries."""
+
+    def covers(self, moment: datetime) -> bool:
+        """Whether it lies within."""
+        day = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")[moment.weekday()]
+        return day in self.days and self.start <= moment.time() <= self.end
+
+
+class Hooks(_Part):
+    """Told of every decision but a hold, as one JSON object. None can delay or prevent it."""
+
+    webhook: str | None = Field(default=None, pattern=r"^https?://")
+    """Posted to."""
+    command: tuple[str, ...] = ()
+    """Started with the object on its standard input; no shell."""
+
+
+class Sticky(_Part):
+    """What keeps a user on one variant; the proxy hashes it, a ramp moves users one way only."""
+
+    by: Literal["header", "cookie"]
+    """A header for API clients, a cookie for browsers."""
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    """Of the header or cookie. Requests without it are split at random; the cookie is set."""
+
+    def __str__(self) -> str:
+        """As the route file has it."""
+        return f"{self.by}:{self.name}"
+
+
+def _default_steps() -> tuple[Step, ...]:
+    """1 → 5 → 25 → 50 %, about fivefold each: few steps, and little exposed while little is known.
+
+    The first two are left with wider margins, the last two with those of the guards.
+    """
+    return (
+        Step(weight=1.0, slack=4.0),
+        Step(weight=5.0, slack=2.0, min_requests=500),
+        Step(weight=25.0, min_seconds=1800.0, min_requests=1000),
+        Step(weight=50.0, min_seconds=1800.0, min_requests=2000),
+    )
+
+
+class Policy(_Part):
+    """A whole rollout."""
+
+    steps: tuple[Step, ...] = Field(default_factory=_default_steps, min_length=1)
+    """In order; after the last one everything goes to the pruned variant."""
+    guards: Guards = Guards()
+    hard: Hard = Hard()
+    alpha: Share = 0.01
+    """Probability that a rollout within the margins is ever rolled back by statistics, split
+    over steps and guards. One in a hundred: a false alarm costs a day, not users."""
+    alpha_advance: Share = 0.05
+    """Probability that a guard lets a step pass which is beyond its margin. Not split: all guards
+    must pass together (Schultzberg et al., arXiv 2402.11609)."""
+    alpha_split: Share = 0.001
+    """Of the sample-ratio test, per step. It only holds, so it may be strict."""
+    inconclusive: Literal["hold", "pause", "rollback"] = "pause"
+    """At a step's maximum time without a verdict. ``pause``: a person decides, the share stays."""
+    strata: tuple[float, ...] = (2.0, 8.0, 32.0, 128.0)
+    """Edges of the concurrency strata (an engine's running requests), fourfold: latencies within
+    one differ less than the margins."""
+    design_effect: float = Field(default=1.0, ge=1.0)
+    """Requests that carry as much information as one independent request. With sticky users set
+    it to about the requests of one user per step; all counts are divided by it."""
+    sticky: Sticky | None = None
+    """None: every request is split on its own, the most informative split."""
+    interval_seconds: Positive = 5.0
+    """Between readings; a rollback by statistics is at most this late."""
+    warmup_seconds: float = Field(default=30.0, ge=0.0)
+    """After each change of the split, not counted: compilation, cold caches, requests in flight."""
+    blind_seconds: Positive = 300.0
+    """Without usable data for this long the rollout is rolled back; until then it holds."""
+    clock_jump_seconds: Positive = 5.0
+    """Wall clock against monotonic clock between readings; beyond, the reading is not used."""
+    while_paused: Literal["rollback", "nothing"] = "rollback"
+    """Whether guards may roll back a paused rollout. Harm does not wait for a person."""
+    cooldown_seconds: float = Field(default=3600.0, ge=0.0)
+    """After a rollback, before ``start`` may begin again: time to read why."""
+    freeze: tuple[Freeze, ...] = ()
+    """Times when nothing advances."""
+    timezone: str = "UTC"
+    """Of the freeze windows."""
+    hooks: Hooks = Hooks()
+    dry_run: bool = False
+    """Record what would have been done, and do nothing."""
+
+    @field_validator("timezone")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError) as exc:
+            raise ValueError(f"no time zone {name!r}") from exc
+        return name
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Policy:
+        weights = [step.weight for step in self.steps]
+        shadows = [step.shadow for step in self.steps if step.weight == 0.0]
+        rising = weights[len(shadows) :]
+        if any(weights[: len(shadows)]) or rising != sorted(set(rising)):
+            raise ValueError("shadow steps come first, then weights that rise")
+        if list(self.strata) != sorted(set(self.strata)):
+            raise ValueError("strata must rise")
+        return self
+
+    @property
+    def tests(self) -> int:
+        """Rolling-back tests of a whole rollout, over which ``alpha`` is split."""
+        return len(self.steps) * (1 + len(self.guards.latency()))
+
+    def frozen(self, at: float) -> bool:
+        """Whether a moment (seconds since the epoch) lies in a freeze window."""
+        if not self.freeze:
+            return False
+        moment = datetime.fromtimestamp(at, ZoneInfo(self.timezone))
+        return any(window.covers(moment) for window in self.freeze)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of its content, for the record."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a policy.
+
+    Raises:
+        UsageError: unreadable, or naming every field that is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise UsageError(f"cannot be read ({exc})", where=str(path)) from exc
+    try:
+        return Policy.model_validate(values)
+    except ValidationError as exc:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'policy'}: {e['msg']}" for e in exc.errors()]
+        raise UsageError(
+            "; ".join(problems), where=str(path), remedy="leave a field out to get its default"
+        ) from exc

@@ -1,0 +1,219 @@
+"""What was seen since a step began: differences of cumulative counters, and what was wrong.
+
+A reading that is missing, not a number, went backwards or lies across a jump of the clock gives no
+counts. Missing data is not good data: the window says since when it is blind.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from moe_serve.rollout.policy import Policy
+from moe_serve.serving.variants import PRUNED, VARIANTS
+
+_RECENT: Final = 60.0
+"""Seconds that the hard guards look back."""
+_GAP: Final = 6.0
+"""Intervals without a reading, after which the next one only starts afresh."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmReading:
+    """One variant's counters at one moment. ``None``: not known."""
+
+    requests: float | None
+    """Answered or failed, counted at the proxy, cumulative."""
+    failed: float | None
+    """Of these."""
+    over: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Metric → (requests over the objective, requests), cumulative, from the engine."""
+    running: float | None = None
+    """Requests in the engine now; the stratum."""
+    waiting: float | None = None
+    """Requests that wait for room in it."""
+    kv_usage: float | None = None
+    """Of its KV cache, 0 to 1."""
+    healthy: bool | None = None
+    started: float | None = None
+    """When the engine's process started, seconds since the epoch; a change is a restart."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reading:
+    """Both variants at one moment."""
+
+    at: float
+    """Wall clock, seconds since the epoch."""
+    tick: float
+    """Monotonic clock."""
+    arms: Mapping[str, ArmReading]
+    edges: Mapping[str, float] = field(default_factory=dict)
+    """Metric → the histogram edge that stands for the objective, seconds."""
+
+
+Pair = list[float]
+"""[events, trials]."""
+
+
+def _pairs() -> dict[str, Pair]:
+    return {variant: [0.0, 0.0] for variant in VARIANTS}
+
+
+@dataclass(kw_only=True, slots=True)
+class Window:
+    """The evidence of one step."""
+
+    began: float
+    """Wall clock."""
+    seconds: float = 0.0
+    """Observed without trouble, after warm-up."""
+    failures: dict[str, Pair] = field(default_factory=_pairs)
+    """Variant → [failed, requests]."""
+    over: dict[str, dict[int, dict[str, Pair]]] = field(default_factory=dict)
+    """Metric → stratum → variant → [over the objective, requests]."""
+    edges: dict[str, float] = field(default_factory=dict)
+    restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VARIANTS, 0))
+    trouble: str = ""
+    """Why the last reading could not be used."""
+    blind_since: float | None = None
+    """Wall clock of the first of the unusable readings in a row."""
+    unhealthy_since: float | None = None
+    """Of the pruned engine."""
+    full_since: float | None = None
+    """Of the pruned engine's KV cache, with requests waiting."""
+    recent: deque[tuple[float, float, float]] = field(default_factory=deque)
+    """(tick, failed, requests) of pruned over the last minute, warm-up included."""
+    now: float = 0.0
+    """Wall clock of the last reading."""
+    last: Reading | None = None
+
+    def add(self, reading: Reading, policy: Policy) -> None:
+        """Take one more reading in."""
+        before, self.last = self.last, reading
+        self.now = reading.at
+        self.edges = dict(reading.edges) or self.edges
+        self._watch(reading, policy)
+        self.trouble = self._trouble(before, reading, policy)
+        if self.trouble:
+            if self.blind_since is None:
+                self.blind_since = reading.at
+            return
+        self.blind_since = None
+        if before is None:
+            return
+        step = reading.tick - before.tick
+        self._recent(before, reading)
+        if reading.at - self.began < policy.warmup_seconds + step:
+            return
+        self.seconds += step
+        for variant in VARIANTS:
+            self._count(variant, before.arms[variant], reading.arms[variant], policy)
+
+    def _watch(self, reading: Reading, policy: Policy) -> None:
+        """What the hard guards need, also from readings that give no counts."""
+        pruned = reading.arms.get(PRUNED)
+        if pruned is None:
+            return
+        if pruned.healthy is not None:
+            self.unhealthy_since = (
+                None if pruned.healthy else self._since(self.unhealthy_since, reading)
+            )
+        if pruned.kv_usage is not None:
+            full = pruned.kv_usage >= policy.hard.kv_usage and (pruned.waiting or 0.0) > 0.0
+            self.full_since = self._since(self.full_since, reading) if full else None
+
+    @staticmethod
+    def _since(moment: float | None, reading: Reading) -> float:
+        return reading.at if moment is None else moment
+
+    def _trouble(self, before: Reading | None, now: Reading, policy: Policy) -> str:
+        missing = [name for name in VARIANTS if not _usable(now.arms.get(name), policy)]
+        if missing:
+            return f"no usable counters of {' and '.join(missing)}"
+        if before is None or any(not _usable(before.arms.get(n), policy) for n in VARIANTS):
+            return "" if before is None else "the reading before was not usable"
+        step = now.tick - before.tick
+        if step <= 0.0 or abs((now.at - before.at) - step) > policy.clock_jump_seconds:
+            return "the clock jumped"
+        if step > _GAP * policy.interval_seconds:
+            return f"nothing was read for {step:.0f} s"
+        back = [n for n in VARIANTS if _went_back(before.arms[n], now.arms[n])]
+        for name in back:
+            self.restarts[name] += 1
+        return f"counters of {' and '.join(back)} began anew (a restart)" if back else ""
+
+    def _recent(self, before: Reading, now: Reading) -> None:
+        a, b = before.arms[PRUNED], now.arms[PRUNED]
+        self.recent.append((now.tick, _delta(a.failed, b.failed), _delta(a.requests, b.requests)))
+        while self.recent and now.tick - self.recent[0][0] > _RECENT:
+            self.recent.popleft()
+
+    def _count(self, variant: str, a: ArmReading, b: ArmReading, policy: Policy) -> None:
+        failed, requests = self.failures[variant], _delta(a.requests, b.requests)
+        failed[0] += _delta(a.failed, b.failed)
+        failed[1] += requests
+        # The load that the requests of this interval met: the mean of its two ends.
+        load = ((a.running or 0.0) + (b.running or 0.0)) / 2.0
+        stratum = bisect_right(policy.strata, load)
+        for metric in policy.guards.latency():
+            slow, total = self.over.setdefault(metric, {}).setdefault(stratum, _pairs())[variant]
+            (slow_a, total_a), (slow_b, total_b) = a.over[metric], b.over[metric]
+            self.over[metric][stratum][variant] = [
+                slow + slow_b - slow_a,
+                total + total_b - total_a,
+            ]
+
+    @property
+    def requests(self) -> float:
+        """Pruned requests counted."""
+        return self.failures[PRUNED][1]
+
+    def burst(self) -> tuple[float, float]:
+        """Failed and all pruned requests of the last minute."""
+        return sum(f for _, f, _ in self.recent), sum(r for _, _, r in self.recent)
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store: all but the last reading, whose clock another process does not share."""
+        plain = ("began", "seconds", "failures", "edges", "restarts", "now", "trouble")
+        since = ("blind_since", "unhealthy_since", "full_since")
+        return {
+            **{name: getattr(self, name) for name in (*plain, *since)},
+            "over": {m: {str(s): p for s, p in strata.items()} for m, strata in self.over.items()},
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Window:
+        """Back from the store; the next reading starts afresh."""
+        over = {m: {int(s): p for s, p in v.items()} for m, v in value["over"].items()}
+        return cls(**{**value, "over": over})
+
+
+def _usable(arm: ArmReading | None, policy: Policy) -> bool:
+    """Whether the counters are there and are numbers."""
+    if arm is None or arm.requests is None or arm.failed is None:
+        return False
+    values = [arm.requests, arm.failed]
+    for metric in policy.guards.latency():
+        if metric not in arm.over:
+            return False
+        values += arm.over[metric]
+    return all(math.isfinite(value) for value in values)
+
+
+def _went_back(a: ArmReading, b: ArmReading) -> bool:
+    """A counter fell, or the process is another one."""
+    pairs = [(a.requests, b.requests), (a.failed, b.failed)]
+    for metric in a.over.keys() & b.over.keys():
+        pairs += zip(a.over[metric], b.over[metric], strict=True)
+    fell = any((y or 0.0) < (x or 0.0) for x, y in pairs)
+    other = a.started is not None and b.started is not None and b.started - a.started > 1.0
+    return fell or other
+
+
+def _delta(a: float | None, b: float | None) -> float:
+    return (b or 0.0) - (a or 0.0)

@@ -1,0 +1,307 @@
+"""What is decided: the complaints of users of other tools, each as a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from moe_serve.rollout import decision as d
+from moe_serve.rollout.policy import Freeze, Hard, Policy, Step
+from moe_serve.rollout.window import ArmReading, Window
+from moe_serve.serving.variants import ORIGINAL, PRUNED
+from tests.support.readings import START, Traffic
+
+HALF = Step(weight=50.0, min_seconds=60.0, min_requests=100, max_seconds=3600.0)
+POLICY = Policy(steps=(HALF,))
+CANARY = d.begin(POLICY, START)
+
+
+def after(
+    ticks: int,
+    *,
+    policy: Policy = POLICY,
+    state: d.State = CANARY,
+    original: tuple[float, float, float] = (50, 0, 0),
+    pruned: tuple[float, float, float] = (50, 0, 0),
+) -> d.Decision:
+    """Decide after steady traffic of (requests, failed, slow) per five seconds."""
+    traffic = Traffic(policy)
+    traffic.warm()
+    for _ in traffic.steadily(ticks, original, pruned):
+        pass
+    return d.decide(traffic.window, policy, state)
+
+
+def test_enough_good_traffic_advances() -> None:
+    """3,000 requests on each side and no failure: below 0.5 % is shown, all minimums hold."""
+    found = after(60)
+    assert (found.kind, found.reason) == ("advance", "fine")
+    assert {e.guard: e.verdict for e in found.evidence} == dict.fromkeys(
+        ("errors", "ttft", "tpot"), "fine"
+    )
+
+
+def test_what_is_missing_is_said() -> None:
+    """400 requests each: the errors' upper end is beyond the margin, time and number follow."""
+    found = after(8)
+    assert (found.kind, found.reason) == ("hold", "evidence")
+    assert "10 s of the minimum time" in found.words
+    assert "errors: about" in found.words
+    assert "more requests" in found.words
+    assert "at this rate" in found.words
+
+
+def test_the_estimate_of_what_is_missing_is_about_right() -> None:
+    """With as many more requests as it asked for at the same rates, the guard passes."""
+    found = after(20)
+    (guard,) = [e for e in found.evidence if e.guard == "errors"]
+    assert guard.factor is not None
+    assert after(round(20 * guard.factor) + 1).evidence[0].verdict == "fine"
+    assert after(round(20 * guard.factor * 0.9)).evidence[0].verdict == "open"
+
+
+def test_no_traffic_is_no_evidence() -> None:
+    """Flagger #361, kgateway #5036: an hour of silence neither fails nor passes."""
+    found = after(300, original=(0, 0, 0), pruned=(0, 0, 0))
+    assert (found.kind, found.reason) == ("hold", "no-traffic")
+
+
+def test_one_failure_of_few_requests_is_no_disaster() -> None:
+    """At near-zero traffic one failure is 20 %: the sequence knows its own uncertainty."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    traffic.serve(PRUNED, 5, failed=1)
+    traffic.serve(ORIGINAL, 5)
+    assert d.decide(traffic.read(), POLICY, CANARY).kind == "hold"
+
+
+def test_harm_rolls_back() -> None:
+    """Two points more failures than the original, margin half a point."""
+    found = after(120, pruned=(50, 1, 0))
+    assert (found.kind, found.reason) == ("rollback", "harm")
+    assert "margin 0.005" in found.words
+
+
+def test_new_failures_are_seen_where_the_original_has_none() -> None:
+    """Spinnaker #5622: nothing to divide by is no reason to pass."""
+    found = after(120, original=(50, 0, 0), pruned=(50, 2, 0))
+    assert found.kind == "rollback"
+
+
+def test_equal_misery_is_not_the_pruned_variants_fault() -> None:
+    """Both fail in 4 %, both are slow in a fifth: no rollback."""
+    found = after(400, original=(50, 2, 10), pruned=(50, 2, 10))
+    assert found.kind != "rollback"
+
+
+def test_a_slow_pruned_variant_rolls_back() -> None:
+    """A tenth over the objective against a fiftieth, at equal load."""
+    found = after(200, original=(50, 0, 1), pruned=(50, 0, 10))
+    assert found.reason == "harm"
+    assert "ttft" in found.words
+
+
+def test_harm_rolls_back_while_waiting_for_a_person() -> None:
+    """Flagger #1801; and with ``while_paused = "nothing"`` it waits."""
+    paused = d.pause(CANARY, "lunch")
+    assert after(120, state=paused, pruned=(50, 2, 0)).kind == "rollback"
+    policy = POLICY.model_copy(update={"while_paused": "nothing"})
+    assert after(120, policy=policy, state=paused, pruned=(50, 2, 0)).kind == "hold"
+
+
+def test_paused_does_not_advance() -> None:
+    """However good the evidence."""
+    found = after(100, state=d.pause(CANARY, "lunch"))
+    assert (found.kind, found.words) == ("hold", "paused: lunch")
+
+
+@pytest.mark.parametrize("what", ["hold", "pause", "rollback"])
+def test_inconclusive_is_respected(what: str) -> None:
+    """At the maximum time the policy's word counts, with what was missing."""
+    policy = POLICY.model_copy(update={"inconclusive": what})
+    found = after(800, policy=policy, original=(1, 0, 0), pruned=(0.1, 0, 0))
+    assert (found.kind, found.reason) == (what, "inconclusive")
+    assert "no verdict after 60 minutes" in found.words
+
+
+def test_inconclusive_can_be_resumed_and_evidence_is_kept() -> None:
+    """Argo #3850, #3015, #747: going on neither forgets what was seen nor is stuck at once."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    for _ in traffic.steadily(800, (0.5, 0, 0), (0.5, 0, 0)):
+        pass
+    found = d.decide(traffic.window, POLICY, CANARY)
+    state = d.apply(found, CANARY, POLICY, traffic.at)
+    assert state.phase == "paused"
+    resumed = d.resume(state, traffic.at)
+    assert (resumed.phase, resumed.step) == ("canary", 0)
+    assert d.decide(traffic.window, POLICY, resumed).reason == "evidence"
+    for _ in traffic.steadily(60, (50, 0, 0), (50, 0, 0)):
+        pass
+    assert d.decide(traffic.window, POLICY, resumed).kind == "advance"
+
+
+def test_a_late_verdict_is_still_a_verdict() -> None:
+    """All guards passed but a person's gate is shut: waiting past the maximum is no failure."""
+    policy = Policy(steps=(HALF.model_copy(update={"gate": "hand", "max_seconds": 100.0}),))
+    state = d.begin(policy, START)
+    assert after(60, policy=policy, state=state).reason == "gate"
+    assert after(60, policy=policy, state=d.resume(state, START)).kind == "advance"
+
+
+def broken(**changes: object) -> Callable[[ArmReading], ArmReading]:
+    """An arm with fields replaced."""
+    return lambda arm: replace(arm, **changes)  # type: ignore[arg-type]  # fields by name
+
+
+@pytest.mark.parametrize(
+    ("variant", "change"),
+    [
+        (PRUNED, broken(requests=None)),
+        (PRUNED, broken(failed=float("nan"))),
+        (ORIGINAL, broken(over={})),
+        (ORIGINAL, broken(over={"ttft": (float("nan"), 1), "tpot": (0, 0)})),
+        (PRUNED, broken(requests=float("inf"))),
+    ],
+)
+def test_unusable_data_holds_then_rolls_back(
+    variant: str, change: Callable[[ArmReading], ArmReading]
+) -> None:
+    """Kayenta #377: NaN is not zero. Perfect counts before do not help; never advances."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    for _ in traffic.steadily(60, (50, 0, 0), (50, 0, 0)):
+        pass
+    kinds = []
+    for _ in range(70):
+        traffic.read(changed={variant: change(traffic.arms[variant])})
+        kinds.append(d.decide(traffic.window, POLICY, CANARY))
+    assert {k.kind for k in kinds[:60]} == {"hold"}
+    assert {k.reason for k in kinds} == {"blind"}
+    # 300 s after the first unusable reading.
+    assert [k.kind for k in kinds].index("rollback") == 60
+
+
+def test_blindness_that_ends_is_forgiven() -> None:
+    """Argo #1905: a metric without a value pauses, and resumes by itself."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    for _ in traffic.steadily(60, (50, 0, 0), (50, 0, 0)):
+        pass
+    for _ in range(20):
+        traffic.read(changed={PRUNED: replace(traffic.arms[PRUNED], requests=None)})
+    traffic.read()
+    assert d.decide(traffic.read(), POLICY, CANARY).kind == "advance"
+
+
+def test_a_failure_burst_is_acted_on_at_once() -> None:
+    """Twenty of twenty failed within the warm-up: the next reading rolls back."""
+    traffic = Traffic(POLICY)
+    traffic.read()
+    traffic.serve(PRUNED, 20, failed=20)
+    found = d.decide(traffic.read(), POLICY, CANARY)
+    assert (found.kind, found.reason) == ("rollback", "hard")
+
+
+def test_an_unhealthy_engine_is_a_hard_limit_even_when_it_is_not_counted() -> None:
+    """Its counters are gone, its health check fails: 15 s, not 300."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    gone = ArmReading(requests=None, failed=None, healthy=False)
+    kinds = [d.decide(traffic.read(changed={PRUNED: gone}), POLICY, CANARY).kind for _ in range(4)]
+    assert kinds == ["hold", "hold", "hold", "rollback"]
+
+
+def test_restarts_hold_and_a_crash_loop_rolls_back() -> None:
+    """Counters that begin anew give no counts; the third time it is a crash loop."""
+    policy = POLICY.model_copy(update={"hard": Hard(restarts=2)})
+    traffic = Traffic(policy)
+    traffic.warm()
+    seen = []
+    for _ in range(2):
+        traffic.serve(PRUNED, 50)
+        traffic.read()
+        traffic.arms[PRUNED] = replace(
+            traffic.arms[PRUNED], requests=0.0, over={"ttft": (0, 0), "tpot": (0, 0)}
+        )
+        seen.append(d.decide(traffic.read(), policy, CANARY).kind)
+    assert seen == ["hold", "rollback"]
+
+
+def test_a_full_cache_that_stays_full() -> None:
+    """With requests waiting, for five minutes."""
+    traffic = Traffic(POLICY)
+    traffic.arms[PRUNED] = replace(traffic.arms[PRUNED], kv_usage=1.0, waiting=4.0)
+    kinds = [d.decide(traffic.read(), POLICY, CANARY).kind for _ in range(61)]
+    assert kinds.index("rollback") == 60
+
+
+def test_a_split_that_is_not_as_asked_holds() -> None:
+    """A third of the requests where half should be: no verdict on such data."""
+    found = after(60, original=(100, 0, 0), pruned=(50, 0, 0))
+    assert (found.kind, found.reason) == ("hold", "split")
+    assert "33.33 % of the requests reached pruned where 50 % should" in found.words
+
+
+def test_nothing_advances_in_a_freeze_window() -> None:
+    """START is a Friday."""
+    assert datetime.fromtimestamp(START, UTC).strftime("%a") == "Fri"
+    policy = POLICY.model_copy(update={"freeze": (Freeze(days=("fri",)),)})
+    assert after(60, policy=policy).reason == "freeze"
+    assert after(120, policy=policy, pruned=(50, 2, 0)).kind == "rollback"
+
+
+def test_different_loads_are_not_compared() -> None:
+    """Pruned idles at load 1, the original queues at load 100: against the objective then."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    for _ in range(100):
+        traffic.serve(ORIGINAL, 50, slow=25, load=100.0)
+        traffic.serve(PRUNED, 50, slow=10, load=1.0)
+        traffic.read()
+    found = d.decide(traffic.window, POLICY, CANARY)
+    (ttft,) = [e for e in found.evidence if e.guard == "ttft"]
+    assert "the objective" in ttft.basis
+    # A fifth over the objective, a tenth allowed: not fine, though the original is worse.
+    assert ttft.verdict == "open"
+
+
+def test_dependent_requests_count_for_less() -> None:
+    """With a design effect of four, what was enough is not."""
+    policy = POLICY.model_copy(update={"design_effect": 4.0})
+    assert after(60, policy=policy).reason == "evidence"
+    assert after(240, policy=policy).kind == "advance"
+
+
+def test_the_walk_through_the_steps() -> None:
+    """Shadow, canary, promoted; a rollback ends it from anywhere."""
+    policy = Policy(steps=(Step(weight=0, shadow=5), Step(weight=1), HALF))
+    advance = d.Decision(kind="advance", reason="", words="")
+    state, phases = d.begin(policy, START), []
+    for _ in range(4):
+        phases.append((state.phase, *state.target(policy)))
+        back = d.apply(d.Decision(kind="rollback", reason="", words="w"), state, policy, 1.0)
+        assert (back.phase, back.target(policy)) == ("rolled_back", (0.0, 0.0))
+        state = d.apply(advance, state, policy, START)
+    assert phases == [
+        ("shadow", 0.0, 5.0),
+        ("canary", 1.0, 0.0),
+        ("canary", 50.0, 0.0),
+        ("promoted", 100.0, 0.0),
+    ]
+
+
+def test_promoted_keeps_its_hard_limits() -> None:
+    """There is nothing left to compare with, and still a burst rolls back."""
+    state = d.enter(CANARY, POLICY, 1, START)
+    assert after(10, state=state).reason == "promoted"
+    assert after(10, state=d.pause(state, ""), pruned=(50, 50, 0)).kind == "rollback"
+
+
+def test_idle_does_nothing() -> None:
+    """And neither does what was rolled back."""
+    for phase in ("idle", "rolled_back"):
+        assert d.decide(Window(began=0.0), POLICY, d.State(phase=phase)).kind == "hold"

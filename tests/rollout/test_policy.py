@@ -1,0 +1,93 @@
+"""The policy file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moe_serve.errors import UsageError
+from moe_serve.rollout import policy as module
+from moe_serve.rollout.policy import Policy, _Part, load_policy
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    """As a file."""
+    path = tmp_path / "policy.toml"
+    path.write_text(text)
+    return path
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    """Everything has a default; four steps and three guards are twelve tests."""
+    policy = load_policy(written(tmp_path, ""))
+    assert policy == Policy()
+    assert [step.weight for step in policy.steps] == [1, 5, 25, 50]
+    assert policy.tests == 12
+
+
+def test_parts_are_read(tmp_path: Path) -> None:
+    """Steps with gates, a guard left out, freeze windows with times."""
+    policy = load_policy(
+        written(
+            tmp_path,
+            """
+            timezone = "Europe/Berlin"
+            [[steps]]
+            weight = 0
+            shadow = 10
+            [[steps]]
+            weight = 20
+            gate = "hand"
+            [guards]
+            ttft = "off"
+            [guards.errors]
+            margin = 0.01
+            [[freeze]]
+            days = ["fri"]
+            start = "16:00:00"
+            """,
+        )
+    )
+    assert policy.steps[1].gate == "hand"
+    assert list(policy.guards.latency()) == ["tpot"]
+    assert policy.guards.errors.margin == 0.01
+    # 2027-01-15 was a Friday; Berlin is an hour ahead of UTC then: 15:30 is 16:30 there.
+    assert policy.frozen(1_800_026_600.0 + 600)
+    assert not policy.frozen(1_800_026_600.0 - 7200)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("steps = []", "steps"),
+        ("[[steps]]\nweight = 0", "either a weight or a shadow share"),
+        ("[[steps]]\nweight = 5\nshadow = 5", "either a weight or a shadow share"),
+        ("[[steps]]\nweight = 5\n[[steps]]\nweight = 5", "weights that rise"),
+        ("[[steps]]\nweight = 5\n[[steps]]\nweight = 0\nshadow = 1", "shadow steps come first"),
+        ("alhpa = 0.1", "alhpa"),
+        ("alpha = 1.5", "alpha"),
+        ("timezone = 'Mars/Olympus'", "no time zone 'Mars/Olympus'"),
+        ("strata = [8, 2]", "strata must rise"),
+        ("[guards.errors]\nmargin = 'none'", "guards.errors.margin"),
+        ("alpha = ", "cannot be read"),
+    ],
+)
+def test_mistakes_are_named(text: str, says: str, tmp_path: Path) -> None:
+    """Flagger #1581: an unknown name must not pass in silence."""
+    with pytest.raises(UsageError, match=r"policy\.toml") as caught:
+        load_policy(written(tmp_path, text))
+    assert says in str(caught.value)
+
+
+def test_every_field_is_explained() -> None:
+    """A field without a sentence after it is refused here; a part explains itself."""
+    parts = [p for p in vars(module).values() if isinstance(p, type) and issubclass(p, _Part)]
+    assert Policy in parts
+    silent = {
+        f"{part.__name__}.{name}"
+        for part in parts
+        for name, field in part.model_fields.items()
+        if not field.description and not isinstance(field.default, _Part)
+    }
+    assert silent == set()
