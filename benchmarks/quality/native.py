@@ -20,7 +20,7 @@ from moe_serve.progress import Silent
 from moe_serve.pruning.request import DEFAULT_BATCH, Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, prune
 
-_PEERS = ("drop-naee", "drop-reap")
+_PEERS = ("drop-naee", "drop-reap", "drop-taylor", "drop-seer")
 _LENGTH = 256
 
 

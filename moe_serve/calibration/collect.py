@@ -68,7 +68,7 @@ def collect(
         progress: told about every layer.
 
     Raises:
-        UsageError: the checkpoint is already compact.
+        UsageError: the checkpoint is already pruned.
         OutputError: the disk has no room for the hidden states.
         CheckpointError: weights are missing, misshapen or not finite.
         CalibrationError: activations are not finite.
@@ -92,9 +92,9 @@ def observe(
     counts as done when all have recorded it: they wait for one another after each, so whoever is
     ahead by one still has the inputs to repeat it.
     """
-    if checkpoint.is_compact:
+    if checkpoint.is_pruned:
         raise UsageError(
-            "is already compact", where=str(checkpoint.path), remedy="calibrate the original"
+            "is already pruned", where=str(checkpoint.path), remedy="calibrate the original"
         )
     group = settings.group
     if group.any(staging.done(_DONE) is not None):

@@ -5,13 +5,14 @@ Shape suffixes: T tokens, D hidden size, N original experts, F neurons of one un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers.activations import ACT2FN
 
 from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.substitution import constant_name
 from moe_serve.checkpoint.table import LayerTable
 from moe_serve.families import Routing
 
@@ -24,6 +25,8 @@ class Unit:
     gate_FD: torch.Tensor
     up_FD: torch.Tensor
     down_DF: torch.Tensor
+    constant: bool = False
+    """A single neuron that is always 1, whatever gate and up: f(x) is the down projection."""
 
     @property
     def width(self) -> int:
@@ -108,6 +111,8 @@ class Mixture:
 
     def hidden(self, unit: Unit, z_TD: torch.Tensor) -> torch.Tensor:
         """A unit's neurons h [T, F] on tokens z, before any routing weight."""
+        if unit.constant:
+            return z_TD.new_ones(len(z_TD), 1)
         return self.gated(z_TD @ unit.gate_FD.T, z_TD @ unit.up_FD.T)
 
     def gated(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
@@ -172,6 +177,20 @@ def _joined(parts: list[torch.Tensor], axis: int) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
 
+def constant_units(value_of: Mapping[int, torch.Tensor]) -> tuple[Unit, ...]:
+    """Experts that put out the same vector [D] for every token, by id."""
+    return tuple(
+        Unit(
+            owners=(expert,),
+            gate_FD=value_D.new_zeros(1, len(value_D)),
+            up_FD=value_D.new_zeros(1, len(value_D)),
+            down_DF=value_D[:, None],
+            constant=True,
+        )
+        for expert, value_D in sorted(value_of.items())
+    )
+
+
 def whole_experts(count: int, width: int) -> LayerTable:
     """The table of an untouched layer: one block of full width per expert."""
     return LayerTable(width=width, blocks=count, experts=tuple((e,) for e in range(count)))
@@ -219,12 +238,16 @@ def read_mixture(checkpoint: Checkpoint, layer: int, device: torch.device) -> Mi
     ups: list[torch.Tensor] = []
     downs: list[torch.Tensor] = []
     for block in range(table.blocks):
-        names = family.expert_names(layer, block)
+        names = checkpoint.block_names(layer, block)
         for name, into in zip(names, (gates, ups, downs), strict=True):
             into.append(_read(checkpoint, name, device))
+    constants = {
+        expert: _read(checkpoint, constant_name(family, layer, expert), device)
+        for expert in checkpoint.replaced.get(layer, ())
+    }
     return Mixture(
         router=read_router(checkpoint, layer, device),
-        units=make_units(table, gates, ups, downs),
+        units=make_units(table, gates, ups, downs) + constant_units(constants),
         activation=ACT2FN[checkpoint.config.get("hidden_act", "silu")],
         shared=read_shared(checkpoint, layer, device),
     )

@@ -36,6 +36,10 @@ class LayerStatistics:
     """Σ ω g² h hᵀ, h the expert's neurons, ω the token's domain weight."""
     output_ND: torch.Tensor
     """Σ ω f(x) over tokens that selected the expert."""
+    routed_N: torch.Tensor
+    """Σ ω g² (F64)."""
+    routed_ND: torch.Tensor
+    """Σ ω g² f(x): over :attr:`routed_N` it is the constant that stands for the expert best."""
     reservoir_SD: torch.Tensor
     """The layer's mixture input z at a fixed random sample of the corpus' tokens; zero at those
     that belong to another shard, so that reservoirs add up like all the rest."""
@@ -57,6 +61,8 @@ class LayerStatistics:
             "square_CN": sums,
             "normal_NII": ("F32", (experts, width, width)),
             "output_ND": ("F32", (experts, hidden)),
+            "routed_N": ("F64", (experts,)),
+            "routed_ND": ("F32", (experts, hidden)),
             "reservoir_SD": ("F32", (reservoir, hidden)),
             "reservoir_domain_S": ("I64", (reservoir,)),
         }
@@ -119,6 +125,8 @@ class Accumulator:
         home = _home(device, experts * width**2 * 4)
         self._normal_NII = torch.zeros(experts, width, width, device=home)
         self._output_ND = torch.zeros(experts, hidden)
+        self._routed_N = torch.zeros(experts, dtype=torch.float64)
+        self._routed_ND = torch.zeros(experts, hidden)
         self._reservoir_SD = torch.zeros(reservoir, hidden)
         self._reservoir_domain_S = torch.zeros(reservoir, dtype=torch.int64)
 
@@ -166,6 +174,9 @@ class Accumulator:
             else:
                 self._normal_NII[expert] += (scaled_tI.T @ scaled_tI).cpu()
             self._output_ND[expert] += (omega_t @ f_tD).cpu()
+            square_t = omega_t * weight_t.square()
+            self._routed_N[expert] += square_t.double().sum().cpu()
+            self._routed_ND[expert] += (square_t @ f_tD).cpu()
         return out_TD
 
     def _add_sums(
@@ -190,6 +201,8 @@ class Accumulator:
             weight=self._weight,
             normal_NII=self._normal_NII.cpu(),
             output_ND=self._output_ND,
+            routed_N=self._routed_N,
+            routed_ND=self._routed_ND,
             reservoir_SD=self._reservoir_SD,
             reservoir_domain_S=self._reservoir_domain_S,
         )

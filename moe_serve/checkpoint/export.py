@@ -15,7 +15,7 @@ from moe_serve.progress import Progress
 
 
 def export(source: Path, target: Path, form_name: str, progress: Progress) -> Path:
-    """Write ``source``, a compact checkpoint, as ``tied`` or ``native``.
+    """Write ``source``, a compact checkpoint, as ``tied``, ``native`` or ``substitution``.
 
     Reads every byte once; resumable layer by layer. Peak memory: one layer's blocks.
 
@@ -66,6 +66,6 @@ def export(source: Path, target: Path, form_name: str, progress: Progress) -> Pa
 def read_blocks(checkpoint: Checkpoint, layer: int) -> LayerBlocks:
     """One layer's stored blocks in their own format."""
     count = checkpoint.table.layers[layer].blocks
-    names = [checkpoint.family.expert_names(layer, number) for number in range(count)]
+    names = [checkpoint.block_names(layer, number) for number in range(count)]
     gate, up, down = ([checkpoint.stored(n[i]) for n in names] for i in range(3))
     return LayerBlocks(gate=gate, up=up, down=down)

@@ -6,6 +6,8 @@
     full size: each original slot holds its blocks side by side, zero neurons up to I. The oracle.
 ``native``
     one expert count and one width for the whole model; any stock software loads it.
+``substitution``
+    whole experts under their original ids, a constant for each that went; vLLM's own from 0.33 on.
 """
 
 from __future__ import annotations
@@ -19,7 +21,16 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from moe_serve.checkpoint.layout import Stored, compact_config, copied_entries, runs, stock_config
+from moe_serve.checkpoint.dtypes import TORCH_DTYPES
+from moe_serve.checkpoint.layout import (
+    Stored,
+    compact_config,
+    constant_dtype,
+    copied_entries,
+    runs,
+    stock_config,
+    substitution_config,
+)
 from moe_serve.checkpoint.quantisation import (
     COLUMNS,
     ROWS,
@@ -32,6 +43,7 @@ from moe_serve.checkpoint.quantisation import (
 )
 from moe_serve.checkpoint.shards import Run, ShardWriter, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.substitution import constant_name
 from moe_serve.checkpoint.table import CompactTable
 from moe_serve.errors import PlanError, UsageError
 
@@ -49,6 +61,13 @@ class LayerBlocks(NamedTuple):
     """[b, D] each."""
     down: Sequence[Matrix]
     """[D, b] each."""
+    constants_RD: torch.Tensor | None = None
+    """Output of each expert that is replaced by a constant, ids ascending; ``None``: zero."""
+
+    @property
+    def matrices(self) -> tuple[Sequence[Matrix], Sequence[Matrix], Sequence[Matrix]]:
+        """Gate, up and down projections."""
+        return self.gate, self.up, self.down
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,10 +137,10 @@ class Form:
         """Write one changed layer's experts. Memory beyond the blocks: one expert."""
         width, hidden = self.stored[layer].width, self.checkpoint.shape.hidden
         schemes = self.checkpoint.expert_scheme(layer)
-        for slot, members in enumerate(self.slots[layer]):
-            names = self.checkpoint.family.expert_names(layer, slot)
+        named = self.stored[layer].names(self.checkpoint.family, layer)
+        for slot, (members, names) in enumerate(zip(self.slots[layer], named, strict=True)):
             for name, scheme, matrices, axis in zip(
-                names, schemes, blocks, (ROWS, ROWS, COLUMNS), strict=True
+                names, schemes, blocks.matrices, (ROWS, ROWS, COLUMNS), strict=True
             ):
                 try:
                     whole = scheme.join([matrices[m] for m in members], axis, width, hidden)
@@ -133,6 +152,21 @@ class Form:
                     ) from None
                 for ending, tensor in scheme.tensors(name).items():
                     writer.write(tensor, whole[ending])
+
+        self._write_constants(writer, layer, blocks.constants_RD)
+
+    def _write_constants(
+        self, writer: ShardWriter, layer: int, constants_RD: torch.Tensor | None
+    ) -> None:
+        replaced, hidden = self.stored[layer].replaced, self.checkpoint.shape.hidden
+        if not replaced:
+            return
+        if constants_RD is None:
+            constants_RD = torch.zeros(len(replaced), hidden)
+        dtype = TORCH_DTYPES[constant_dtype(self.checkpoint, layer)]
+        for expert, value_D in zip(replaced, constants_RD, strict=True):
+            name = constant_name(self.checkpoint.family, layer, expert)
+            writer.write(name, value_D.to(dtype).cpu())
 
     def write_router(self, writer: ShardWriter, layer: int, rows_ND: torch.Tensor) -> None:
         """Write new router rows [N, D], of all original experts; those that stay are taken."""
@@ -262,7 +296,61 @@ def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
     )
 
 
-FORMATS: Final = {"compact": compact_form, "tied": tied_form, "native": native_form}
+def substitution_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
+    """Whole experts, and constants for those that have no block.
+
+    Raises:
+        PlanError: experts are narrowed, merged or never selected, or stored in quantised form.
+    """
+    shape = checkpoint.shape
+    for i, layer in table.layers.items():
+        held = [blocks for blocks in layer.experts if blocks]
+        why = None
+        if layer.dropped:
+            why = "experts are never selected: this format leaves the router as it is"
+        elif any(len(blocks) * layer.width != shape.width for blocks in held):
+            why = "experts are narrower than the original's"
+        elif any(len(owners) > 1 for owners in layer.owners()):
+            why = "experts share blocks"
+        elif not all(scheme.exact for scheme in checkpoint.expert_scheme(i)):
+            why = "experts are quantised: vLLM takes constants beside plain numbers only"
+        if why is not None:
+            raise PlanError(
+                f"layer {i}: {why}",
+                where="--format substitution",
+                remedy="prune with --format substitution and a method that drops whole experts, "
+                "or use --format compact",
+            )
+    replaced = {
+        i: tuple(e for e, blocks in enumerate(layer.experts) if not blocks)
+        for i, layer in table.layers.items()
+    }
+    return Form(
+        name="substitution",
+        checkpoint=checkpoint,
+        config=substitution_config(checkpoint, replaced),
+        stored={
+            i: Stored(
+                count=shape.experts - len(ids), width=shape.width, rows=shape.experts, replaced=ids
+            )
+            for i, ids in replaced.items()
+        },
+        slots={
+            i: tuple(blocks for blocks in layer.experts if blocks)
+            for i, layer in table.layers.items()
+        },
+        rows={},
+        mask={},
+        silenced={},
+    )
+
+
+FORMATS: Final = {
+    "compact": compact_form,
+    "tied": tied_form,
+    "native": native_form,
+    "substitution": substitution_form,
+}
 
 
 def form_named(name: str, checkpoint: Checkpoint, table: CompactTable) -> Form:

@@ -11,7 +11,9 @@ from typing import Any, Final
 from moe_serve.checkpoint.header import TensorEntry
 from moe_serve.checkpoint.shards import Run, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.substitution import KEY, constant_name, retained, to_config
 from moe_serve.checkpoint.table import CompactTable
+from moe_serve.families import Family, Projections
 from moe_serve.files import write_json, writing
 
 _NOT_CARRIED: Final = frozenset(
@@ -31,6 +33,13 @@ class Stored:
     rows: int
     shared: int | None = None
     """Neurons of the shared expert where it has to grow."""
+    replaced: tuple[int, ...] = ()
+    """Experts stored as a constant; the others keep the original's ids."""
+
+    def names(self, family: Family, layer: int) -> list[Projections]:
+        """The matrices of each stored expert."""
+        ids = retained(self.replaced, self.rows) if self.replaced else range(self.count)
+        return [family.expert_names(layer, expert) for expert in ids]
 
 
 def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
@@ -99,20 +108,33 @@ def _expert_runs(checkpoint: Checkpoint, layer: int, stored: Stored) -> list[Run
     """Each expert's matrices stay together, and so do the tensors of each matrix."""
     schemes = checkpoint.expert_scheme(layer)
     forms = _forms(checkpoint, stored.width)
-    return [
+    constants: list[Run] = [
+        (
+            TensorSpec(
+                name=constant_name(checkpoint.family, layer, expert),
+                dtype=constant_dtype(checkpoint, layer),
+                shape=(checkpoint.shape.hidden,),
+            ),
+        )
+        for expert in stored.replaced
+    ]
+    return constants + [
         tuple(
             TensorSpec(
                 name=scheme.tensors(name)[piece.ending],
                 dtype=piece.dtype,
                 shape=piece.shape(*form),
             )
-            for name, scheme, form in zip(
-                checkpoint.family.expert_names(layer, number), schemes, forms, strict=True
-            )
+            for name, scheme, form in zip(names, schemes, forms, strict=True)
             for piece in scheme.pieces
         )
-        for number in range(stored.count)
+        for names in stored.names(checkpoint.family, layer)
     ]
+
+
+def constant_dtype(checkpoint: Checkpoint, layer: int) -> str:
+    """Constants are stored as the down projections of plain numbers are."""
+    return checkpoint.expert_scheme(layer)[2].pieces[0].dtype
 
 
 def compact_config(checkpoint: Checkpoint, table: CompactTable) -> dict[str, Any]:
@@ -121,6 +143,14 @@ def compact_config(checkpoint: Checkpoint, table: CompactTable) -> dict[str, Any
     config["architectures"] = [checkpoint.family.compact_architecture]
     config["compact_experts"] = table.to_config()
     return _without_extra(checkpoint, config, changed=bool(table.layers))
+
+
+def substitution_config(
+    checkpoint: Checkpoint, replaced: dict[int, tuple[int, ...]]
+) -> dict[str, Any]:
+    """The original config with the list of experts that are constants."""
+    config = stock_config(checkpoint, changed=bool(replaced))
+    return config | {KEY: to_config(replaced)}
 
 
 def stock_config(

@@ -41,6 +41,8 @@ class LayerCounts(_Model):
     width: int
     blocks: int
     dropped: int
+    replaced: int = 0
+    """Experts that are a constant."""
 
 
 class PredictionLayers(_Model):

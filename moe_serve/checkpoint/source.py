@@ -20,9 +20,16 @@ from moe_serve.checkpoint.quantisation import (
     quantisation_settings,
     scheme_of,
 )
+from moe_serve.checkpoint.substitution import (
+    KEY,
+    constant_name,
+    parse_replaced,
+    replaced_tables,
+    retained,
+)
 from moe_serve.checkpoint.table import CompactTable, parse_table
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
-from moe_serve.families import Family, Shape, family_of
+from moe_serve.families import Family, Projections, Shape, family_of
 from moe_serve.files import read_json
 
 INDEX: Final = "model.safetensors.index.json"
@@ -44,6 +51,8 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
     table: CompactTable
     """Empty for a stock checkpoint."""
+    replaced: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Experts that are a constant, by layer: they are selected and store no block."""
     _read: list[int] = field(default_factory=lambda: [0])
     _schemes: dict[str, Scheme] = field(default_factory=dict)
     _ahead: ReadAhead = field(default_factory=ReadAhead)
@@ -52,6 +61,11 @@ class Checkpoint:
     def is_compact(self) -> bool:
         """Whether the router's ids have to be remapped to stored blocks."""
         return "compact_experts" in self.config
+
+    @property
+    def is_pruned(self) -> bool:
+        """Whether it stores anything else than the original's experts."""
+        return self.is_compact or KEY in self.config
 
     @property
     def bytes_read(self) -> int:
@@ -181,9 +195,18 @@ class Checkpoint:
             )
         return weight
 
+    def block_names(self, layer: int, block: int) -> Projections:
+        """The matrices of a stored block.
+
+        Blocks are numbered from 0; where experts are replaced by constants, as in the original.
+        """
+        if ids := self.replaced.get(layer):
+            block = retained(ids, self.shape.experts)[block]
+        return self.family.expert_names(layer, block)
+
     def expert_scheme(self, layer: int) -> tuple[Scheme, Scheme, Scheme]:
         """How the gate, up and down matrices of a layer's experts are stored."""
-        gate, up, down = (self.scheme(n) for n in self.family.expert_names(layer, 0))
+        gate, up, down = (self.scheme(n) for n in self.block_names(layer, 0))
         return gate, up, down
 
     def layer_tensors(self, layer: int) -> list[TensorEntry]:
@@ -251,8 +274,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
     family.routing_of(config)  # Refuses a rule that can't hold.
     tensors = _tensors(path)
     table = parse_table(config, family, where=str(path / "config.json"))
+    replaced = parse_replaced(config, family, where=str(path / "config.json"))
     checkpoint = Checkpoint(
-        path=path, config=config, family=family, shape=shape, tensors=tensors, table=table
+        path=path,
+        config=config,
+        family=family,
+        shape=shape,
+        tensors=tensors,
+        table=replaced_tables(replaced, shape) if replaced else table,
+        replaced=replaced,
     )
     _check_layers(checkpoint)
     _check_experts(checkpoint)
@@ -347,7 +377,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
         schemes = checkpoint.expert_scheme(layer)
         expected: set[str] = set()
         for expert in range(count):
-            names = family.expert_names(layer, expert)
+            names = checkpoint.block_names(layer, expert)
             for name, scheme, form in zip(names, schemes, (wide, wide, tall), strict=True):
                 pieces = scheme.tensors(name)
                 expected.update(pieces.values())
@@ -367,6 +397,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                             where=str(checkpoint.path),
                             remedy="config.json and weights belong to different checkpoints",
                         )
+        expected |= _checked_constants(checkpoint, layer)
         prefix = family.expert_prefix(layer)
         present = {n for n in checkpoint.tensors if n.startswith(prefix)}
         if surplus := sorted(present - expected):
@@ -376,6 +407,22 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                 where=str(checkpoint.path),
                 remedy="a quantised layout this version does not read, or a stale shard",
             )
+
+
+def _checked_constants(checkpoint: Checkpoint, layer: int) -> set[str]:
+    """Names of a layer's constants: a vector for each expert that is replaced."""
+    names = set()
+    for expert in checkpoint.replaced.get(layer, ()):
+        entry = checkpoint.entry(constant_name(checkpoint.family, layer, expert))
+        if entry.shape != (checkpoint.shape.hidden,):
+            raise CheckpointError(
+                f"constant {entry.name!r} is {list(entry.shape)}, expected "
+                f"{[checkpoint.shape.hidden]}",
+                where=str(checkpoint.path),
+                remedy="config.json and weights belong to different checkpoints",
+            )
+        names.add(entry.name)
+    return names
 
 
 def _check_shared(checkpoint: Checkpoint) -> None:

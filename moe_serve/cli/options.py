@@ -79,7 +79,7 @@ RouterRefitFlag = Annotated[
         help="Re-fit the router to what is kept, where held-out tokens say that it helps.",
     ),
 ]
-FormatName = Annotated[str, typer.Option("--format", help="compact, tied or native.")]
+FormatName = Annotated[str, typer.Option("--format", help="compact, tied, native or substitution.")]
 DryRun = Annotated[
     bool,
     typer.Option(

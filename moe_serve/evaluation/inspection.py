@@ -48,13 +48,20 @@ def inspect(path: Path) -> dict[str, Any]:
                 "most_blocks_of_an_expert": max(len(e or ()) for e in t.experts),
             }
             for i, t in table.items()
+            if i not in checkpoint.replaced
         },
+        "replaced_by_constants": {str(i): list(e) for i, e in checkpoint.replaced.items()},
         "served_by": _served_by(checkpoint),
         "gpu_memory_for_weights_bytes": total,
     }
 
 
 def _served_by(checkpoint: Checkpoint) -> str:
+    if checkpoint.replaced:
+        return (
+            "vLLM 0.33 and later (approximate_experts); vLLM 0.32 and transformers would compute "
+            "something else"
+        )
     if not checkpoint.is_compact:
         return "transformers, vLLM and other software that knows the architecture"
     if checkpoint.family.served:

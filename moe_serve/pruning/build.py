@@ -95,7 +95,7 @@ def pruned_mixture(
     device = original.router.weight_ND.device
     gate, up, down = (
         [scheme.dequantise(matrix).to(device) for matrix in matrices]
-        for scheme, matrices in zip(schemes, blocks, strict=True)
+        for scheme, matrices in zip(schemes, blocks.matrices, strict=True)
     )
     return dataclasses.replace(
         original,
@@ -107,10 +107,18 @@ def pruned_mixture(
 def with_downs(
     blocks: LayerBlocks, table: LayerTable, stored: tuple[tuple[Matrix, ...], ...], scheme: Scheme
 ) -> LayerBlocks:
-    """The blocks with re-fitted down projections, one or more stored pieces for each unit."""
+    """The blocks with re-fitted down projections, one or more stored pieces for each unit.
+
+    Constants come after the blocks' units, a piece for each.
+    """
     down = list(blocks.down)
-    for pieces, (_, numbers) in zip(stored, blocks_by_owners(table), strict=True):
+    owned = blocks_by_owners(table)
+    constants_RD = blocks.constants_RD
+    if constants_RD is not None and len(constants_RD):
+        values = [scheme.dequantise(piece)[:, 0].cpu() for (piece,) in stored[len(owned) :]]
+        constants_RD = torch.stack(values)
+    for pieces, (_, numbers) in zip(stored[: len(owned)], owned, strict=True):
         parts = cut(scheme, [_on_cpu(piece) for piece in pieces], COLUMNS, table.width)
         for number, part in zip(numbers, parts, strict=True):
             down[number] = part
-    return LayerBlocks(gate=blocks.gate, up=blocks.up, down=down)
+    return blocks._replace(down=down, constants_RD=constants_RD)

@@ -25,10 +25,13 @@ Stored as {{ numbers.schemes | join("; ") }}. {% for name, count in numbers.kept
 {% endif -%}
 The original's licence and terms of use apply to this derivative.
 
-| layer | blocks | neurons per block | experts never selected |
+{% set constants = format == "substitution" -%}
+| layer | blocks | neurons per block | experts \
+{{ "replaced by a constant" if constants else "never selected" }} |
 |---|---|---|---|
 {% for index, layer in layers.items() -%}
-| {{ index }} | {{ layer.blocks }} | {{ layer.width }} | {{ layer.dropped }} |
+| {{ index }} | {{ layer.blocks }} | {{ layer.width }} | \
+{{ layer.replaced if constants else layer.dropped }} |
 {% endfor %}
 {% if left_out -%}
 ## Left out
@@ -50,6 +53,15 @@ The moe-serve plugin does not serve this architecture; write a form that stock s
 
     moe-serve export . STOCK --format tied
 {% endif -%}
+{% elif format == "substitution" -%}
+## Serving
+
+Needs vLLM 0.33 or later (`approximate_experts`), one GPU or tensor parallelism: expert, data and \
+sequence parallelism, EPLB and LoRA are refused there. vLLM 0.32 and transformers do not know the \
+constants and would compute something else.
+
+    vllm serve .
+
 {% else -%}
 ## Serving
 
@@ -80,7 +92,7 @@ def model_card(manifest: Manifest, *, served: bool) -> str:
     environment = Environment(undefined=StrictUndefined, autoescape=False)  # noqa: S701 - Markdown
     bytes_ = manifest.expert_bytes
     return environment.from_string(_TEMPLATE).render(
-        library="vllm" if manifest.format == "compact" else "transformers",
+        library="vllm" if manifest.format in {"compact", "substitution"} else "transformers",
         name=manifest.original.name,
         percent=100 * bytes_.kept / bytes_.original,
         version=manifest.moe_serve_version,

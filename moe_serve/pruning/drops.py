@@ -6,6 +6,7 @@ import torch
 
 from moe_serve.errors import PlanError
 from moe_serve.pruning.groups import best_experts
+from moe_serve.pruning.neurons import loss_root
 from moe_serve.pruning.plan import Block, LayerPlan, Part
 from moe_serve.pruning.view import Budget, LayerView
 
@@ -102,6 +103,32 @@ def drop_aimer(view: LayerView, budget: Budget) -> LayerPlan:
     return keep_best(view, -score_N, budget, {"aimer": score_N.tolist()})
 
 
+def drop_constant(view: LayerView, budget: Budget) -> LayerPlan:
+    """Drop the experts that a constant stands for best; made for ``--format substitution``.
+
+    With w the router's weight, the constant c = E[w² f] / E[w²] minimises E‖w f - w c‖², and what
+    is left is E[w² fᵀ M f] - E[w²] cᵀ M c in the loss's metric M = E[g gᵀ]. That compares over
+    layers: each keeps as many as it has among the model's best, one at least.
+
+    Source: constants for experts after MoNE, arXiv 2507.00390, which ranks by the variance of
+    outputs and by frequency; the weighting and the metric are ours.
+    """
+    left_N = constant_error(view)
+    return keep_best(view, left_N, budget, {"error_of_constant": left_N.tolist()})
+
+
+def constant_error(view: LayerView) -> torch.Tensor:
+    """What the best constant in place of each expert costs in the loss's metric [N], FP64."""
+    statistics, root_DD = view.observed(), loss_root(view.gradients())
+    down_NDI = torch.einsum("de,ndi->nei", root_DD, view.projection(2))
+    square_NII = down_NDI.transpose(1, 2) @ down_NDI
+    total_N = (statistics.normal_NII * square_NII).sum(dim=(1, 2), dtype=torch.float64)
+    tiny = torch.finfo(torch.float64).tiny
+    mean_ND = (statistics.routed_ND @ root_DD).double()
+    explained_N = mean_ND.square().sum(dim=1) / statistics.routed_N.clamp(min=tiny)
+    return (total_N - explained_N).clamp(min=0.0) / statistics.weight
+
+
 def drop_random(view: LayerView, budget: Budget) -> LayerPlan:
     """Drop experts by lot: what any rule has to beat."""
     generator = torch.Generator().manual_seed(1_000_003 * budget.seed + view.index)
@@ -116,8 +143,13 @@ def keep_best(
     Raises:
         PlanError: fewer would stay than the router selects.
     """
+    count = checked_count(view, budget)
+    if budget.constants:
+        # The router still finds every expert, so whatever rule it selects by stays sound.
+        order = torch.argsort(saliency_N, descending=True, stable=True)
+        return whole(view, sorted(order[:count].tolist()), scores)
     rule = view.checkpoint.family.routing_of(view.checkpoint.config)
-    kept = best_experts(saliency_N.tolist(), checked_count(view, budget), rule)
+    kept = best_experts(saliency_N.tolist(), count, rule)
     return whole(view, kept, scores)
 
 
@@ -129,6 +161,8 @@ def checked_count(view: LayerView, budget: Budget) -> int:
     """
     shape = view.shape
     count = budget.whole_experts(shape)
+    if budget.constants and count >= 1:
+        return min(count, shape.experts)
     if count < shape.top_k:
         raise PlanError(
             f"{count} experts would stay in each layer, the router selects {shape.top_k}",

@@ -101,7 +101,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
         given = request.statistics is not None and request.statistics.exists()
         texts = corpus is not None or given
         method, budget, refits = request.selection.resolve(checkpoint, texts=texts)
-        refit = Refit() if refits else None
+        refit = Refit() if refits or budget.constants else None  # Both stream the texts again.
         work = replace(
             _work(request, corpus, keep=budget.keep, refit=refit),
             reverse=method.loss or given or request.statistics is not None,

@@ -14,7 +14,9 @@ import torch
 
 from moe_serve.errors import UsageError
 from moe_serve.pruning.drops import (
+    constant_error,
     drop_aimer,
+    drop_constant,
     drop_ean,
     drop_fisher,
     drop_frequency,
@@ -90,6 +92,12 @@ METHODS: Final = {
         Method(name="drop-frequency", experts=drop_frequency, loss=False),
         Method(name="drop-taylor", experts=drop_taylor),
         Method(name="drop-fisher", experts=drop_fisher),
+        Method(
+            name="drop-constant",
+            experts=drop_constant,
+            worth=constant_error,
+            refit=True,
+        ),
         Method(name="drop-aimer", experts=drop_aimer, needs_texts=False),
         Method(name="drop-random", experts=drop_random, needs_texts=False),
         Method(name="merge-cka", experts=merge_cka, loss=False, merges=True, compares=True),

@@ -44,12 +44,24 @@ class LayerPlan(_Model):
     width: int
     blocks: tuple[Block, ...]
     experts: tuple[tuple[int, ...] | None, ...]
+    constants: bool = False
+    """Experts without a block put out a constant, which ``apply`` fits; else nothing."""
     why: dict[str, Any] = Field(default_factory=dict)
     """The scores and errors the choice rests on; per-expert lists have N entries."""
 
     def table(self) -> LayerTable:
         """As stored in the checkpoint's config."""
         return LayerTable(width=self.width, blocks=len(self.blocks), experts=self.experts)
+
+    def replaced(self) -> tuple[int, ...]:
+        """Experts that are a constant."""
+        return tuple(e for e, b in enumerate(self.experts) if b == ()) if self.constants else ()
+
+    def with_constants(self) -> LayerPlan:
+        """The same with a constant for each expert that would never be selected."""
+        return self.model_copy(
+            update={"constants": True, "experts": tuple(b or () for b in self.experts)}
+        )
 
     def neurons_kept(self) -> int:
         """Neurons stored in this layer."""
@@ -116,7 +128,8 @@ class Plan(_Model):
     @property
     def needs_texts(self) -> bool:
         """Whether carrying it out fits something."""
-        return self.refit is not None or self.router is not None
+        fitted = self.refit is not None or self.router is not None
+        return fitted or any(layer.constants for layer in self.layers.values())
 
     def table(self) -> CompactTable:
         """The remapping of all changed layers."""

@@ -79,6 +79,8 @@ def make_plan(
                 _view(checkpoint, statistics, index, budget.tile, progress) for index in layers
             )
         planned = {view.index: method.experts(view, budgets[view.index]) for view in views}
+        if budget.constants:
+            planned = {index: layer.with_constants() for index, layer in planned.items()}
     router = RouterFit() if selection.router_refit and planned else None
     if router is not None and trial is not None:
         fits = {
@@ -124,7 +126,7 @@ def _view(
 
 def _over_layers(worth: dict[int, torch.Tensor], budget: Budget, shape: Shape) -> dict[int, Budget]:
     """Each layer's budget of experts, where the model's best experts are kept."""
-    total = budget.whole_experts(shape) * len(worth)
+    total = budget.whole_experts(shape, layers=len(worth))
     least = shape.top_k if budget.drop_when_better else 1
     counts = counts_over_layers(worth, total, least=least) if worth else {}
     return {index: replace(budget, experts=count) for index, count in counts.items()}

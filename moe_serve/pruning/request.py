@@ -104,6 +104,8 @@ class Selection:
     router_refit: bool = False
     """Whether the router's rows are re-fitted where that helps."""
     uniform: bool = False
+    constants: bool = False
+    """Whether experts that go leave a constant."""
     across_layers: bool = True
     coefficients: str | None = None
     """``None``: as the method does."""
@@ -121,7 +123,7 @@ class Selection:
             UsageError: contradictory options.
             PlanError: the budget can't be met.
         """
-        method = method_named(self.method, texts=texts)
+        method = self._method(texts=texts)
         self._check_merging(method, texts=texts)
         keep = self._share(checkpoint)
         tile = tile_width(checkpoint)
@@ -145,12 +147,39 @@ class Selection:
             experts=None if method.neurons else self.experts,
             tile=1 if self.requantise else removal_unit(checkpoint, refit=refit),
             uniform=self.uniform,
+            constants=self.constants,
             across_layers=self.across_layers,
             coefficients=self.coefficients,
             drop_when_better=self.drop_when_better,
             seed=self.seed,
         )
         return method, budget, refit
+
+    def _method(self, *, texts: bool) -> Method:
+        """The method, if the output format has room for what it chooses."""
+        constant = "drop-constant"
+        if self.constants and self.method == AUTO:
+            return method_named(constant, texts=texts)
+        method = method_named(self.method, texts=texts)
+        if not self.constants and method.name == constant:
+            raise UsageError(
+                f"{constant} chooses experts that a constant stands for",
+                where="--method",
+                remedy="give --format substitution, or another method",
+            )
+        if self.constants and (method.experts is None or method.merges):
+            raise UsageError(
+                f"{method.name} does not drop whole experts, and this format does nothing else",
+                where="--format substitution",
+                remedy=f"leave --method out ({constant}), or choose another drop method",
+            )
+        if self.constants and not texts:
+            raise UsageError(
+                "constants are fitted to calibration texts",
+                where="--format substitution",
+                remedy="give --calibration PATH",
+            )
+        return method
 
     def _check_merging(self, method: Method, *, texts: bool) -> None:
         if self.coefficients is None and self.drop_when_better is None:

@@ -31,7 +31,7 @@ from moe_serve.checkpoint.manifest import (
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import Staging, require_space, staged
-from moe_serve.errors import UsageError
+from moe_serve.errors import PlanError, UsageError
 from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
 from moe_serve.pruning.apply import Application, apply_plan
@@ -122,9 +122,9 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
             remedy="run torchrun on moe-serve calibrate, then prune with --statistics",
         )
     checkpoint = open_checkpoint(request.model)
-    if checkpoint.is_compact:
+    if checkpoint.is_pruned:
         raise UsageError(
-            "is already compact", where=str(request.model), remedy="prune the original instead"
+            "is already pruned", where=str(request.model), remedy="prune the original instead"
         )
     given = Plan.load(request.plan) if request.plan else None
     if given is not None:
@@ -144,6 +144,7 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
                 where="--calibration",
                 remedy="give the texts, or plan with --no-refit and --no-router-refit",
             )
+        _refuse_lost_constants(plan, request.form)
         with clock("apply"):
             form = form_named(request.form, checkpoint, plan.table())
             refit = _applied(request, checkpoint, plan, form, corpus, staging, progress)
@@ -156,6 +157,16 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
         seconds=clock.seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
+
+
+def _refuse_lost_constants(plan: Plan, form: str) -> None:
+    """A plan that leans on constants makes another model in a format without them."""
+    if form != "substitution" and any(layer.constants for layer in plan.layers.values()):
+        raise PlanError(
+            "this plan replaces experts by constants",
+            where=f"--format {form}",
+            remedy="give --format substitution",
+        )
 
 
 def calibrate(
@@ -361,7 +372,12 @@ def _seal(
         expert_bytes=ExpertBytes(original=sum(original.values()), kept=sum(kept.values())),
         numbers=plan.numbers.model_dump(mode="json") if plan.numbers else None,
         layers={
-            i: LayerCounts(width=p.width, blocks=len(p.blocks), dropped=len(p.table().dropped))
+            i: LayerCounts(
+                width=p.width,
+                blocks=len(p.blocks),
+                dropped=len(p.table().dropped),
+                replaced=len(p.replaced()),
+            )
             for i, p in plan.layers.items()
         },
         prediction_layers=PredictionLayers(

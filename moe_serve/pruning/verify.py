@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
-from moe_serve.calibration.mixture import read_mixture
+from moe_serve.calibration.mixture import read_mixture, whole_experts
 from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import copied_entries
@@ -18,6 +18,9 @@ from moe_serve.errors import UsageError
 from moe_serve.progress import Progress
 from moe_serve.pruning.build import build_blocks
 from moe_serve.pruning.plan import Plan
+
+_WITH_ORIGINAL: Final = ("compact", "substitution")
+"""Formats whose table can be read back and held against the plan."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -91,18 +94,20 @@ def _against(
     found: Verification,
     progress: Progress,
 ) -> None:
-    if manifest.format != "compact":
+    if manifest.format not in _WITH_ORIGINAL:
         raise UsageError(
             f"is in format {manifest.format}",
             where=str(checkpoint.path),
-            remedy="--original checks compact checkpoints; verify the one this was exported from",
+            remedy="--original checks "
+            + " and ".join(_WITH_ORIGINAL)
+            + " checkpoints; verify the one this was exported from",
         )
     if file_sha256(original.path / "config.json") != manifest.original.config_sha256:
         found.problems.append("the original's config.json is not the one this was made from")
         return
     plan = Plan.load(checkpoint.path / "plan.json")
     plan.check(original)
-    edited = set(form_named("compact", original, plan.table()).edited())
+    edited = set(form_named(manifest.format, original, plan.table()).edited())
     if plan.router is not None:
         edited |= {original.family.gate_name(layer) for layer in plan.layers}
     unchanged = [e for e in copied_entries(original, set(plan.layers)) if e.name not in edited]
@@ -125,14 +130,15 @@ def _layer_problems(
 ) -> list[str]:
     """Blocks whose weights are not those the plan names; re-fitted down projections may differ."""
     layer = plan.layers[index]
-    if checkpoint.table.layers.get(index) != layer.table():
+    untouched = whole_experts(original.shape.experts, original.shape.width)
+    if checkpoint.table.layers.get(index, untouched) != layer.table():
         return [f"layer {index}: the table in config.json is not the plan's"]
     units = read_mixture(original, index, torch.device("cpu")).units
     expected = build_blocks(original, index, layer, units)
     problems = []
     for number in range(len(layer.blocks)):
-        names = checkpoint.family.expert_names(index, number)
-        pairs = list(zip(names, (m[number] for m in expected), strict=True))
+        names = checkpoint.block_names(index, number)
+        pairs = list(zip(names, (m[number] for m in expected.matrices), strict=True))
         for name, weight in pairs[:2] if plan.refit else pairs:
             stored = checkpoint.stored(name)
             problems += [

@@ -34,6 +34,8 @@ class Budget:
     across_layers: bool = True
     """Blocks go where the loss needs them in the whole model; otherwise every layer keeps the
     same share."""
+    constants: bool = False
+    """Experts that go leave a constant, and the router goes on selecting them."""
     seed: int = 0
     """For methods that draw lots."""
     coefficients: str | None = None
@@ -41,9 +43,15 @@ class Budget:
     drop_when_better: bool | None = None
     """Whether a group is merged only where that beats dropping; ``None``: as the method does."""
 
-    def whole_experts(self, shape: Shape) -> int:
-        """Experts a layer may keep whole."""
-        return self.experts if self.experts is not None else int(self.keep * shape.experts + 1e-9)
+    def whole_experts(self, shape: Shape, layers: int = 1) -> int:
+        """Experts that so many layers may keep whole, what stands for the others included."""
+        if self.experts is not None:
+            return layers * self.experts
+        total, constant = layers * shape.experts, 0.0
+        if self.constants:
+            constant = 1.0 / (3 * shape.width)  # A vector [D] for three matrices of [I, D].
+        kept = (self.keep - constant) * total / (1.0 - constant)
+        return total if self.keep == 1.0 else max(int(kept + 1e-9), 0)
 
     def blocks(self, shape: Shape, layers: int = 1) -> int:
         """Blocks that so many layers may store: never more bytes than ``keep`` allows."""

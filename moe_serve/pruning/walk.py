@@ -19,6 +19,7 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
 from moe_serve.checkpoint.formats import LayerBlocks
 from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs
+from moe_serve.pruning.constants import ConstantSums, with_constants
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens, refit
 from moe_serve.pruning.router import fit_rows
@@ -93,14 +94,19 @@ class Walk:
         pruned = pruned_mixture(mixture, table, blocks, schemes)
         original_after = self._original[(layer.index + 1) % 2]
         pruned_after = self._pruned[(layer.index + 1) % 2]
+        constants = ConstantSums(mixture, planned.replaced())
         for batch in self._tokens.batches:
             r_BLD, z_BLD = self._attend(layer, batch, self._original)
             goal_BLD = r_BLD + layer.feed_forward(z_BLD)
             batch.store(original_after, goal_BLD)
+            constants.observe(z_BLD.flatten(0, 1), self._tokens.omega_T[batch.tokens])
             r_BLD, z_BLD = self._attend(layer, batch, self._pruned)
             y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
             batch.store(self._inputs, z_BLD)
             batch.store(self._residual, goal_BLD - r_BLD - y_BLD)
+        if planned.constants:
+            blocks = blocks._replace(constants_RD=constants.result(schemes[2]))
+            pruned = self._add_constants(pruned, constants.replaced, blocks.constants_RD)
         record: dict[str, Any] = {}
         rows = None
         if refit_by is not None:
@@ -136,6 +142,18 @@ class Walk:
             # goal - residual is r + P W on the rounded weights: what will be served.
             batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))
         return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
+
+    def _add_constants(
+        self, pruned: Mixture, replaced: tuple[int, ...], constants_RD: torch.Tensor | None
+    ) -> Mixture:
+        """The pruned layer with its constants; what they add is taken out of the residual."""
+        if constants_RD is None or not replaced:
+            return pruned
+        whole, alone = with_constants(pruned, replaced, constants_RD)
+        for batch in self._tokens.batches:
+            added_TD = alone(batch.load_flat(self._inputs))
+            batch.store(self._residual, batch.load_flat(self._residual) - added_TD)
+        return whole
 
     def _attend(
         self, layer: Layer, batch: Batch, streams: tuple[States, States]

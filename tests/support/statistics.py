@@ -25,6 +25,8 @@ def layer_statistics(
         square_CN=zero_CN,
         normal_NII=torch.zeros(experts, 1, 1),
         output_ND=torch.zeros(experts, z_SD.shape[1]),
+        routed_N=torch.zeros(experts, dtype=torch.float64),
+        routed_ND=torch.zeros(experts, z_SD.shape[1]),
         reservoir_SD=z_SD,
         reservoir_domain_S=torch.zeros(len(z_SD), dtype=torch.int64),
     )
