@@ -246,7 +246,7 @@ def _sample(corpus: Sequences, numbers: range, record: CalibrationRecord) -> dic
     The sample is drawn from the whole corpus, so it is the same for any batch size and any number
     of shards.
     """
-    drawn = random.Random(f"{record.seed}/reservoir").sample(range(corpus.total), record.reservoir)
+    drawn = _drawn(corpus, record)
     rows = {position: row for row, position in enumerate(sorted(drawn))}
     offsets = corpus.offsets
     found, ahead = {}, 0
@@ -257,6 +257,18 @@ def _sample(corpus: Sequences, numbers: range, record: CalibrationRecord) -> dic
                 found[ahead + position - start] = rows[position]
         ahead += length
     return found
+
+
+def _drawn(corpus: Sequences, record: CalibrationRecord) -> list[int]:
+    """Positions of the reservoir's tokens: any, or as many of each domain as the balance says."""
+    generator = random.Random(f"{record.seed}/reservoir")
+    if not record.sample:
+        return generator.sample(range(corpus.total), record.reservoir)
+    domain_T = corpus.token_domains()
+    drawn: list[int] = []
+    for number, count in enumerate(record.sample):
+        drawn += generator.sample(torch.nonzero(domain_T == number).squeeze(1).tolist(), count)
+    return drawn
 
 
 def _within(sample: dict[int, int], batch: Batch) -> dict[int, int]:

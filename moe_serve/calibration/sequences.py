@@ -32,6 +32,8 @@ class Sequences:
     """Index into ``domains`` for each sequence."""
     corpus: tuple[int, ...] = ()
     """Tokens per domain of the corpus that these are a share of; empty where they are all."""
+    balance: tuple[float, ...] = ()
+    """Each domain's part of the weight of all tokens; empty where all domains weigh the same."""
 
     @property
     def total(self) -> int:
@@ -51,10 +53,11 @@ class Sequences:
         return counts
 
     def weights(self) -> torch.Tensor:
-        """Weight of each token, [T], mean 1 over the corpus: domains weigh the same in sum."""
+        """Weight of each token, [T], mean 1 over the corpus: domains weigh as the balance says."""
         counts = self._corpus()
-        even = sum(counts) / len(counts)
-        per_domain = [even / count if count else 0.0 for count in counts]
+        balance = self.balance or (1 / len(counts),) * len(counts)
+        sums = [sum(counts) * part for part in balance]
+        per_domain = [s / count if count else 0.0 for s, count in zip(sums, counts, strict=True)]
         return torch.tensor(per_domain, dtype=torch.float32)[self.token_domains()]
 
     def token_domains(self) -> torch.Tensor:
@@ -78,10 +81,11 @@ class Sequences:
     def subset(self, numbers: Iterable[int]) -> Sequences:
         """Some of the sequences, in the order given; all domains stay on the list."""
         chosen = tuple(numbers)
-        return Sequences(
-            domains=self.domains,
+        return replace(
+            self,
             tokens=tuple(self.tokens[n] for n in chosen),
             domain=tuple(self.domain[n] for n in chosen),
+            corpus=(),
         )
 
     def share(self, numbers: Iterable[int]) -> Sequences:

@@ -6,8 +6,8 @@ S reservoir tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -75,6 +75,15 @@ class LayerStatistics:
     def from_tensors(cls, tensors: dict[str, torch.Tensor]) -> LayerStatistics:
         """The inverse of :meth:`tensors`."""
         return cls(**tensors)
+
+    def weighted(self, omega_C: Sequence[float]) -> LayerStatistics:
+        """The sums per domain times ω of the domain's tokens; the others are sums with ω already.
+
+        Without this, experts would be ranked by how many tokens a domain happens to have.
+        """
+        factor_C1 = torch.tensor(omega_C, dtype=torch.float64)[:, None]
+        names = ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
+        return replace(self, **{name: getattr(self, name) * factor_C1 for name in names})
 
     def reap(self) -> torch.Tensor:
         """REAP saliency [N]: mean of g‖f‖ over the tokens that selected the expert.

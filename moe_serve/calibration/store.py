@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import torch
 
+from moe_serve.calibration.balance import quotas
 from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.share import WHOLE, Share
@@ -45,6 +46,10 @@ class CalibrationRecord:
     """The part of the texts that was observed; the other fields describe the whole."""
     gradients: bool = True
     """Whether the reverse pass is taken."""
+    balance: tuple[float, ...] = ()
+    """Each domain's part of the weight; empty where all weigh the same."""
+    sample: tuple[int, ...] = ()
+    """With a balance: the reservoir's tokens from each domain."""
 
     @classmethod
     def of(
@@ -58,16 +63,21 @@ class CalibrationRecord:
         share: Share = WHOLE,
     ) -> CalibrationRecord:
         """Describe a run."""
+        tokens = sequences.tokens_by_domain()
+        balance = sequences.balance
+        sample = quotas(balance, tuple(tokens.values()), reservoir) if balance else ()
         return cls(
             model=str(checkpoint.path),
             fingerprint=checkpoint.fingerprint(),
             domains=sequences.domains,
-            tokens=sequences.tokens_by_domain(),
+            tokens=tokens,
             tokens_sha256=sequences.sha256(),
             sources=tuple(s.to_json() for s in sources),
             seed=seed,
-            reservoir=min(reservoir, sequences.total),
+            reservoir=sum(sample) if sample else min(reservoir, sequences.total),
             share=share,
+            balance=balance,
+            sample=sample,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -86,6 +96,8 @@ class CalibrationRecord:
 
     def _exceptions(self) -> dict[str, Any]:
         found: dict[str, Any] = {"shard": str(self.share)} if self.share.of > 1 else {}
+        if self.balance:
+            found["balance"] = dict(zip(self.domains, self.balance, strict=True))
         return found if self.gradients else found | {"gradients": False}
 
 
@@ -193,12 +205,23 @@ class Statistics:
         """Whether the reverse pass was taken."""
         return bool(self.record.get("gradients", True))
 
+    @property
+    def balance(self) -> dict[str, float] | None:
+        """Each domain's part of the weight; ``None`` where all weigh the same."""
+        found: dict[str, float] | None = self.record.get("balance")
+        return found
+
     def layer(self, layer: int) -> LayerStatistics:
-        """Read one layer. Memory: its N normal matrices."""
+        """Read one layer, its sums per domain as the balance weighs them. Memory: N matrices."""
         fields = LayerStatistics.__slots__
-        return LayerStatistics.from_tensors(
+        found = LayerStatistics.from_tensors(
             {field: self._read(_name(layer, field)) for field in fields}
         )
+        if self.balance is None:
+            return found
+        tokens = self.record["tokens"]
+        whole = sum(tokens.values())
+        return found.weighted([whole * self.balance[name] / tokens[name] for name in self.domains])
 
     def gradients(self, layer: int) -> LayerGradients:
         """Read one layer's part from the reverse pass."""

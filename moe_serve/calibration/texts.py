@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.errors import CalibrationError
+from moe_serve.calibration.balance import TASK
+from moe_serve.errors import CalibrationError, UsageError
 
 DEFAULT_DOMAIN: Final = "general"
 _FIX: Final = 'each line is one JSON object with "text" and optionally "domain" and "licence"'
@@ -84,6 +85,25 @@ def read_texts(paths: Sequence[Path]) -> Texts:
             "hold no text", where=", ".join(map(str, paths)) or "texts", remedy=_FIX
         )
     return Texts(documents=tuple(documents), sources=tuple(sources))
+
+
+def with_task(texts: Texts | None, task: Texts) -> Texts:
+    """Other texts and those of a task, which form domains of their own.
+
+    Raises:
+        UsageError: a document is among both; its weight would be anyone's guess.
+    """
+    if texts is None:
+        texts = Texts(documents=(), sources=())
+    known = {document.sha256 for document in texts.documents}
+    if twice := sum(document.sha256 in known for document in task.documents):
+        raise UsageError(
+            f"{twice} of {len(task.documents)} documents are among the calibration texts too",
+            where="--task-texts",
+            remedy="leave them out of one of the two",
+        )
+    renamed = tuple(replace(d, domain=TASK + d.domain) for d in task.documents)
+    return Texts(documents=texts.documents + renamed, sources=texts.sources + task.sources)
 
 
 def _files(path: Path) -> Iterator[tuple[Path, str | None]]:

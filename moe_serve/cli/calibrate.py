@@ -32,6 +32,8 @@ def calibrate_command(
     model: options.Model,
     output: options.Output,
     calibration: options.Calibration = None,
+    task_texts: options.TaskTexts = None,
+    task_weight: options.TaskWeight = None,
     tokens: options.Tokens = DEFAULT_TOKENS,
     length: options.Length = DEFAULT_LENGTH,
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
@@ -51,7 +53,14 @@ def calibrate_command(
 
     Under torchrun its processes share the work.
     """
-    texts = TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed)
+    texts = TextOptions(
+        paths=tuple(calibration or ()),
+        task_paths=tuple(task_texts or ()),
+        task_weight=task_weight,
+        tokens=tokens,
+        length=length,
+        seed=seed,
+    )
     share = Share.parse(shard) if shard else WHOLE
     if show:
         request = PruneRequest(

@@ -17,6 +17,21 @@ Calibration = Annotated[
         "Without any, the choice is made from the weights alone.",
     ),
 ]
+TaskTexts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--task-texts",
+        help="Texts of one task to prune for; they form domains of their own. Repeatable.",
+    ),
+]
+TaskWeight = Annotated[
+    float | None,
+    typer.Option(
+        "--task-weight",
+        help="The task's part of all weight: 0 prunes for no task in particular, 1 for the task "
+        "alone; by default 0.5.",
+    ),
+]
 Tokens = Annotated[int, typer.Option("--tokens", help="At most this many tokens from each domain.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")]
 BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens in memory at once.")]

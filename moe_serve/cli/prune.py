@@ -39,6 +39,8 @@ def prune_command(
     gpu_count: options.GpuCount = 1,
     kv_tokens: options.KvTokens = DEFAULT_KV_TOKENS,
     calibration: options.Calibration = None,
+    task_texts: options.TaskTexts = None,
+    task_weight: options.TaskWeight = None,
     method: options.MethodName = AUTO,
     block_width: options.BlockWidth = None,
     refit: options.RefitFlag = None,
@@ -64,7 +66,14 @@ def prune_command(
     request = PruneRequest(
         model=model,
         output=output,
-        texts=TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed),
+        texts=TextOptions(
+            paths=tuple(calibration or ()),
+            task_paths=tuple(task_texts or ()),
+            task_weight=task_weight,
+            tokens=tokens,
+            length=length,
+            seed=seed,
+        ),
         selection=Selection(
             keep=keep,
             experts=experts,
@@ -174,6 +183,7 @@ def apply_command(
     plan: Annotated[Path, typer.Argument(help="plan.json")],
     output: options.Output,
     calibration: options.Calibration = None,
+    task_texts: options.TaskTexts = None,
     form: options.FormatName = "compact",
     tokens: options.Tokens = DEFAULT_TOKENS,
     length: options.Length = DEFAULT_LENGTH,
@@ -186,7 +196,13 @@ def apply_command(
     request = PruneRequest(
         model=model,
         output=output,
-        texts=TextOptions(paths=tuple(calibration or ()), tokens=tokens, length=length, seed=seed),
+        texts=TextOptions(
+            paths=tuple(calibration or ()),
+            task_paths=tuple(task_texts or ()),
+            tokens=tokens,
+            length=length,
+            seed=seed,
+        ),
         selection=Selection(seed=seed),
         form=form,
         device=device_named(device),

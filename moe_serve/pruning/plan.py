@@ -120,6 +120,8 @@ class Plan(_Model):
     keep: float
     refit: Refit | None
     router: RouterFit | None = None
+    balance: dict[str, float] | None = None
+    """Each domain's part of the weight in statistics and re-fits; ``None``: all the same."""
     layers: dict[int, LayerPlan]
     """Layers that change; the others are copied."""
     numbers: NumberFormat | None = None

@@ -99,6 +99,7 @@ def make_plan(
         keep=budget.keep,
         refit=by if planned else None,
         router=router,
+        balance=statistics.balance if statistics is not None else None,
         layers=planned,
         numbers=number_format(checkpoint, planned, refit=refit),
     )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from moe_serve.calibration.balance import TASK_WEIGHT, for_task, ordered
 from moe_serve.calibration.collect import RESERVOIR
 from moe_serve.calibration.sequences import Sequences, tokenize
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import CalibrationRecord
-from moe_serve.calibration.texts import Source, read_texts
+from moe_serve.calibration.texts import Source, Texts, read_texts, with_task
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError, UsageError
@@ -36,9 +38,18 @@ class TextOptions:
     """Which texts, and how much of them."""
 
     paths: tuple[Path, ...]
+    task_paths: tuple[Path, ...] = ()
+    """Texts of one task."""
+    task_weight: float | None = None
+    """The task's part of the weight of all tokens; ``None``: half."""
     tokens: int = DEFAULT_TOKENS
     length: int = DEFAULT_LENGTH
     seed: int = 0
+
+    @property
+    def given(self) -> bool:
+        """Whether there is any text."""
+        return bool(self.paths or self.task_paths)
 
     def to_json(self) -> dict[str, Any]:
         """For the fingerprint of a run."""
@@ -52,6 +63,23 @@ class Corpus:
     sequences: Sequences
     sources: tuple[Source, ...]
 
+    @property
+    def balance(self) -> dict[str, float] | None:
+        """Each domain's part of the weight; ``None`` where all weigh the same."""
+        parts = self.sequences.balance
+        return dict(zip(self.sequences.domains, parts, strict=True)) if parts else None
+
+    def weighed(self, balance: Mapping[str, float] | None) -> Corpus:
+        """The same texts as a plan weighs them.
+
+        Raises:
+            UsageError: the plan weighs other domains, or none apart where there are task texts.
+        """
+        if balance is None and not self.sequences.balance:
+            return self
+        parts = ordered(balance or {}, self.sequences.domains)
+        return replace(self, sequences=replace(self.sequences, balance=parts))
+
     def record(self, checkpoint: Checkpoint, seed: int, share: Share = WHOLE) -> CalibrationRecord:
         """What statistics and manifest say about it."""
         return CalibrationRecord.of(
@@ -63,17 +91,21 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
     """Read and tokenise; ``None`` without texts.
 
     Raises:
-        UsageError: a bound is not positive.
+        UsageError: a bound is not positive, or the task's texts or weight contradict the others.
         CalibrationError: the texts or the tokenizer can't be used.
     """
-    if not options.paths:
+    if options.task_weight is not None and not options.task_paths:
+        raise UsageError(
+            "weighs texts that are not given", where="--task-weight", remedy="give --task-texts"
+        )
+    if not options.given:
         return None
     if options.tokens < 1 or options.length < 1:
         raise UsageError("must be positive", where="--tokens, --sequence-length")
     config = checkpoint.config
     limits = [config.get("max_position_embeddings"), config.get("sliding_window")]
     length = min([options.length, *(n for n in limits if isinstance(n, int) and n > 0)])
-    texts = read_texts(options.paths)
+    texts = _texts(options)
     sequences = tokenize(
         texts,
         checkpoint.path,
@@ -82,7 +114,17 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
         vocabulary=checkpoint.shape.vocabulary,
         seed=options.seed,
     )
+    if options.task_paths:
+        weight = TASK_WEIGHT if options.task_weight is None else options.task_weight
+        sequences = replace(sequences, balance=for_task(texts.domains, weight))
     return Corpus(sequences=sequences, sources=texts.sources)
+
+
+def _texts(options: TextOptions) -> Texts:
+    if not options.task_paths:
+        return read_texts(options.paths)
+    others = read_texts(options.paths) if options.paths else None
+    return with_task(others, read_texts(options.task_paths))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -129,9 +129,15 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
     given = Plan.load(request.plan) if request.plan else None
     if given is not None:
         given.check(checkpoint)
+        if request.texts.task_weight is not None:
+            raise UsageError(
+                "is decided when planning", where="--task-weight", remedy="leave out it or --plan"
+            )
     elif request.statistics is None or not request.statistics.exists():
-        request.selection.resolve(checkpoint, texts=bool(request.texts.paths))
+        request.selection.resolve(checkpoint, texts=request.texts.given)
     corpus = load_corpus(checkpoint, request.texts)
+    if given is not None and corpus is not None:
+        corpus = corpus.weighed(given.balance)
     clock = _Clock()
     with staged(request.output, _fingerprint(request, checkpoint, corpus, given)) as staging:
         statistics = _calibrated(request, checkpoint, corpus, given, staging, clock, progress)
@@ -213,6 +219,7 @@ def _fingerprint(
         "model": checkpoint.fingerprint(),
         "shards": checkpoint.freshness(),
         "texts": corpus.sequences.sha256() if corpus else None,
+        "balance": corpus.sequences.balance if corpus else None,
         "plan": given.sha256() if given else None,
         "format": request.form,
         "method": selection.method,
@@ -243,7 +250,14 @@ def _calibrated(
     if given is not None:
         return None
     if request.statistics is not None and request.statistics.exists():
-        return Statistics(request.statistics)
+        found = Statistics(request.statistics)
+        if corpus is not None and corpus.balance != found.balance:
+            raise UsageError(
+                f"weigh domains {found.balance or 'alike'}, the texts {corpus.balance or 'alike'}",
+                where=str(request.statistics),
+                remedy="give the task texts and weight that they were gathered with",
+            )
+        return found
     if corpus is None:
         return None
     with clock("calibrate"):

@@ -36,8 +36,11 @@ class Measured(NamedTuple):
     """KL(original‖pruned) in nats per token on held-out calibration tokens."""
 
     mean: float
+    """Over domains, as their balance weighs them."""
     worst: float
     """Of the domain that fares worst."""
+    domains: dict[str, float]
+    """Each domain's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +86,15 @@ class Trial:
                     walk.fit(layer, layer.mixture, layers[index], refit, router)
             kl_T = _divergence(decoder.head(), walk.last(), measured_T, self.device)
         domain_T = sequences.token_domains()[measured_T]
-        means = [float(kl_T[domain_T == d].mean()) for d in domain_T.unique().tolist()]
-        return Measured(sum(means) / len(means), max(means))
+        means = {
+            name: float(kl_T[domain_T == d].mean())
+            for d, name in enumerate(sequences.domains)
+            if bool((domain_T == d).any())
+        }
+        parts = sequences.balance or (1.0,) * len(sequences.domains)
+        part = {n: p for n, p in zip(sequences.domains, parts, strict=True) if p and n in means}
+        mean = sum(means[n] * p for n, p in part.items()) / sum(part.values())
+        return Measured(mean, max(means[n] for n in part), means)
 
 
 def _share(sequences: Sequences, tokens: int) -> Sequences:

@@ -124,13 +124,17 @@ def test_measurement_overrules_the_estimate() -> None:
 
     def measure(layers: dict[int, object]) -> Measured:
         narrow = len(layers[0].blocks) == 2  # type: ignore[attr-defined]
-        return Measured(0.1, 0.2) if narrow else Measured(0.3, 0.4)
+        return Measured(0.1, 0.2, {"a": 0.1}) if narrow else Measured(0.3, 0.4, {})
 
     layers, why = choose(weighed(), measure)  # type: ignore[arg-type]
     assert [block.parts[0].neurons for block in layers[0].blocks] == [(1,), (0,)]
     assert why["size"] == {"experts": 2, "width": 1}
     assert [row["estimated_error"] for row in why["weighed"]] == [0.5, 2.0]
-    assert why["weighed"][1]["measured_kl"] == {"mean": 0.1, "worst": 0.2}
+    assert why["weighed"][1]["measured_kl"] == {
+        "mean": 0.1,
+        "worst": 0.2,
+        "domains": {"a": 0.1},
+    }
 
 
 def test_without_texts_the_estimate_decides() -> None:
