@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -64,6 +64,11 @@ class Sequences:
         """Domain index of each token, [T]."""
         lengths = torch.tensor([len(t) for t in self.tokens], dtype=torch.int64)
         return torch.tensor(self.domain, dtype=torch.int64).repeat_interleave(lengths)
+
+    def mask(self, numbers: Container[int]) -> torch.Tensor:
+        """Which tokens belong to some sequences, [T]."""
+        parts = [torch.full((len(t),), i in numbers) for i, t in enumerate(self.tokens)]
+        return torch.cat(parts)
 
     def batches(self, batch_tokens: int) -> Iterator[tuple[int, ...]]:
         """Indices of consecutive sequences of equal length, at most ``batch_tokens`` tokens."""

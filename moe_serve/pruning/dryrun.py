@@ -15,6 +15,7 @@ from moe_serve.pruning.forecast import (
     Forecast,
     Rates,
     Sizes,
+    Step,
     Work,
     apply_step,
     calibrate_step,
@@ -24,8 +25,9 @@ from moe_serve.pruning.methods import Method
 from moe_serve.pruning.neurons import block_obs
 from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.probe import measure
-from moe_serve.pruning.request import Corpus, load_corpus
+from moe_serve.pruning.request import WORST, Corpus, load_corpus
 from moe_serve.pruning.run import PruneRequest
+from moe_serve.pruning.worst import ROUNDS, TOKENS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,10 +112,28 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
             alignments=_alignments(method, sizes.shape),
         )
         if corpus is not None and not given:
+            if request.selection.objective == WORST:
+                steps += _rounds(sizes, replace(work, tokens=min(work.tokens, TOKENS)))
             steps.append(calibrate_step(sizes, work))
         steps.append(plan_step(sizes, work))
     applied = apply_step(sizes, work)
     return Forecast(steps=(*steps, applied), output_bytes=applied.written, base_memory=_resident())
+
+
+def _rounds(sizes: Sizes, work: Work) -> list[Step]:
+    """What finding a balance over domains takes before anything else."""
+    once = (calibrate_step(sizes, work), plan_step(sizes, work), apply_step(sizes, work))
+    return [
+        replace(
+            step,
+            name=f"balance domains: {step.name}",
+            passes=ROUNDS * step.passes,
+            flops=ROUNDS * step.flops,
+            read=ROUNDS * step.read,
+            written=0 if step is once[2] else ROUNDS * step.written,
+        )
+        for step in once
+    ]
 
 
 def _work(

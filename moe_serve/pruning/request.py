@@ -25,6 +25,9 @@ from moe_serve.pruning.numbers import removal_unit, tile_width
 from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, keep_for_memory
 from moe_serve.pruning.view import Budget
 
+MEAN: Final = "mean"
+WORST: Final = "worst-domain"
+OBJECTIVES: Final = (MEAN, WORST)
 DEFAULT_TOKENS: Final = 8192
 """Tokens taken from each domain."""
 DEFAULT_LENGTH: Final = 2048
@@ -156,6 +159,8 @@ class Selection:
     requantise: bool = False
     """Choose neurons freely in a quantised model and round what they make up once more, instead
     of keeping whole tiles with their bytes."""
+    objective: str = MEAN
+    """What the balance over domains is for: the mean over them, or the worst one."""
     seed: int = 0
 
     def resolve(self, checkpoint: Checkpoint, *, texts: bool) -> tuple[Method, Budget, bool]:
@@ -167,6 +172,7 @@ class Selection:
         """
         method = self._method(texts=texts)
         self._check_merging(method, texts=texts)
+        self._check_objective(texts=texts)
         keep = self._share(checkpoint)
         tile = tile_width(checkpoint)
         width = block_width(checkpoint, self.block_width, tile) if method.neurons else None
@@ -222,6 +228,20 @@ class Selection:
                 remedy="give --calibration PATH",
             )
         return method
+
+    def _check_objective(self, *, texts: bool) -> None:
+        if self.objective not in OBJECTIVES:
+            raise UsageError(
+                f"no objective {self.objective!r}",
+                where="--objective",
+                remedy="choose from " + ", ".join(OBJECTIVES),
+            )
+        if self.objective != MEAN and not texts:
+            raise UsageError(
+                "the worst domain can't be told without calibration texts",
+                where="--objective",
+                remedy="give --calibration PATH",
+            )
 
     def _check_merging(self, method: Method, *, texts: bool) -> None:
         if self.coefficients is None and self.drop_when_better is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,12 +41,14 @@ from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import (
     DEFAULT_BATCH,
+    WORST,
     Corpus,
     Selection,
     TextOptions,
     load_corpus,
 )
 from moe_serve.pruning.trial import Trial
+from moe_serve.pruning.worst import Game, Round, best
 
 PLAN: Final = "plan.json"
 _STATISTICS: Final = "statistics"
@@ -140,9 +142,13 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
         corpus = corpus.weighed(given.balance)
     clock = _Clock()
     with staged(request.output, _fingerprint(request, checkpoint, corpus, given)) as staging:
+        with clock("calibrate"):
+            corpus, rounds = _balanced(request, checkpoint, corpus, given, staging, progress)
         statistics = _calibrated(request, checkpoint, corpus, given, staging, clock, progress)
         with clock("plan"):
-            plan = given or _planned(request, checkpoint, statistics, corpus, staging, progress)
+            plan = given or _planned(
+                request, checkpoint, statistics, corpus, rounds, staging, progress
+            )
             plan.save(staging.path / PLAN)
         if plan.needs_texts and corpus is None:
             raise UsageError(
@@ -183,6 +189,8 @@ def calibrate(
     batch_tokens: int,
     progress: Progress,
     share: Share = WHOLE,
+    *,
+    balance: Mapping[str, float] | None = None,
 ) -> Statistics:
     """Gather statistics into a folder; resumes an unfinished one.
 
@@ -196,6 +204,8 @@ def calibrate(
     corpus = load_corpus(checkpoint, texts)
     if corpus is None:
         raise UsageError("give texts to calibrate on", where="--calibration")
+    if balance is not None:
+        corpus = corpus.weighed(balance)
     record = corpus.record(checkpoint, texts.seed, share)
     device = own_device(device)
     with joined(device) as group:
@@ -232,9 +242,39 @@ def _fingerprint(
         "across_layers": selection.across_layers,
         "merging": [selection.coefficients, selection.drop_when_better],
         "requantise": selection.requantise,
+        "objective": selection.objective,
         "seed": selection.seed,
         "version": moe_serve.__version__,
     }
+
+
+def _balanced(
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    corpus: Corpus | None,
+    given: Plan | None,
+    staging: Staging,
+    progress: Progress,
+) -> tuple[Corpus | None, list[Round]]:
+    """The texts as the objective weighs them, and how that was found; once per output."""
+    if request.selection.objective != WORST or corpus is None or given is not None:
+        return corpus, []
+    game = Game(
+        checkpoint=checkpoint,
+        corpus=corpus,
+        selection=request.selection,
+        form=request.form,
+        settings=Collection(device=request.device, batch_tokens=request.batch_tokens),
+        staging=staging,
+    )
+    if request.statistics is not None and request.statistics.exists() and not game.begun:
+        raise UsageError(
+            "were gathered under other weights than those it chooses",
+            where="--objective worst-domain, --statistics",
+            remedy="name a folder that does not exist",
+        )
+    rounds = game.play(progress)
+    return corpus.weighed(best(rounds).balance), rounds
 
 
 def _calibrated(
@@ -269,6 +309,7 @@ def _calibrated(
                 request.device,
                 request.batch_tokens,
                 progress,
+                balance=corpus.balance,
             )
         folder = staging.work / _STATISTICS
         folder.mkdir(exist_ok=True)
@@ -293,6 +334,7 @@ def _planned(
     checkpoint: Checkpoint,
     statistics: Statistics | None,
     corpus: Corpus | None,
+    rounds: list[Round],
     staging: Staging,
     progress: Progress,
 ) -> Plan:
@@ -311,6 +353,9 @@ def _planned(
     plan = make_plan(
         checkpoint, statistics, request.selection, progress, form=request.form, trial=trial
     )
+    if rounds:
+        weighed = {"objective": WORST, "rounds": [r.to_json() for r in rounds]}
+        plan = plan.model_copy(update={"settings": plan.settings | weighed})
     plan.save(staging.path / PLAN)
     staging.finish("plan")
     return plan

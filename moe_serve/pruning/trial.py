@@ -55,7 +55,6 @@ class Trial:
     device: torch.device
     batch_tokens: int
 
-    @torch.inference_mode()
     def measure(
         self,
         layers: dict[int, LayerPlan],
@@ -67,7 +66,21 @@ class Trial:
         Cost: about three forward passes over :data:`TRIAL_TOKENS` tokens, and the re-fits.
         """
         sequences = _share(self.sequences, TRIAL_TOKENS)
-        measured_T = held_out(sequences, _MEASURED)
+        return self.compare(sequences, held_out(sequences, _MEASURED), layers, refit, router)
+
+    @torch.inference_mode()
+    def compare(
+        self,
+        sequences: Sequences,
+        measured_T: torch.Tensor,
+        layers: dict[int, LayerPlan],
+        refit: Refit | None,
+        router: RouterFit | None = None,
+    ) -> Measured:
+        """Apply some layers' plans in memory on some sequences; compare where the mask says so.
+
+        Masked tokens take no part in any fit.
+        """
         settings = refit or Refit()
         tokens = FitTokens(
             batches=tuple(batches(sequences, self.batch_tokens, self.device)),
