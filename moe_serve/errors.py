@@ -12,6 +12,7 @@
     ├ OutputError              the output cannot be written, or belongs to another run
     ├ ServingError             an engine, the proxy or the stack did not start or stopped
     └ RolloutError             traffic could not be moved as asked
+      └ Overtaken              someone else acted first
 
 Foreign exceptions are translated once, where they enter.
 """
@@ -86,3 +87,7 @@ class ServingError(MoeServeError):
 
 class RolloutError(MoeServeError):
     """Traffic could not be moved as asked."""
+
+
+class Overtaken(RolloutError):
+    """Someone else acted first; what was decided rests on what no longer holds."""

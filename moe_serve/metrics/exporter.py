@@ -19,6 +19,7 @@ from moe_serve.metrics.catalogue import CATALOGUE
 from moe_serve.metrics.memory import process_tree, read_gpus, resident_bytes
 from moe_serve.metrics.sources import Endpoints, Source, buckets, total
 
+_STATES: Final = ("idle", "shadow", "canary", "paused", "promoted", "rolled_back")
 _HISTOGRAMS: Final = {
     "moe_serve_time_to_first_token_seconds": "vllm:time_to_first_token_seconds",
     "moe_serve_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
@@ -105,7 +106,7 @@ class Exporter(Collector):
                     [engine.variant, self.model], ratio
                 )
         if (present := self.state()) is not None:
-            for name in ("idle", "canary", "promoted"):
+            for name in _STATES:
                 families["moe_serve_rollout_state"].add_metric([name], float(name == present))
         for (decision, reason), count in self.decisions().items():
             families["moe_serve_rollout_decisions_total"].add_metric([decision, reason], count)

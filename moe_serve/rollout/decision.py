@@ -7,52 +7,15 @@ guard to exclude harm, and nothing else wrong. Everything else is waiting, and s
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from moe_serve.rollout.guards import Evidence, errors, latency, split_mismatch
 from moe_serve.rollout.policy import Policy, Step
+from moe_serve.rollout.state import State, enter, pause, roll_back
 from moe_serve.rollout.window import Window
 
-Phase = Literal["idle", "shadow", "canary", "paused", "promoted", "rolled_back"]
-PHASES: Final[tuple[Phase, ...]] = (
-    "idle",
-    "shadow",
-    "canary",
-    "paused",
-    "promoted",
-    "rolled_back",
-)
 Kind = Literal["hold", "advance", "rollback", "pause"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class State:
-    """Where a rollout stands."""
-
-    phase: Phase = "idle"
-    step: int = 0
-    """Index of the present step."""
-    began: float = 0.0
-    """When the step began, or the rollout ended; seconds since the epoch."""
-    released: bool = False
-    """A person let this step's gate open."""
-    reason: str = ""
-    """Why it is paused or rolled back."""
-    before: Phase = "idle"
-    """What is resumed after a pause."""
-
-    @property
-    def active(self) -> bool:
-        """Whether guards watch."""
-        return self.phase in ("shadow", "canary", "paused", "promoted")
-
-    def target(self, policy: Policy) -> tuple[float, float]:
-        """Percent of the traffic and of copies that pruned should get, where that is settled."""
-        if self.phase in ("shadow", "canary"):
-            step = policy.steps[self.step]
-            return step.weight, step.shadow
-        return (100.0, 0.0) if self.phase == "promoted" else (0.0, 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,45 +39,15 @@ class Decision:
         }
 
 
-def begin(policy: Policy, at: float) -> State:
-    """The first step of a rollout."""
-    return enter(State(), policy, 0, at)
-
-
-def enter(state: State, policy: Policy, step: int, at: float) -> State:
-    """Step number ``step``, or promotion after the last."""
-    if step >= len(policy.steps):
-        return State(phase="promoted", step=state.step, began=at)
-    phase: Phase = "canary" if policy.steps[step].weight else "shadow"
-    return State(phase=phase, step=step, began=at)
-
-
 def apply(decision: Decision, state: State, policy: Policy, at: float) -> State:
     """The state after a decision was carried out."""
     if decision.kind == "advance":
         return enter(state, policy, state.step + 1, at)
     if decision.kind == "rollback":
-        return State(phase="rolled_back", step=state.step, began=at, reason=decision.words)
+        return roll_back(state, decision.words, at)
     if decision.kind == "pause":
         return pause(state, decision.words)
     return state
-
-
-def pause(state: State, reason: str) -> State:
-    """Keep the share, stop advancing."""
-    before = state.before if state.phase == "paused" else state.phase
-    return replace(state, phase="paused", before=before, reason=reason)
-
-
-def resume(state: State, at: float) -> State:
-    """Go on, or open a gate; the evidence is kept and the step's maximum time begins anew.
-
-    Evidence that began anew would let a step pass that is tried often enough.
-    """
-    phase = state.before if state.phase == "paused" else state.phase
-    # Going on after a pause is not yet a word on the gate.
-    opened = state.released or state.phase != "paused"
-    return replace(state, phase=phase, before="idle", reason="", began=at, released=opened)
 
 
 def judge(window: Window, policy: Policy, step: Step, *, explain: bool) -> tuple[Evidence, ...]:
@@ -159,7 +92,7 @@ def _onwards(
     """No harm is proven: wait, go on, or give up waiting."""
     step = policy.steps[state.step]
     missing = "; ".join(_missing(window, step, evidence))
-    mismatch = split_mismatch(window, policy, step)
+    mismatch = split_mismatch(window, policy)
     late = window.now - state.began >= step.max_seconds
     kind: Kind = "hold"
     if state.phase == "paused":

@@ -81,8 +81,10 @@ def errors(window: Window, policy: Policy, step: Step, *, explain: bool) -> Evid
 
     lower = lower_rate(failed_p, total_p, back / 2.0) - upper_rate(failed_o, total_o, back / 2.0)
     top = upper(1.0)
-    share = null_share(_exposure(step), guard.ratio)
-    evidence = float(log_share_e_process(failed_p, failed_p + failed_o, share))
+    share, evidence = _exposure(window), 0.0
+    if 0.0 < share < 1.0:
+        share = null_share(share, guard.ratio)
+        evidence = float(log_share_e_process(failed_p, failed_p + failed_o, share))
     harm = lower > guard.margin or (evidence >= -math.log(back) and top >= guard.margin)
     verdict: Verdict = "harm" if harm else "fine" if top < limit else "open"
     factor = None
@@ -106,11 +108,11 @@ def _odds(log_value: float) -> str:
     return f"speak {math.exp(min(log_value, 700.0)):.3g} : 1"
 
 
-def _exposure(step: Step) -> float:
+def _exposure(window: Window) -> float:
     """Share of the requests counted that pruned gets; a shadow copy is counted on both sides."""
-    if step.weight:
-        return step.weight / 100.0
-    return step.shadow / (100.0 + step.shadow)
+    if window.weight:
+        return window.weight / 100.0
+    return window.shadow / (100.0 + window.shadow)
 
 
 def latency(
@@ -182,14 +184,14 @@ def _sum(pairs: list[tuple[float, float]]) -> tuple[float, float]:
     return sum(k for k, _ in pairs), sum(n for _, n in pairs)
 
 
-def split_mismatch(window: Window, policy: Policy, step: Step) -> str:
+def split_mismatch(window: Window, policy: Policy) -> str:
     """Why the traffic is not split as asked; empty where it may well be."""
-    if not step.weight:
+    share = window.weight / 100.0
+    if not 0.0 < share < 1.0:
         return ""
-    share = step.weight / 100.0
     counts: list[Pair] = [window.failures[ORIGINAL], window.failures[PRUNED]]
     seen = [pair[1] / policy.design_effect for pair in counts]
     if float(log_split_e_process(seen, [1.0 - share, share])) < -math.log(policy.alpha_split):
         return ""
     part = 100.0 * counts[1][1] / (counts[0][1] + counts[1][1])
-    return f"{part:.2f} % of the requests reached pruned where {step.weight:g} % should"
+    return f"{part:.2f} % of the requests reached pruned where {window.weight:g} % should"

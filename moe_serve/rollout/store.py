@@ -1,19 +1,30 @@
-"""SQLite: what was intended and what took effect. The route file is the truth about traffic."""
+"""SQLite: what was intended and what took effect. The route file is the truth about traffic.
+
+A change goes through three commits: intended (with its evidence, before the route file is
+touched), written, confirmed by Envoy. Whatever process dies between them, what is on disk says how
+far it got (:mod:`moe_serve.rollout.recovery`).
+"""
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.errors import RolloutError
+from moe_serve.errors import Overtaken, RolloutError
+from moe_serve.rollout import audit
+from moe_serve.rollout.state import State
 
 DATABASE: Final = "rollout.sqlite3"
-_SCHEMA: Final = """
+_VERSION: Final = 2
+_SCHEMA: Final = (
+    """
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS changes (
     id INTEGER PRIMARY KEY,
     at REAL NOT NULL,
@@ -22,10 +33,32 @@ CREATE TABLE IF NOT EXISTS changes (
     reason TEXT NOT NULL,
     percent_before REAL,
     percent_after REAL NOT NULL,
-    version TEXT,
-    confirmed_at REAL
+    version TEXT NOT NULL,
+    hash_before TEXT,
+    hash_after TEXT,
+    evidence TEXT NOT NULL,
+    state_before TEXT NOT NULL,
+    written_at REAL,
+    confirmed_at REAL,
+    abandoned_at REAL
+) STRICT;
+CREATE TABLE IF NOT EXISTS rollout (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    revision INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    policy TEXT,
+    seen TEXT NOT NULL
+) STRICT;
+INSERT OR IGNORE INTO rollout VALUES (1, 0, '{}', NULL, '{}');
+CREATE TABLE IF NOT EXISTS lease (
+    id INTEGER PRIMARY KEY CHECK (id = 1),
+    holder TEXT NOT NULL,
+    expires REAL NOT NULL
 ) STRICT;
 """
+    + audit.SCHEMA
+    + f"PRAGMA user_version = {_VERSION}; COMMIT;"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,18 +70,38 @@ class Change:
     """Seconds since the epoch when it was intended."""
     actor: str
     decision: str
-    """``set`` or ``rollback``, ``promote``, ``edited``."""
+    """``set``, ``start``, ``advance``, ``resume``, ``promote``, ``rollback``, ``edited``."""
     reason: str
     percent_before: float | None
     percent_after: float
-    version: str | None
-    """Of the route file, once written."""
+    version: str
+    """Of the route file."""
+    hash_before: str | None
+    """SHA-256 of the route file."""
+    hash_after: str | None
+    written_at: float | None
+    """When the route file was in place."""
     confirmed_at: float | None
     """When Envoy said it was in force."""
+    abandoned_at: float | None
+    """When it was found never to have been written, and given up."""
 
     def to_json(self) -> dict[str, Any]:
         """For API and CLI."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """Where the rollout stands on disk."""
+
+    revision: int
+    """Grows with each change of the state; who acts on an old one is refused."""
+    state: State
+    policy: str | None
+    """The policy that it began with, as JSON."""
+    seen: dict[str, Any]
+    """The window of evidence and the last decision."""
 
 
 class Store:
@@ -64,17 +117,25 @@ class Store:
         self._path = state / DATABASE
         self._timeout = timeout
         with self._open() as db:
-            db.executescript(_SCHEMA)
+            found = int(db.execute("PRAGMA user_version").fetchone()[0])
+            tables = int(db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+            if found != _VERSION and tables:
+                raise RolloutError(
+                    f"is a record of layout {found}, this program's is {_VERSION}",
+                    where=str(self._path),
+                    remedy="move it away; a new one is begun",
+                )
+            if not tables:
+                db.executescript(_SCHEMA)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         db = None
         try:
-            db = sqlite3.connect(self._path, timeout=self._timeout)
+            db = sqlite3.connect(self._path, timeout=self._timeout, isolation_level=None)
             db.execute("PRAGMA journal_mode=WAL")
             db.execute("PRAGMA synchronous=FULL")
-            with db:
-                yield db
+            yield db
         except sqlite3.Error as exc:
             raise RolloutError(
                 f"the record can't be used ({exc})",
@@ -85,30 +146,190 @@ class Store:
             if db is not None:
                 db.close()
 
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: all of it is on disk, or none."""
+        with self._open() as db:
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
+
     def intend(
-        self, *, actor: str, decision: str, reason: str, before: float | None, after: float
+        self,
+        *,
+        actor: str,
+        decision: str,
+        reason: str,
+        before: float | None,
+        after: float,
+        version: str,
+        hashes: tuple[str | None, str | None] = (None, None),
+        evidence: Mapping[str, Any] | None = None,
+        state: State | None = None,
+        revision: int | None = None,
+        holder: str | None = None,
     ) -> int:
-        """Record what is about to happen; return its id."""
-        with self._open() as db:
-            row = db.execute(
-                "INSERT INTO changes (at, actor, decision, reason, percent_before, percent_after)"
-                " VALUES (?, ?, ?, ?, ?, ?)",
-                (time.time(), actor, decision, reason, before, after),
-            )
-            return int(row.lastrowid or 0)
+        """Record what is about to happen, and the state it leads to; return its id.
 
-    def written(self, change: int, version: str) -> None:
+        Args:
+            actor: who or what.
+            decision: one of :class:`Change`'s.
+            reason: for a person.
+            before: percent of the traffic now.
+            after: and then.
+            version: of the route file that will say so.
+            hashes: of the route file before and after.
+            evidence: what it rests on.
+            state: of the rollout from now on; ``None`` keeps it.
+            revision: refuse when the state has changed since it was read.
+            holder: refuse when the lease is not this one's.
+
+        Raises:
+            Overtaken: someone else acted in between, or holds the lease.
+        """
+        with self._writing() as db:
+            self._check(db, revision, holder)
+            present = db.execute("SELECT state FROM rollout").fetchone()[0]
+            row = {
+                "at": time.time(),
+                "actor": actor,
+                "decision": decision,
+                "reason": reason,
+                "percent_before": before,
+                "percent_after": after,
+                "version": version,
+                "hash_before": hashes[0],
+                "hash_after": hashes[1],
+                "evidence": _json(evidence or {}),
+                "state_before": present,
+            }
+            names, marks = ", ".join(row), ", ".join("?" * len(row))
+            done = db.execute(
+                f"INSERT INTO changes ({names}) VALUES ({marks})",  # noqa: S608 - our own names
+                tuple(row.values()),
+            )
+            change = int(done.lastrowid or 0)
+            if state is not None:
+                self._put(db, state)
+            audit.append(db, "intended", {"change": change, **row})
+            return change
+
+    def _check(self, db: sqlite3.Connection, revision: int | None, holder: str | None) -> None:
+        if revision is not None:
+            now = int(db.execute("SELECT revision FROM rollout").fetchone()[0])
+            if now != revision:
+                raise Overtaken("the rollout was changed by someone else in between")
+        if holder is not None:
+            row = db.execute("SELECT holder FROM lease").fetchone()
+            if row is None or row[0] != holder:
+                raise Overtaken("another controller has taken the lease")
+
+    @staticmethod
+    def _put(db: sqlite3.Connection, state: State) -> None:
+        db.execute(
+            "UPDATE rollout SET revision = revision + 1, state = ?", (_json(state.to_json()),)
+        )
+
+    def written(self, change: int) -> None:
         """The route file holds it."""
-        with self._open() as db:
-            db.execute("UPDATE changes SET version = ? WHERE id = ?", (version, change))
+        self._mark("written", change)
 
-    def confirmed(self, version: str) -> None:
+    def confirmed(self, change: int) -> None:
         """Envoy has it in force."""
+        self._mark("confirmed", change)
+
+    def abandoned(self, change: int) -> None:
+        """It never got into the route file; the state before it holds again."""
+        with self._writing() as db:
+            self._stamp(db, "abandoned", change)
+            before = db.execute(
+                "SELECT state_before FROM changes WHERE id = ?", (change,)
+            ).fetchone()[0]
+            db.execute("UPDATE rollout SET revision = revision + 1, state = ?", (before,))
+
+    def _mark(self, what: str, change: int) -> None:
+        with self._writing() as db:
+            self._stamp(db, what, change)
+
+    @staticmethod
+    def _stamp(db: sqlite3.Connection, what: str, change: int) -> None:
+        at = time.time()
+        db.execute(
+            f"UPDATE changes SET {what}_at = ? WHERE id = ? AND {what}_at IS NULL",  # noqa: S608 - one of three words
+            (at, change),
+        )
+        audit.append(db, what, {"change": change, "at": at})
+
+    def note(
+        self,
+        kind: str,
+        body: Mapping[str, Any],
+        *,
+        state: State | None = None,
+        revision: int | None = None,
+        policy: str | None = None,
+    ) -> None:
+        """Record what moves no traffic: pauses, resumes, what a dry run would have done.
+
+        Raises:
+            Overtaken: ``revision`` is not the present one.
+        """
+        with self._writing() as db:
+            self._check(db, revision, None)
+            if state is not None:
+                self._put(db, state)
+            if policy is not None:
+                db.execute("UPDATE rollout SET policy = ?", (policy,))
+            audit.append(db, kind, {"at": time.time(), **body})
+
+    def saved(self) -> Saved:
+        """Where the rollout stands."""
         with self._open() as db:
-            db.execute(
-                "UPDATE changes SET confirmed_at = ? WHERE version = ? AND confirmed_at IS NULL",
-                (time.time(), version),
-            )
+            row = db.execute("SELECT revision, state, policy, seen FROM rollout").fetchone()
+        return Saved(
+            revision=int(row[0]),
+            state=State.from_json(json.loads(row[1])),
+            policy=row[2],
+            seen=json.loads(row[3]),
+        )
+
+    def save_seen(self, seen: Mapping[str, Any]) -> None:
+        """Keep the evidence over a restart of the controller; not part of the audit."""
+        with self._writing() as db:
+            db.execute("UPDATE rollout SET seen = ?", (_json(seen),))
+
+    def lease(self, holder: str, seconds: float) -> None:
+        """Take or renew the right to act.
+
+        Raises:
+            Overtaken: another controller has it.
+        """
+        with self._writing() as db:
+            row = db.execute("SELECT holder, expires FROM lease").fetchone()
+            now = time.time()
+            # A lease that ends further ahead than any is given was left by a clock gone wrong.
+            if row is not None and row[0] != holder and now < row[1] <= now + 10.0 * seconds:
+                raise Overtaken(
+                    f"another controller ({row[0]}) drives this stack",
+                    where=str(self._path),
+                    remedy=f"stop it, or wait {row[1] - now:.0f} s if it is gone",
+                )
+            db.execute("INSERT OR REPLACE INTO lease VALUES (1, ?, ?)", (holder, now + seconds))
+
+    def release(self, holder: str) -> None:
+        """Give the lease up."""
+        with self._writing() as db:
+            db.execute("DELETE FROM lease WHERE holder = ?", (holder,))
+
+    def lease_holder(self) -> str | None:
+        """Who may act now."""
+        with self._open() as db:
+            row = db.execute("SELECT holder, expires FROM lease").fetchone()
+        return str(row[0]) if row is not None and time.time() < row[1] else None
 
     def history(self, limit: int = 100) -> list[Change]:
         """The latest changes, newest first."""
@@ -119,3 +340,12 @@ class Store:
                 (limit,),
             ).fetchall()
         return [Change(**dict(zip(Change.__slots__, row, strict=True))) for row in rows]
+
+    def verify(self) -> audit.Verified:
+        """Recompute the chain of the audit log and compare it with the changes."""
+        with self._open() as db:
+            return audit.verify(db)
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

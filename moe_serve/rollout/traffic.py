@@ -6,20 +6,35 @@ the traffic still moves and the gap in the record is said.
 
 from __future__ import annotations
 
+import fcntl
 import getpass
+import hashlib
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from moe_serve.errors import RolloutError
+from moe_serve.errors import Overtaken, RolloutError
+from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Store
 from moe_serve.serving.envoy import Admin
-from moe_serve.serving.routes import read_split, write_split
+from moe_serve.serving.routes import Split, new_split, put_split, read_split, route_file
 from moe_serve.serving.state import StackState
 
-Decision = Literal["set", "promote", "rollback"]
-DECISIONS: Final[tuple[Decision, ...]] = ("set", "promote", "rollback")
+Decision = Literal["set", "start", "advance", "resume", "promote", "rollback"]
+DECISIONS: Final[tuple[Decision, ...]] = (
+    "set",
+    "start",
+    "advance",
+    "resume",
+    "promote",
+    "rollback",
+)
+LOCK: Final = "routes.lock"
+_PATIENCE: Final = 0.5
+"""Seconds to wait for another who moves traffic; a person does not wait longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,44 +62,76 @@ class Moved:
         }
 
 
-def move(state: Path, percent: float, *, decision: Decision, reason: str, actor: str = "") -> Moved:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Basis:
+    """What a controller's move rests on; it is refused when that no longer holds."""
+
+    state: State
+    """Of the rollout from now on."""
+    revision: int
+    holder: str | None = None
+    """Of the lease."""
+    evidence: Mapping[str, Any] | None = None
+
+
+def move(
+    state: Path,
+    percent: float,
+    *,
+    decision: Decision,
+    reason: str,
+    actor: str = "",
+    shadow: float = 0.0,
+    sticky: str | None = None,
+    basis: Basis | None = None,
+) -> Moved:
     """Give the pruned variant ``percent`` of the traffic.
+
+    Args:
+        state: the stack's state directory.
+        percent: 0 to 100.
+        decision: what to call it in the record.
+        reason: for a person.
+        actor: who; by default the user.
+        shadow: percent to copy.
+        sticky: as the route file has it; ``None`` keeps what is there.
+        basis: of a controller; a person's move needs none and always wins.
 
     Raises:
         RolloutError: no stack was ever here, or the share is out of range.
+        Overtaken: the basis no longer holds; nothing was moved.
         OutputError: the route file can't be written.
     """
     stack = StackState.load(state)
-    if not 0.0 <= percent <= 100.0:
-        raise RolloutError(f"{percent:g} is not a share between 0 and 100")
     warnings: list[str] = []
-    before = _present(state, warnings)
-    store, change = None, 0
-    try:
-        store = Store(state)
-        change = store.intend(
-            actor=actor or getpass.getuser(),
-            decision=decision,
-            reason=reason,
-            before=before,
-            after=percent,
-        )
-    except RolloutError as exc:
-        warnings.append(f"not recorded: {exc}")
-    split = write_split(state, percent)
-    written_at = time.time()
-    effective = None
-    try:
-        effective = Admin(stack.admin).confirm(split.version)
-    except RolloutError as exc:
-        warnings.append(f"written, but not confirmed: {exc}")
-    if store is not None and change:
+    new_split(percent, shadow=shadow)
+    with routes_lock(state, warnings, must=basis is not None):
+        present = _present(state, warnings)
+        kept = present.sticky if present is not None else ""
+        split = new_split(percent, shadow=shadow, sticky=kept if sticky is None else sticky)
+        before = None if present is None else present.percent
+        store, change = None, 0
+        who = actor or getpass.getuser()
         try:
-            store.written(change, split.version)
-            if effective is not None:
-                store.confirmed(split.version)
+            store = Store(state)
+            change = _intend(store, state, split, before, decision, reason, who, basis)
+        except Overtaken:
+            raise
         except RolloutError as exc:
-            warnings.append(f"in force, but its confirmation is not recorded: {exc}")
+            # A rollback happens in any case; a step forward needs its record.
+            if basis is not None and decision != "rollback":
+                raise
+            warnings.append(f"not recorded: {exc}")
+        put_split(state, split)
+        written_at, began = time.time(), time.monotonic()
+        effective = None
+        try:
+            Admin(stack.admin).confirm(split.version)
+            effective = time.monotonic() - began
+        except RolloutError as exc:
+            warnings.append(f"written, but not confirmed: {exc}")
+        if store is not None and change:
+            _record(warnings, store, change, in_force=effective is not None)
     return Moved(
         percent=split.percent,
         before=before,
@@ -95,16 +142,94 @@ def move(state: Path, percent: float, *, decision: Decision, reason: str, actor:
     )
 
 
-def _present(state: Path, warnings: list[str]) -> float | None:
+def _intend(
+    store: Store,
+    state: Path,
+    split: Split,
+    before: float | None,
+    decision: Decision,
+    reason: str,
+    actor: str,
+    basis: Basis | None,
+) -> int:
+    becomes = basis.state if basis is not None else None
+    if basis is None:
+        becomes = _by_hand(store.saved().state, decision, split.percent, f"{reason} ({actor})")
+    return store.intend(
+        actor=actor,
+        decision=decision,
+        reason=reason,
+        before=before,
+        after=split.percent,
+        version=split.version,
+        hashes=(_digest(state), hashlib.sha256(split.encode()).hexdigest()),
+        evidence=basis.evidence if basis is not None else None,
+        state=becomes,
+        revision=basis.revision if basis is not None else None,
+        holder=basis.holder if basis is not None else None,
+    )
+
+
+def _by_hand(present: State, decision: Decision, percent: float, reason: str) -> State | None:
+    """What a person's move does to a rollout under way: it no longer decides by itself."""
+    if not present.active:
+        return None
+    now = time.time()
+    if decision == "rollback":
+        return roll_back(present, reason, now)
+    if decision == "promote":
+        return State(phase="promoted", step=present.step, began=now, reason=reason)
+    return pause(present, f"set to {percent:g} % by hand: {reason}")
+
+
+def _digest(state: Path) -> str | None:
+    with suppress(OSError):
+        return hashlib.sha256(route_file(state).read_bytes()).hexdigest()
+    return None
+
+
+def _record(warnings: list[str], store: Store, change: int, *, in_force: bool) -> None:
     try:
-        return read_split(state).percent
+        store.written(change)
+        if in_force:
+            store.confirmed(change)
+    except RolloutError as exc:
+        warnings.append(f"in force, but its confirmation is not recorded: {exc}")
+
+
+@contextmanager
+def routes_lock(state: Path, warnings: list[str], *, must: bool) -> Iterator[None]:
+    """One mover at a time, so that record and file tell the same order.
+
+    Who must have it and does not get it is :class:`Overtaken`; a person goes on with a warning.
+    """
+    with (state / LOCK).open("ab") as file:
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as exc:
+                if time.monotonic() < until:
+                    time.sleep(0.01)
+                    continue
+                if must:
+                    raise Overtaken("someone else moves traffic now") from exc
+                warnings.append("another program was moving traffic at the same time")
+                break
+        yield
+
+
+def _present(state: Path, warnings: list[str]) -> Split | None:
+    try:
+        return read_split(state)
     except RolloutError as exc:
         warnings.append(f"the split before is unknown: {exc}")
         return None
 
 
 def status(state: Path) -> dict[str, Any]:
-    """Where traffic goes now, what runs, and the last changes.
+    """Where traffic goes now, what runs, how the rollout stands, and the last change.
 
     Raises:
         RolloutError: no stack was ever here.
@@ -117,22 +242,32 @@ def status(state: Path) -> dict[str, Any]:
         in_force = admin.route_version() == split.version
     except RolloutError:
         in_force = None
-    changes = Store(state).history(limit=1)
-    edited = bool(changes) and changes[0].version not in (split.version, None)
+    store = Store(state)
+    saved = store.saved()
+    last = next((c for c in store.history() if c.abandoned_at is None), None)
     return {
-        "state": _state_name(split.percent),
+        "state": _state_name(saved.state, split.percent),
+        "step": saved.state.step,
+        "reason": saved.state.reason,
+        "controller": store.lease_holder(),
+        "decision": saved.seen.get("decision") if saved.state.active else None,
         "pruned_percent": split.percent,
+        "shadow_percent": split.shadow_percent,
         "version": split.version,
         "in_force": in_force,
-        "edited_by_hand": edited,
+        "edited_by_hand": last is not None
+        and (last.decision == "edited" or last.version != split.version),
         "endpoint": stack.endpoint,
         "control": stack.control,
         "engines": {name: engine.url for name, engine in stack.engines.items()},
-        "last_change": changes[0].to_json() if changes else None,
+        "last_change": last.to_json() if last else None,
     }
 
 
-def _state_name(percent: float) -> str:
+def _state_name(state: State, percent: float) -> str:
+    """The rollout's phase; without one, what the split amounts to."""
+    if state.active or (state.phase == "rolled_back" and percent == 0.0):
+        return state.phase
     if percent == 0.0:
         return "idle"
     return "promoted" if percent == 100.0 else "canary"

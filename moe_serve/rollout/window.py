@@ -1,4 +1,4 @@
-"""What was seen since a step began: differences of cumulative counters, and what was wrong.
+"""What was seen under one split: differences of cumulative counters, and what was wrong.
 
 A reading that is missing, not a number, went backwards or lies across a jump of the clock gives no
 counts. Missing data is not good data: the window says since when it is blind.
@@ -66,10 +66,16 @@ def _pairs() -> dict[str, Pair]:
 
 @dataclass(kw_only=True, slots=True)
 class Window:
-    """The evidence of one step."""
+    """The evidence gathered under one split."""
 
     began: float
     """Wall clock."""
+    weight: float = 0.0
+    """Percent of the traffic that pruned had in all of it."""
+    shadow: float = 0.0
+    """Percent that was copied to it."""
+    version: str = ""
+    """Of the route file that said so; evidence under one split is no evidence about another."""
     seconds: float = 0.0
     """Observed without trouble, after warm-up."""
     failures: dict[str, Pair] = field(default_factory=_pairs)
@@ -179,7 +185,18 @@ class Window:
 
     def to_json(self) -> dict[str, Any]:
         """For the store: all but the last reading, whose clock another process does not share."""
-        plain = ("began", "seconds", "failures", "edges", "restarts", "now", "trouble")
+        plain = (
+            "began",
+            "weight",
+            "shadow",
+            "version",
+            "seconds",
+            "failures",
+            "edges",
+            "restarts",
+            "now",
+            "trouble",
+        )
         since = ("blind_since", "unhealthy_since", "full_since")
         return {
             **{name: getattr(self, name) for name in (*plain, *since)},

@@ -27,6 +27,10 @@ WITH_FALLBACK: Final = "pruned-or-original"
 """The cluster that serves pruned traffic, from the original while the pruned engine is down."""
 
 
+COOKIE_SECONDS: Final = 7 * 86_400
+"""How long a cookie that the proxy sets keeps a browser on its variant."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     """The route file's content: the pruned variant's share and a version."""
@@ -34,11 +38,24 @@ class Split:
     pruned: int
     """Parts of 10,000."""
     version: str
+    shadow: int = 0
+    """Parts of 10,000 that are copied to the pruned variant, its answers thrown away."""
+    sticky: str = ""
+    """``header:NAME`` or ``cookie:NAME``: what is hashed to choose; empty: chance."""
 
     @property
     def percent(self) -> float:
         """The pruned variant's share, 0 to 100."""
         return 100.0 * self.pruned / TOTAL
+
+    @property
+    def shadow_percent(self) -> float:
+        """The share that is copied, 0 to 100."""
+        return 100.0 * self.shadow / TOTAL
+
+    def encode(self) -> bytes:
+        """The route file."""
+        return json.dumps(_discovery(self), indent=1).encode()
 
 
 def route_file(state: Path) -> Path:
@@ -46,8 +63,38 @@ def route_file(state: Path) -> Path:
     return state / ROUTES / FILE
 
 
+def new_split(percent: float, *, shadow: float = 0.0, sticky: str = "") -> Split:
+    """A split under a new version.
+
+    Raises:
+        RolloutError: a share is out of range.
+    """
+    for share in (percent, shadow):
+        if not 0.0 <= share <= 100.0:
+            raise RolloutError(
+                f"{share:g} is not a share between 0 and 100", remedy="give a percentage"
+            )
+    return Split(
+        pruned=round(percent * TOTAL / 100),
+        version=f"{time.time_ns()}",
+        shadow=round(shadow * TOTAL / 100),
+        sticky=sticky,
+    )
+
+
+def put_split(state: Path, split: Split) -> None:
+    """Put a split in force; Envoy picks it up from the rename.
+
+    Raises:
+        OutputError: the file can't be written; the old split stays.
+    """
+    path = route_file(state)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, split.encode())
+
+
 def write_split(state: Path, percent: float) -> Split:
-    """Put a new split in force; Envoy picks it up from the rename.
+    """Put a new split in force.
 
     Args:
         state: the stack's state directory.
@@ -57,14 +104,8 @@ def write_split(state: Path, percent: float) -> Split:
         RolloutError: the share is out of range.
         OutputError: the file can't be written; the old split stays.
     """
-    if not 0.0 <= percent <= 100.0:
-        raise RolloutError(
-            f"{percent:g} is not a share between 0 and 100", remedy="give a percentage"
-        )
-    split = Split(pruned=round(percent * TOTAL / 100), version=f"{time.time_ns()}")
-    path = route_file(state)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(_discovery(split), indent=1).encode())
+    split = new_split(percent)
+    put_split(state, split)
     return split
 
 
@@ -78,16 +119,14 @@ def read_split(state: Path) -> Split:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         routes = value["resources"][0]["virtual_hosts"][0]["routes"]
-        (weighted,) = {
-            json.dumps(r["route"]["weighted_clusters"]["clusters"])
-            for r in routes
-            if "weighted_clusters" in r.get("route", {})
-        }
-        weights = {c["name"]: int(c["weight"]) for c in json.loads(weighted)}
-        total = sum(weights.values())
+        weighted = [r["route"] for r in routes if "weighted_clusters" in r.get("route", {})]
+        # All paths must say the same.
+        ((pruned, shadow, sticky),) = {_shares(route) for route in weighted}
         return Split(
-            pruned=round(weights[WITH_FALLBACK] * TOTAL / total),
+            pruned=pruned,
             version=str(value.get("version_info", "")),
+            shadow=shadow,
+            sticky=sticky,
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as exc:
         raise RolloutError(
@@ -95,6 +134,19 @@ def read_split(state: Path) -> Split:
             where=str(path),
             remedy="moe-serve rollout rollback writes a good one",
         ) from exc
+
+
+def _shares(route: dict[str, Any]) -> tuple[int, int, str]:
+    """Pruned parts, copied parts and what is hashed, of one route."""
+    weights = {c["name"]: int(c["weight"]) for c in route["weighted_clusters"]["clusters"]}
+    pruned = round(weights[WITH_FALLBACK] * TOTAL / sum(weights.values()))
+    mirrors = route.get("request_mirror_policies", ())
+    shadow = sum(int(m["runtime_fraction"]["default_value"]["numerator"]) for m in mirrors)
+    for policy in route.get("hash_policy", ()):
+        if "header" in policy:
+            return pruned, shadow, f"header:{policy['header']['header_name']}"
+        return pruned, shadow, f"cookie:{policy['cookie']['name']}"
+    return pruned, shadow, ""
 
 
 def _discovery(split: Split) -> dict[str, Any]:
@@ -123,7 +175,7 @@ def _discovery(split: Split) -> dict[str, Any]:
 
 
 def _routes(split: Split) -> list[dict[str, Any]]:
-    weighted = {
+    weighted: dict[str, Any] = {
         "weighted_clusters": {
             "clusters": [
                 {"name": ORIGINAL, "weight": TOTAL - split.pruned},
@@ -131,6 +183,18 @@ def _routes(split: Split) -> list[dict[str, Any]]:
             ]
         }
     }
+    if split.shadow:
+        fraction = {"numerator": split.shadow, "denominator": "TEN_THOUSAND"}
+        mirror = {"cluster": PRUNED, "runtime_fraction": {"default_value": fraction}}
+        weighted["request_mirror_policies"] = [mirror]
+    if split.sticky:
+        weighted["weighted_clusters"]["use_hash_policy"] = True
+        kind, _, name = split.sticky.partition(":")
+        weighted["hash_policy"] = [
+            {"header": {"header_name": name}}
+            if kind == "header"
+            else {"cookie": {"name": name, "ttl": f"{COOKIE_SECONDS}s"}}
+        ]
     routes = []
     for path in PATHS:
         for variant in (ORIGINAL, PRUNED):

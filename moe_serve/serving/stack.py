@@ -17,7 +17,7 @@ from moe_serve.serving import envoy
 from moe_serve.serving.config import StackConfig
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
 from moe_serve.serving.process import Child, free_port, port_is_free, start
-from moe_serve.serving.routes import read_split, route_file, write_split
+from moe_serve.serving.routes import put_split, read_split, route_file, write_split
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.variants import VARIANTS
 
@@ -158,8 +158,8 @@ def _envoy(stack: Stack, specs: list[tuple[EngineSpec, Child]], admin_port: int)
     """Start the proxy with the split that is on disk, or everything on the original."""
     folder, config = stack.folder, stack.config
     if route_file(folder).exists():
-        # A new version of the same split: the file may be of an older layout.
-        write_split(folder, read_split(folder).percent)
+        # The same split once more: the file may be of an older layout.
+        put_split(folder, read_split(folder))
     else:
         write_split(folder, 0.0)
     bootstrap = envoy.bootstrap(

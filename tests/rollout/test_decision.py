@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from moe_serve.rollout import decision as d
+from moe_serve.rollout import state as s
 from moe_serve.rollout.policy import Freeze, Hard, Policy, Step
 from moe_serve.rollout.window import ArmReading, Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
@@ -16,14 +17,14 @@ from tests.support.readings import START, Traffic
 
 HALF = Step(weight=50.0, min_seconds=60.0, min_requests=100, max_seconds=3600.0)
 POLICY = Policy(steps=(HALF,))
-CANARY = d.begin(POLICY, START)
+CANARY = s.begin(POLICY, START)
 
 
 def after(
     ticks: int,
     *,
     policy: Policy = POLICY,
-    state: d.State = CANARY,
+    state: s.State = CANARY,
     original: tuple[float, float, float] = (50, 0, 0),
     pruned: tuple[float, float, float] = (50, 0, 0),
 ) -> d.Decision:
@@ -106,7 +107,7 @@ def test_a_slow_pruned_variant_rolls_back() -> None:
 
 def test_harm_rolls_back_while_waiting_for_a_person() -> None:
     """Flagger #1801; and with ``while_paused = "nothing"`` it waits."""
-    paused = d.pause(CANARY, "lunch")
+    paused = s.pause(CANARY, "lunch")
     assert after(120, state=paused, pruned=(50, 2, 0)).kind == "rollback"
     policy = POLICY.model_copy(update={"while_paused": "nothing"})
     assert after(120, policy=policy, state=paused, pruned=(50, 2, 0)).kind == "hold"
@@ -114,7 +115,7 @@ def test_harm_rolls_back_while_waiting_for_a_person() -> None:
 
 def test_paused_does_not_advance() -> None:
     """However good the evidence."""
-    found = after(100, state=d.pause(CANARY, "lunch"))
+    found = after(100, state=s.pause(CANARY, "lunch"))
     assert (found.kind, found.words) == ("hold", "paused: lunch")
 
 
@@ -136,7 +137,7 @@ def test_inconclusive_can_be_resumed_and_evidence_is_kept() -> None:
     found = d.decide(traffic.window, POLICY, CANARY)
     state = d.apply(found, CANARY, POLICY, traffic.at)
     assert state.phase == "paused"
-    resumed = d.resume(state, traffic.at)
+    resumed = s.resume(state, traffic.at)
     assert (resumed.phase, resumed.step) == ("canary", 0)
     assert d.decide(traffic.window, POLICY, resumed).reason == "evidence"
     for _ in traffic.steadily(60, (50, 0, 0), (50, 0, 0)):
@@ -147,9 +148,9 @@ def test_inconclusive_can_be_resumed_and_evidence_is_kept() -> None:
 def test_a_late_verdict_is_still_a_verdict() -> None:
     """All guards passed but a person's gate is shut: waiting past the maximum is no failure."""
     policy = Policy(steps=(HALF.model_copy(update={"gate": "hand", "max_seconds": 100.0}),))
-    state = d.begin(policy, START)
+    state = s.begin(policy, START)
     assert after(60, policy=policy, state=state).reason == "gate"
-    assert after(60, policy=policy, state=d.resume(state, START)).kind == "advance"
+    assert after(60, policy=policy, state=s.resume(state, START)).kind == "advance"
 
 
 def broken(**changes: object) -> Callable[[ArmReading], ArmReading]:
@@ -280,7 +281,7 @@ def test_the_walk_through_the_steps() -> None:
     """Shadow, canary, promoted; a rollback ends it from anywhere."""
     policy = Policy(steps=(Step(weight=0, shadow=5), Step(weight=1), HALF))
     advance = d.Decision(kind="advance", reason="", words="")
-    state, phases = d.begin(policy, START), []
+    state, phases = s.begin(policy, START), []
     for _ in range(4):
         phases.append((state.phase, *state.target(policy)))
         back = d.apply(d.Decision(kind="rollback", reason="", words="w"), state, policy, 1.0)
@@ -296,12 +297,12 @@ def test_the_walk_through_the_steps() -> None:
 
 def test_promoted_keeps_its_hard_limits() -> None:
     """There is nothing left to compare with, and still a burst rolls back."""
-    state = d.enter(CANARY, POLICY, 1, START)
+    state = s.enter(CANARY, POLICY, 1, START)
     assert after(10, state=state).reason == "promoted"
-    assert after(10, state=d.pause(state, ""), pruned=(50, 50, 0)).kind == "rollback"
+    assert after(10, state=s.pause(state, ""), pruned=(50, 50, 0)).kind == "rollback"
 
 
 def test_idle_does_nothing() -> None:
     """And neither does what was rolled back."""
     for phase in ("idle", "rolled_back"):
-        assert d.decide(Window(began=0.0), POLICY, d.State(phase=phase)).kind == "hold"
+        assert d.decide(Window(began=0.0), POLICY, s.State(phase=phase)).kind == "hold"

@@ -9,32 +9,19 @@ import pytest
 from moe_serve.errors import RolloutError
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move, status
-from moe_serve.serving.process import free_port
 from moe_serve.serving.routes import read_split, route_file, write_split
-from moe_serve.serving.state import EngineState, StackState
-
-
-def fake_stack(state: Path) -> None:
-    """A state directory whose processes are gone."""
-    engine = EngineState(url="http://127.0.0.1:1", pid=1, model="m", log="l")
-    StackState(
-        pid=1,
-        endpoint="e",
-        control="c",
-        admin=f"127.0.0.1:{free_port()}",
-        envoy_pid=1,
-        served_model="m",
-        engines={"original": engine, "pruned": engine},
-    ).save(state)
+from tests.support.stacks import fake_stack
 
 
 def test_intent_comes_before_confirmation(tmp_path: Path) -> None:
     """A change that nobody confirmed is on record as such."""
     store = Store(tmp_path)
-    change = store.intend(actor="a", decision="set", reason="r", before=0.0, after=5.0)
+    change = store.intend(
+        actor="a", decision="set", reason="r", before=0.0, after=5.0, version="v1"
+    )
     assert store.history()[0].confirmed_at is None
-    store.written(change, "v1")
-    store.confirmed("v1")
+    store.written(change)
+    store.confirmed(change)
     found = store.history()[0]
     assert (found.version, found.percent_after, found.actor) == ("v1", 5.0, "a")
     assert found.confirmed_at is not None

@@ -20,10 +20,15 @@ class Traffic:
     """Grows counters and feeds them into a window."""
 
     policy: Policy
-    window: Window = field(default_factory=lambda: Window(began=START))
+    window: Window = field(init=False)
     at: float = START
     tick: float = 0.0
     arms: dict[str, ArmReading] = field(default_factory=lambda: dict.fromkeys(VARIANTS, EMPTY))
+
+    def __post_init__(self) -> None:
+        """A window under the policy's first step."""
+        step = self.policy.steps[0]
+        self.window = Window(began=START, weight=step.weight, shadow=step.shadow)
 
     def read(self, seconds: float = 5.0, changed: Mapping[str, ArmReading] | None = None) -> Window:
         """One reading after ``seconds``, with some arms as given this once."""

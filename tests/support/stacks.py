@@ -1,0 +1,22 @@
+"""A state directory without processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_serve.serving.process import free_port
+from moe_serve.serving.state import EngineState, StackState
+
+
+def fake_stack(state: Path) -> None:
+    """A state directory whose processes are gone."""
+    engine = EngineState(url="http://127.0.0.1:1", pid=1, model="m", log="l")
+    StackState(
+        pid=1,
+        endpoint="e",
+        control="c",
+        admin=f"127.0.0.1:{free_port()}",
+        envoy_pid=1,
+        served_model="m",
+        engines={"original": engine, "pruned": engine},
+    ).save(state)
