@@ -169,9 +169,10 @@ class Form:
             writer.write(name, value_D.to(dtype).cpu())
 
     def write_router(self, writer: ShardWriter, layer: int, rows_ND: torch.Tensor) -> None:
-        """Write new router rows [N, D], of all original experts; those that stay are taken."""
-        kept = torch.tensor(self.rows.get(layer, range(len(rows_ND))))
-        writer.write(self.checkpoint.family.gate_name(layer), rows_ND.cpu().index_select(0, kept))
+        """Write new router rows: as many as are stored, or [N, D], of which those that stay."""
+        if len(rows_ND) != self.stored[layer].rows:
+            rows_ND = rows_ND[list(self.rows[layer])]
+        writer.write(self.checkpoint.family.gate_name(layer), rows_ND.cpu().contiguous())
 
     def write_extras(self, target: Path) -> None:
         """Write ``router_mask.safetensors`` where stock software can't express the drops."""
@@ -296,6 +297,37 @@ def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
     )
 
 
+def split_form(checkpoint: Checkpoint, table: CompactTable, top_k: int) -> Form:
+    """One count and one width, each block an expert of its own.
+
+    Raises:
+        PlanError: the layers differ, a layer is unchanged, or the router ranks groups.
+    """
+    layers = checkpoint.family.moe_layers(checkpoint.config)
+    sizes = {(t.blocks, t.width) for t in table.layers.values()}
+    grouped = checkpoint.family.routing_of(checkpoint.config).groups > 1
+    if len(sizes) != 1 or set(layers) != set(table.layers) or grouped:
+        raise PlanError(
+            "blocks as experts need the same number of one width in every layer, and a router "
+            "without groups",
+            where="--format native",
+            remedy="prune with --format native from the start",
+        )
+    count, width = sizes.pop()
+    shared = checkpoint.family.shared_count(checkpoint.config, width)
+    grown = shared * width if shared is not None else None
+    return Form(
+        name="native",
+        checkpoint=checkpoint,
+        config=stock_config(checkpoint, changed=True, experts=count, width=width, top_k=top_k),
+        stored={i: Stored(count=count, width=width, rows=count, shared=grown) for i in layers},
+        slots={i: tuple((block,) for block in range(count)) for i in layers},
+        rows={i: tuple(owned[0] for owned in table.layers[i].owners()) for i in layers},
+        mask={},
+        silenced={},
+    )
+
+
 def substitution_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
     """Whole experts, and constants for those that have no block.
 
@@ -353,8 +385,16 @@ FORMATS: Final = {
 }
 
 
-def form_named(name: str, checkpoint: Checkpoint, table: CompactTable) -> Form:
+def form_named(
+    name: str, checkpoint: Checkpoint, table: CompactTable, top_k: int | None = None
+) -> Form:
     """Find a format.
+
+    Args:
+        name: of the format.
+        checkpoint: the original.
+        table: what its layers become.
+        top_k: blocks selected per token where each is an expert of its own.
 
     Raises:
         UsageError: no such format.
@@ -364,7 +404,15 @@ def form_named(name: str, checkpoint: Checkpoint, table: CompactTable) -> Form:
         raise UsageError(
             f"no format {name!r}", where="--format", remedy="choose from " + ", ".join(FORMATS)
         )
-    form = FORMATS[name](checkpoint, table)
+    if top_k is not None and name != "native":
+        raise PlanError(
+            "in this plan each block is an expert of its own",
+            where=f"--format {name}",
+            remedy="give --format native",
+        )
+    form = (
+        FORMATS[name](checkpoint, table) if top_k is None else split_form(checkpoint, table, top_k)
+    )
     settings = quantisation_settings(checkpoint.config)
     if not settings:
         return form

@@ -159,6 +159,7 @@ def stock_config(
     changed: bool,
     experts: int | None = None,
     width: int | None = None,
+    top_k: int | None = None,
 ) -> dict[str, Any]:
     """A config stock software loads: no table, the original architecture, other sizes if given."""
     family = checkpoint.family
@@ -173,6 +174,8 @@ def stock_config(
         if family.shared_count_key and (count := family.shared_count(config, width)):
             config[family.shared_count_key] = count
         config[family.width_key] = width
+    if top_k is not None:
+        config[family.top_k_key] = top_k
     return _without_extra(checkpoint, config, changed=changed)
 
 

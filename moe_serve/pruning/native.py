@@ -12,23 +12,27 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import torch
 
 from moe_serve.calibration.mixture import Mixture, Router
-from moe_serve.checkpoint.table import WIDTH_MULTIPLE
+from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError
 from moe_serve.families import Routing, Shape
 from moe_serve.pruning.neurons import Ladder, loss_root
 from moe_serve.pruning.numbers import tile_width
 from moe_serve.pruning.plan import Block, LayerPlan, Part
+from moe_serve.pruning.split import split_plan, steady_direction
 from moe_serve.pruning.trial import Measured
 from moe_serve.pruning.view import LayerView
 
 SHORTLIST: Final = 4
 """Pairs measured. The estimates rank within a factor of two or so, and neighbours are close."""
+_MOST_EXPERTS: Final = 512
+_MOST_SELECTED: Final = 32
+"""Of stock models' largest: cuts beyond that would be the first of their kind."""
 _CHUNK: Final = 64
 
 
@@ -37,6 +41,8 @@ class Size(NamedTuple):
 
     experts: int
     width: int
+    top_k: int | None = None
+    """Experts selected per token, where these are blocks of the original's."""
 
 
 class Narrowed(NamedTuple):
@@ -54,17 +60,27 @@ class Narrowed(NamedTuple):
         return self.dropped_error + self.narrowed_error
 
 
+class Cut(NamedTuple):
+    """One layer cut into blocks of one size, each an expert to the router."""
+
+    counts: tuple[int, ...]
+    """Blocks of each original expert."""
+    error: float
+    """What the blocks that go cost, the others making up for it; the router's part is unknown."""
+
+
 def feasible(shape: Shape, routing: Routing, keep: float, tile: int = 1) -> list[Size]:
     """Every pair that fits the budget and that no other such pair contains.
 
-    A width is a multiple of 64 (32 where experts have fewer than 512 neurons), what fused kernels
-    take, and of the number format's tile, or it is the original's. The router must find top_k
-    experts; where it selects among groups of experts, all groups stay and lose the same number.
+    A width is a multiple of 32 (16 where experts have fewer than 512 neurons) and of the number
+    format's tile, or it is the original's: fused kernels mask or pad the rest of their tiles. The
+    router must find top_k experts; where it selects among groups of experts, all groups stay and
+    lose the same number.
 
     Raises:
         PlanError: there is none.
     """
-    unit = math.lcm(64 if shape.width >= 512 else WIDTH_MULTIPLE, tile)
+    unit = math.lcm(32 if shape.width >= 512 else 16, tile)
     budget = int(keep * shape.experts * shape.width + 1e-9)
     widest: dict[int, int] = {}
     for width in sorted({*range(unit, shape.width, unit), shape.width}):
@@ -79,12 +95,35 @@ def feasible(shape: Shape, routing: Routing, keep: float, tile: int = 1) -> list
     return [Size(count, width) for count, width in sorted(widest.items())]
 
 
+def cuts(shape: Shape, routing: Routing, keep: float, tile: int = 1) -> list[Size]:
+    """Every way to cut the experts into equal blocks that are experts of their own.
+
+    None where the router ranks groups, or where there would be more experts, or more of them
+    selected, than fused routing kernels are made for.
+    """
+    unit = math.lcm(64 if shape.width >= 512 else WIDTH_MULTIPLE, tile)
+    found = []
+    for parts in range(2, MAX_BLOCKS + 1):
+        count = int(keep * shape.experts * parts + 1e-9)
+        top_k = routing.top_k * parts
+        if (
+            routing.groups == 1
+            and shape.width % (parts * unit) == 0
+            and top_k <= min(count, _MOST_SELECTED)
+            and count <= _MOST_EXPERTS
+        ):
+            found.append(Size(count, shape.width // parts, top_k))
+    return found
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Weighed:
     """The sizes for a model: what each would cost, and the layers' choices."""
 
     ladders: Mapping[int, Ladder]
-    options: Mapping[int, Mapping[Size, Narrowed]]
+    options: Mapping[int, Mapping[Size, Narrowed | Cut]]
+    directions: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """Where cuts are among the options: v of each layer, see :mod:`moe_serve.pruning.split`."""
 
     def estimates(self) -> dict[Size, float]:
         """Summed error of all layers in the loss's metric, least first."""
@@ -94,10 +133,22 @@ class Weighed:
 
     def layers(self, size: Size) -> dict[int, LayerPlan]:
         """Every layer at a size."""
-        return {
-            index: narrowed_plan(self.ladders[index], size.width, option[size])
-            for index, option in self.options.items()
-        }
+        return {index: self._layer(index, size) for index in self.options}
+
+    def _layer(self, index: int, size: Size) -> LayerPlan:
+        ladder, option = self.ladders[index], self.options[index][size]
+        if isinstance(option, Narrowed):
+            return narrowed_plan(ladder, size.width, option)
+        top_k = size.top_k or size.experts
+        return split_plan(ladder, size.width, option.counts, top_k, self.directions[index])
+
+    def shortlist(self) -> list[Size]:
+        """The best by estimate, of both kinds: their estimates do not compare."""
+        sizes = list(self.estimates())
+        cut = [size for size in sizes if size.top_k is not None]
+        whole = [size for size in sizes if size.top_k is None]
+        few = cut[: SHORTLIST - 1]
+        return whole[: SHORTLIST - len(few)] + few
 
 
 def weigh(
@@ -105,19 +156,28 @@ def weigh(
 ) -> Weighed:
     """Estimate every feasible size on every layer. Peak memory: one layer, and N² · S numbers."""
     ladders: dict[int, Ladder] = {}
-    options: dict[int, dict[Size, Narrowed]] = {}
+    options: dict[int, dict[Size, Narrowed | Cut]] = {}
+    directions: dict[int, torch.Tensor] = {}
     for view in views:
         routing = view.checkpoint.family.routing_of(view.checkpoint.config)
-        sizes = feasible(view.shape, routing, keep, tile_width(view.checkpoint))
+        tile = tile_width(view.checkpoint)
         ladder = method(view)
         search = _Search.of(
             view.mixture(), view.observed().reservoir_SD, loss_root(view.gradients())
         )
         ladders[view.index] = ladder
+        whole = feasible(view.shape, routing, keep, tile)
         options[view.index] = {
-            size: search.keep(size.experts, ladder.path.error_at(size.width)) for size in sizes
-        }
-    return Weighed(ladders=ladders, options=options)
+            size: search.keep(size.experts, ladder.path.error_at(size.width)) for size in whole
+        } | {size: _cut(ladder, size) for size in cuts(view.shape, routing, keep, tile)}
+        directions[view.index] = steady_direction(view.observed().reservoir_SD)
+    return Weighed(ladders=ladders, options=options, directions=directions)
+
+
+def _cut(ladder: Ladder, size: Size) -> Cut:
+    """The layer's best blocks, wherever they lie."""
+    curve = ladder.curve(size.width)
+    return Cut(tuple(curve.counts(size.experts)), float(curve.error_K[size.experts]))
 
 
 def choose(
@@ -129,7 +189,7 @@ def choose(
         All layers at that size, and what was weighed, for the plan.
     """
     estimates = weighed.estimates()
-    shortlist = list(estimates)[:SHORTLIST]
+    shortlist = weighed.shortlist()
     measured: dict[Size, Measured] = {}
     if measure is not None and len(shortlist) > 1:
         measured = {size: measure(weighed.layers(size)) for size in shortlist}
@@ -140,6 +200,7 @@ def choose(
         {
             "experts": size.experts,
             "width": size.width,
+            "top_k": size.top_k,
             "estimated_error": estimates[size],
             "measured_kl": measured[size]._asdict() if size in measured else None,
         }

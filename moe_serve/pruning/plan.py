@@ -38,6 +38,17 @@ class Block(_Model):
     parts: tuple[Part, ...]
 
 
+class Split(_Model):
+    """Each block is an expert of its own to the router."""
+
+    top_k: int
+    """Blocks selected per token."""
+    step: float
+    """By how much the logits of an expert's next block are lower, about."""
+    direction: tuple[float, ...]
+    """v [D]: against it rows move, by ``step`` for each block of the expert before this one."""
+
+
 class LayerPlan(_Model):
     """One layer's blocks and remapping."""
 
@@ -46,6 +57,8 @@ class LayerPlan(_Model):
     experts: tuple[tuple[int, ...] | None, ...]
     constants: bool = False
     """Experts without a block put out a constant, which ``apply`` fits; else nothing."""
+    split: Split | None = None
+    """``None``: an expert's blocks share its router row."""
     why: dict[str, Any] = Field(default_factory=dict)
     """The scores and errors the choice rests on; per-expert lists have N entries."""
 
@@ -131,7 +144,19 @@ class Plan(_Model):
     def needs_texts(self) -> bool:
         """Whether carrying it out fits something."""
         fitted = self.refit is not None or self.router is not None
-        return fitted or any(layer.constants for layer in self.layers.values())
+        return fitted or any(p.constants or p.split for p in self.layers.values())
+
+    @property
+    def top_k(self) -> int | None:
+        """Blocks that the router selects per token, where each has a row of its own.
+
+        Raises:
+            PlanError: the layers differ.
+        """
+        found = {p.split.top_k if p.split else None for p in self.layers.values()}
+        if len(found) > 1:
+            raise PlanError("layers select different numbers of blocks", where="plan.json")
+        return next(iter(found), None)
 
     def table(self) -> CompactTable:
         """The remapping of all changed layers."""

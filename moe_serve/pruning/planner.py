@@ -104,7 +104,8 @@ def make_plan(
         numbers=number_format(checkpoint, planned, refit=refit),
     )
     plan.check(checkpoint)
-    form_named(form, checkpoint, plan.table())  # Refuses what this format can't express.
+    # Refuses what this format can't express.
+    form_named(form, checkpoint, plan.table(), plan.top_k)
     return plan
 
 

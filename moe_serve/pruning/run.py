@@ -158,7 +158,7 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
             )
         _refuse_lost_constants(plan, request.form)
         with clock("apply"):
-            form = form_named(request.form, checkpoint, plan.table())
+            form = form_named(request.form, checkpoint, plan.table(), plan.top_k)
             refit = _applied(request, checkpoint, plan, form, corpus, staging, progress)
             record = corpus.record(checkpoint, request.texts.seed) if corpus else None
             manifest = _seal(checkpoint, plan, form, record, refit, staging, progress)

@@ -23,6 +23,7 @@ from moe_serve.pruning.constants import ConstantSums, with_constants
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens, refit
 from moe_serve.pruning.router import fit_rows
+from moe_serve.pruning.split import split_layer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +92,12 @@ class Walk:
         schemes = checkpoint.expert_scheme(layer.index)
         table = planned.table()
         blocks = build_blocks(checkpoint, layer.index, planned, mixture.units)
-        pruned = pruned_mixture(mixture, table, blocks, schemes)
+        rows, source = None, mixture
+        if planned.split is not None:
+            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+            source, blocks, table = split_layer(mixture, planned, blocks, schemes[2], dtype)
+            rows = source.router.weight_ND.to(dtype)
+        pruned = pruned_mixture(source, table, blocks, schemes)
         original_after = self._original[(layer.index + 1) % 2]
         pruned_after = self._pruned[(layer.index + 1) % 2]
         constants = ConstantSums(mixture, planned.replaced())
@@ -108,7 +114,6 @@ class Walk:
             blocks = blocks._replace(constants_RD=constants.result(schemes[2]))
             pruned = self._add_constants(pruned, constants.replaced, blocks.constants_RD)
         record: dict[str, Any] = {}
-        rows = None
         if refit_by is not None:
             fitted = refit(
                 pruned,

@@ -51,15 +51,22 @@ def shape(experts: int, width: int, top_k: int) -> Shape:
 
 
 def test_feasible_sizes_fill_the_budget() -> None:
-    """Half of 16 · 192 = 3072 neurons is 1536 = 16 · 96 = 12 · 128; 9 · 160 and 8 · 192 fit too."""
+    """Half of 16 · 192 = 3072 neurons is 1536 = 16 · 96 = 12 · 128 = 8 · 192; others leave some."""
     found = feasible(shape(16, 192, 4), Routing(top_k=4), 0.5)
-    assert found == [Size(8, 192), Size(9, 160), Size(12, 128), Size(16, 96)]
+    assert found == [
+        Size(8, 192),
+        Size(9, 160),
+        Size(10, 144),
+        Size(12, 128),
+        Size(13, 112),
+        Size(16, 96),
+    ]
 
 
-def test_wide_experts_keep_multiples_of_64() -> None:
-    """A quarter less of 8 · 512: 7 · 448 = 3136 > 3072 does not fit, 6 · 512 does."""
+def test_wide_experts_keep_multiples_of_32() -> None:
+    """A quarter less of 8 · 512 is 3072: 7 · 416 = 2912 fits, 7 · 448 = 3136 does not."""
     found = feasible(shape(8, 512, 2), Routing(top_k=2), 0.75)
-    assert found == [Size(6, 512), Size(8, 384)]
+    assert found == [Size(6, 512), Size(7, 416), Size(8, 384)]
 
 
 def test_groups_lose_the_same_number() -> None:
@@ -72,9 +79,9 @@ def test_groups_lose_the_same_number() -> None:
 
 
 def test_too_small_a_budget_is_refused() -> None:
-    """4 experts of 32 neurons are 128; 3 % of 16 · 192 are 92."""
-    with pytest.raises(PlanError, match="too few for 4 experts of 32 neurons"):
-        feasible(shape(16, 192, 4), Routing(top_k=4), 0.03)
+    """4 experts of 16 neurons are 64; 2 % of 16 · 192 are 61."""
+    with pytest.raises(PlanError, match="too few for 4 experts of 16 neurons"):
+        feasible(shape(16, 192, 4), Routing(top_k=4), 0.02)
 
 
 def test_drop_errors_are_those_of_the_layer_run_again(root: Path) -> None:
@@ -128,7 +135,7 @@ def test_measurement_overrules_the_estimate() -> None:
 
     layers, why = choose(weighed(), measure)  # type: ignore[arg-type]
     assert [block.parts[0].neurons for block in layers[0].blocks] == [(1,), (0,)]
-    assert why["size"] == {"experts": 2, "width": 1}
+    assert why["size"] == {"experts": 2, "width": 1, "top_k": None}
     assert [row["estimated_error"] for row in why["weighed"]] == [0.5, 2.0]
     assert why["weighed"][1]["measured_kl"] == {
         "mean": 0.1,
@@ -157,12 +164,16 @@ def test_native_loads_in_stock_transformers(root: Path, tmp_path: Path) -> None:
         batch_tokens=512,
     )
     result = prune(request, Silent())
-    # 0.7 · 8 · 96 = 537 = 5 · 96 + 57 = 8 · 64 + 25: the two sizes that can be had.
+    # 0.7 · 8 · 96 = 537 = 5 · 96 + 57 = 6 · 80 + 57 = 8 · 64 + 25, or 16 blocks of 32.
     rows = result.manifest.settings["weighed"]
-    assert {(row["experts"], row["width"]) for row in rows} == {(5, 96), (8, 64)}
-    best = min(rows, key=lambda row: row["measured_kl"]["mean"])
+    sizes = {(row["experts"], row["width"], row["top_k"]) for row in rows}
+    assert sizes == {(5, 96, None), (6, 80, None), (8, 64, None), (16, 32, 6)}
+    best = min(
+        (row for row in rows if row["measured_kl"]), key=lambda row: row["measured_kl"]["mean"]
+    )
     made = open_checkpoint(tmp_path / "out").shape
     assert (made.experts, made.width) == (best["experts"], best["width"])
+    assert made.top_k == (best["top_k"] or 2)
     assert verify(tmp_path / "out", None, Silent()).problems == []
     ids = torch.randint(1, 250, (1, 40), generator=torch.Generator().manual_seed(0))
     stock = reference_logits(tmp_path / "out", ids, {})
