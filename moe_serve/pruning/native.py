@@ -30,6 +30,8 @@ from moe_serve.pruning.view import LayerView
 
 SHORTLIST: Final = 4
 """Pairs measured. The estimates rank within a factor of two or so, and neighbours are close."""
+_NEAR: Final = 0.1
+"""Share of the KL that fewer, wider experts may cost: many narrow ones take more time."""
 _MOST_EXPERTS: Final = 512
 _MOST_SELECTED: Final = 32
 """Of stock models' largest: cuts beyond that would be the first of their kind."""
@@ -72,15 +74,15 @@ class Cut(NamedTuple):
 def feasible(shape: Shape, routing: Routing, keep: float, tile: int = 1) -> list[Size]:
     """Every pair that fits the budget and that no other such pair contains.
 
-    A width is a multiple of 32 (16 where experts have fewer than 512 neurons) and of the number
-    format's tile, or it is the original's: fused kernels mask or pad the rest of their tiles. The
+    A width is a multiple of 32 and of the number format's tile, or it is the original's: the CPU
+    kernels pad to 32, so that less would save nothing there; Triton's mask the rest of a tile. The
     router must find top_k experts; where it selects among groups of experts, all groups stay and
     lose the same number.
 
     Raises:
         PlanError: there is none.
     """
-    unit = math.lcm(32 if shape.width >= 512 else 16, tile)
+    unit = math.lcm(WIDTH_MULTIPLE, tile)
     budget = int(keep * shape.experts * shape.width + 1e-9)
     widest: dict[int, int] = {}
     for width in sorted({*range(unit, shape.width, unit), shape.width}):
@@ -185,6 +187,8 @@ def choose(
 ) -> tuple[dict[int, LayerPlan], dict[str, Any]]:
     """The size that measures best, or, with nothing to measure on, is estimated to.
 
+    Of those within a tenth of the best it is the one with the fewest experts.
+
     Returns:
         All layers at that size, and what was weighed, for the plan.
     """
@@ -193,7 +197,9 @@ def choose(
     measured: dict[Size, Measured] = {}
     if measure is not None and len(shortlist) > 1:
         measured = {size: measure(weighed.layers(size)) for size in shortlist}
-        chosen = min(shortlist, key=lambda size: measured[size].mean)
+        least = min(kl.mean for kl in measured.values())
+        near = [size for size in shortlist if measured[size].mean <= (1 + _NEAR) * least]
+        chosen = min(near, key=lambda size: (size.experts, measured[size].mean))
     else:
         chosen = shortlist[0]
     rows = [

@@ -43,10 +43,15 @@ class Split(_Model):
 
     top_k: int
     """Blocks selected per token."""
-    step: float
+    step: float = 0.0
     """By how much the logits of an expert's next block are lower, about."""
-    direction: tuple[float, ...]
+    direction: tuple[float, ...] = ()
     """v [D]: against it rows move, by ``step`` for each block of the expert before this one."""
+
+    @property
+    def merges(self) -> bool:
+        """Whether a block stands for several experts, instead of being a part of one."""
+        return not self.direction
 
 
 class LayerPlan(_Model):

@@ -21,6 +21,7 @@ from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.numbers import number_format
 from moe_serve.pruning.plan import LayerPlan, Plan, Refit, RouterFit
 from moe_serve.pruning.request import Selection
+from moe_serve.pruning.split import one_row_each
 from moe_serve.pruning.trial import Trial
 from moe_serve.pruning.view import Budget, LayerView
 
@@ -79,6 +80,8 @@ def make_plan(
                 _view(checkpoint, statistics, index, budget.tile, progress) for index in layers
             )
         planned = {view.index: method.experts(view, budgets[view.index]) for view in views}
+        if budget.uniform and method.merges:
+            planned = one_row_each(checkpoint, planned)
         if budget.constants:
             planned = {index: layer.with_constants() for index, layer in planned.items()}
     router = RouterFit() if selection.router_refit and planned else None

@@ -162,7 +162,7 @@ def fit_rows(
             diagonal_T = part.gram_TKK.diagonal(dim1=1, dim2=2).sum(dim=1)
             traces += float((diagonal_T * part.z_TD.square().sum(dim=1)).sum())
     present_ED = mixture.router.weight_ND
-    before = _held_error(mixture, mixture, inputs, residual, tokens)
+    before = held_error(mixture, mixture, inputs, residual, tokens)
     best, best_error, chosen = mixture, before * (1 - settings.margin), None
     for ridge in settings.ridges if parts else ():
         scale = traces / present_ED.numel()
@@ -170,7 +170,7 @@ def fit_rows(
         rows_ED = (present_ED + change_ED).to(dtype).float()
         router = dataclasses.replace(mixture.router, weight_ND=rows_ED)
         changed = dataclasses.replace(mixture, router=router)
-        error = _held_error(mixture, changed, inputs, residual, tokens)
+        error = held_error(mixture, changed, inputs, residual, tokens)
         if error < best_error:
             best, best_error, chosen = changed, error, ridge
     if chosen is not None:
@@ -182,7 +182,7 @@ def fit_rows(
     return FittedRows(router=best.router, ridge=chosen, error_before=before, error_after=after)
 
 
-def _held_error(
+def held_error(
     present: Mixture, changed: Mixture, inputs: States, residual: States, tokens: FitTokens
 ) -> float:
     """Mean squared residual of held-out tokens with changed rows."""

@@ -7,6 +7,8 @@ count, as the compact format does. Once blocks are gone this is no longer exact:
 selects experts with fewer blocks gets some of the next expert's as well. The re-fit makes up for it
 as for everything else, and a trial decides whether it pays.
 
+Merged experts are the other case of a row for each block: there it stands for several.
+
 Equal logits would leave the choice among an expert's blocks to the kernel. Rows of its later blocks
 are therefore moved a little against the direction v in which inputs are most steady, z·v ≈ 1, so
 that the block that matters most comes first.
@@ -26,7 +28,9 @@ import torch
 from moe_serve.calibration.mixture import Mixture, Router, whole_experts
 from moe_serve.checkpoint.formats import LayerBlocks
 from moe_serve.checkpoint.quantisation import Scheme
+from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import LayerTable
+from moe_serve.errors import PlanError
 from moe_serve.pruning.neurons import Ladder
 from moe_serve.pruning.plan import Block, LayerPlan, Part, Split
 
@@ -61,6 +65,33 @@ def split_plan(
             blocks.append(Block(parts=(Part(expert=expert, neurons=neurons),)))
     split = Split(top_k=top_k, step=STEP, direction=tuple(direction_D.tolist()))
     return planned.model_copy(update={"blocks": tuple(blocks), "split": split})
+
+
+def one_row_each(checkpoint: Checkpoint, layers: dict[int, LayerPlan]) -> dict[int, LayerPlan]:
+    """Plans of merged experts for stock software: one router row for each.
+
+    Raises:
+        PlanError: the router has a correction bias or ranks groups, or selects more than stay.
+    """
+    rule = checkpoint.family.routing_of(checkpoint.config)
+    if all(len(owned) == 1 for p in layers.values() for owned in p.table().owners()):
+        return layers
+    if checkpoint.family.correction_bias is not None or rule.groups > 1:
+        raise PlanError(
+            "experts share blocks, and a router with a correction bias or groups can't be given "
+            "one row for several",
+            where="--format native",
+            remedy="use --format compact, or a method that drops",
+        )
+    fewest = min(len(p.blocks) for p in layers.values())
+    if fewest < rule.top_k:
+        raise PlanError(
+            f"{fewest} experts would stay in a layer, the router selects {rule.top_k}",
+            where="--format native",
+            remedy="keep more, or use --format compact",
+        )
+    split = Split(top_k=rule.top_k)
+    return {index: p.model_copy(update={"split": split}) for index, p in layers.items()}
 
 
 def split_layer(
@@ -99,15 +130,17 @@ def split_layer(
 
 
 def split_router(router: Router, planned: LayerPlan, split: Split, dtype: torch.dtype) -> Router:
-    """A row for each block: its expert's, those of later blocks moved."""
-    owners = [owned[0] for owned in planned.table().owners()]
-    home = router.weight_ND.device
-    away_D = split.step * torch.tensor(split.direction, device=home)
-    away_MD = ranks(planned).to(home)[:, None] * away_D
+    """A row for each block: its expert's, those of later blocks moved; of several, their mean."""
+    owners = planned.table().owners()
+    rows_MD = torch.stack([router.weight_ND[list(owned)].mean(dim=0) for owned in owners])
+    if not split.merges:
+        direction_D = torch.tensor(split.direction, device=rows_MD.device)
+        rows_MD -= split.step * ranks(planned).to(rows_MD.device)[:, None] * direction_D
+    first = [owned[0] for owned in owners]
     return Router(
-        weight_ND=(router.weight_ND[owners] - away_MD).to(dtype).float(),
+        weight_ND=rows_MD.to(dtype).float(),
         rule=dataclasses.replace(router.rule, top_k=split.top_k),
-        bias_N=router.bias_N[owners] if router.bias_N is not None else None,
+        bias_N=router.bias_N[first] if router.bias_N is not None else None,
     )
 
 
@@ -123,6 +156,8 @@ def ranks(planned: LayerPlan) -> torch.Tensor:
 def _scale(router: Router, blocks: int, split: Split, rank: float) -> float:
     """What the router's weight of a block loses against its expert's, roughly."""
     rule = router.rule
+    if split.merges:
+        return 1.0
     moved = math.exp(split.step * rank) if rule.score == "softmax" else 1.0
     if rule.renormalise:
         return moved * split.top_k / rule.top_k

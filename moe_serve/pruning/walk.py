@@ -20,6 +20,7 @@ from moe_serve.calibration.stream import Batch, embed
 from moe_serve.checkpoint.formats import LayerBlocks
 from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs
 from moe_serve.pruning.constants import ConstantSums, with_constants
+from moe_serve.pruning.joining import join_rows
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens, refit
 from moe_serve.pruning.router import fit_rows
@@ -114,6 +115,17 @@ class Walk:
             blocks = blocks._replace(constants_RD=constants.result(schemes[2]))
             pruned = self._add_constants(pruned, constants.replaced, blocks.constants_RD)
         record: dict[str, Any] = {}
+        if planned.split is not None and planned.split.merges:
+            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+            joined = join_rows(
+                mixture.router, pruned, planned, self._inputs, self._residual, self._tokens, dtype
+            )
+            record["merged_rows"] = {
+                "chosen": joined.chosen,
+                "held_out_error": joined.errors,
+            }
+            pruned = dataclasses.replace(pruned, router=joined.router)
+            rows = joined.router.weight_ND.to(dtype)
         if refit_by is not None:
             fitted = refit(
                 pruned,
