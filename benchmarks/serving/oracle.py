@@ -10,12 +10,11 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from moe_serve.checkpoint.source import open_checkpoint
-from tests.patches.test_oracle import EXPERTS, KINDS, TOP_K, WIDTH, apart, prompts
+from tests.patches.test_oracle import KINDS, apart, prompts, servable, tables_of
 from tests.support.engine import ask
-from tests.support.models import SERVED, make_model
+from tests.support.models import SERVED
 from tests.support.references import reference_logprobs
-from tests.support.twins import make_twins, random_table
+from tests.support.twins import make_twins
 
 
 def main() -> None:
@@ -30,17 +29,10 @@ def main() -> None:
 
 def rows(family: str, root: Path) -> list[str]:
     """One row per kind of table."""
-    source = make_model(
-        root / "source", family, experts=EXPERTS, top_k=TOP_K, width=WIDTH, num_hidden_layers=3
-    )
-    opened = open_checkpoint(source)
-    sparse = opened.family.moe_layers(opened.config)
+    source = servable(root / "source", family)
     plans, folders = [], []
     for number, kind in enumerate(KINDS):
-        tables = {
-            layer: random_table(number + layer, kind, experts=EXPERTS, width=WIDTH, top_k=TOP_K)
-            for layer in sparse
-        }
+        tables = tables_of(source, kind, number)
         compact, tied = root / f"{kind}-compact", root / f"{kind}-tied"
         dropped = make_twins(source, compact, tied, tables, seed=number)
         plans.append((kind, compact, tied, dropped))

@@ -2,6 +2,6 @@
 
 from moe_serve.families.family import Family, Projections, Shape
 from moe_serve.families.routing import Routing
-from moe_serve.families.table import FAMILIES, family_of
+from moe_serve.families.table import FAMILIES, family_of, rotates_slices
 
-__all__ = ["FAMILIES", "Family", "Projections", "Routing", "Shape", "family_of"]
+__all__ = ["FAMILIES", "Family", "Projections", "Routing", "Shape", "family_of", "rotates_slices"]

@@ -76,6 +76,8 @@ class Family:
     skeleton: str | None = None
     """``model_type`` of the transformers class whose modules outside the experts are the same,
     where there is none of this family's own: published with code that is never executed."""
+    latent_attention: bool = False
+    """Queries are rotated in part: what vLLM's rotary kernel for CPUs gets wrong."""
     served: bool = False
     """The vLLM plugin has a row for the compact form; others go as ``tied`` or ``native``."""
 

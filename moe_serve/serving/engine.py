@@ -10,6 +10,7 @@ from typing import Any, Final
 import httpx
 
 from moe_serve.errors import ServingError
+from moe_serve.families import rotates_slices
 from moe_serve.files import read_json
 from moe_serve.serving.envoy import KEEP_ALIVE_SECONDS
 from moe_serve.serving.process import Child, start
@@ -82,8 +83,8 @@ def _for_checkpoint(config: dict[str, Any]) -> tuple[str, ...]:
 def _for_cpu(config: dict[str, Any]) -> tuple[str, ...]:
     """Eager mode: compiling takes minutes on a CPU and gains little."""
     options = ["--enforce-eager"]
-    if str(config.get("model_type", "")).startswith("deepseek"):
-        # vLLM 0.32's CPU rotary kernel ignores the stride of a sliced query.
+    if rotates_slices(config):
+        # vLLM 0.32's rotary kernel for CPUs ignores the stride of a sliced query.
         options += ["--compilation-config", '{"custom_ops": ["all", "-rotary_embedding"]}']
     return tuple(options)
 

@@ -11,16 +11,20 @@ from __future__ import annotations
 def register() -> None:
     """Make the compact architectures and ``--load-format moe_serve`` known. Repeatable.
 
-    vLLM only logs what a plugin raises here, so nothing is checked at this point: an unsupported
-    setting is refused when the model is built.
+    vLLM only logs what a plugin raises here, so everything is refused again when the model is
+    built; an unsupported version with what differs in it, before anything of it is imported.
     """
     from vllm import ModelRegistry
 
+    from moe_serve_vllm.contract import require_supported
     from moe_serve_vllm.families import FAMILIES
-    from moe_serve_vllm.loader import register_loader
 
     known = ModelRegistry.get_supported_archs()
     for family in FAMILIES:
         if family.architecture not in known:
-            ModelRegistry.register_model(family.architecture, family.implementation)
+            name = family.architecture
+            ModelRegistry.register_model(name, f"moe_serve_vllm.models:{name}")
+    require_supported()
+    from moe_serve_vllm.loader import register_loader
+
     register_loader()

@@ -18,10 +18,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+from vllm.platforms import current_platform
 
 from moe_serve_vllm.errors import UnsupportedSettings, WeightsError
 from moe_serve_vllm.support import config_of, read_tables
-from moe_serve_vllm.table import LayerTable, expand
+from moe_serve_vllm.table import LayerTable, expand, skips_padding
 
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHARDS: Final = ("w1", "w3", "w2")
@@ -33,9 +34,8 @@ def table_for(prefix: str) -> LayerTable | None:
     vllm_config = get_current_vllm_config()
     if vllm_config.model_config is None or "compact_experts" not in config_of(vllm_config):
         return None
-    found = _LAYER.search(prefix)
     _, tables = read_tables(vllm_config)
-    return tables.get(int(found.group(1))) if found else None
+    return tables.get(layer_index(prefix))
 
 
 class _Remap(nn.Module):
@@ -77,6 +77,12 @@ class CompactRoutedExperts(RoutedExperts):
         """Size the layer by its table, then build it as vLLM does."""
         table = table_for(layer_name)
         if table is not None:
+            if expert_map_manager.num_fused_shared_experts:
+                raise UnsupportedSettings(
+                    layer_name,
+                    ["shared experts are fused with the routed ones"],
+                    "unset VLLM_ROCM_USE_AITER_FUSION_SHARED_EXPERTS",
+                )
             expert_map_manager = _resize(moe_config, table)
         super().__init__(
             layer_name, params_dtype, moe_config, quant_config, expert_map_manager, *args, **kwargs
@@ -91,8 +97,14 @@ class CompactRoutedExperts(RoutedExperts):
                     [f"{type(self.quant_method).__name__} routes inside its kernel"],
                     "choose another --moe-backend",
                 )
-            slots, used = table.slots()
+            skipped = skips_padding(
+                cuda=current_platform.is_cuda(), backend=self.quant_method.unquantized_backend.name
+            )
+            slots, used = table.slots(skipped=skipped)
             self.remap = _Remap(slots, used)
+            if skipped:
+                self._expert_map = table.placement()
+                self.global_num_experts = table.blocks + 1
 
     def weight_loader(
         self,
@@ -111,6 +123,11 @@ class CompactRoutedExperts(RoutedExperts):
             key = (shard_id, expert_id)
             self.written[key] = self.written.get(key, 0) + 1
         return done if return_success else None
+
+    def load(self, ending: str, shard: str, block: int, weight: torch.Tensor) -> None:
+        """Write one matrix of one block."""
+        parameter = getattr(self, ending)
+        self.weight_loader(parameter, weight, ending, shard, block)
 
     def unwritten(self) -> list[str]:
         """Blocks that were not written exactly once, in words."""
@@ -150,6 +167,9 @@ def _resize(moe_config: FusedMoEConfig, table: LayerTable) -> ExpertMapManager:
     moe_config.num_local_experts = table.blocks
     moe_config.num_logical_experts = table.blocks
     moe_config.intermediate_size = table.width
+    if current_platform.is_cuda():
+        # Others route inside the kernel or take no block twice per token.
+        moe_config.moe_backend = "triton"
     moe_config.intermediate_size_per_partition = table.width // parallel.tp_size
     moe_config.intermediate_size_per_partition_unpadded = table.width // parallel.tp_size
     return ExpertMapManager(
@@ -194,9 +214,15 @@ class CompactGate(GateLinear):
         return logits.masked_fill(self.drops.mask, torch.finfo(logits.dtype).min)
 
 
-def compact_layers(model: nn.Module) -> list[CompactRoutedExperts]:
-    """The expert layers of a built model."""
-    return [m for m in model.modules() if isinstance(m, CompactRoutedExperts)]
+def compact_layers(model: nn.Module) -> dict[str, CompactRoutedExperts]:
+    """The expert layers of a built model, by module name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, CompactRoutedExperts)}
+
+
+def layer_index(name: str) -> int:
+    """The decoder layer that a module or tensor belongs to; -1 for none."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) if found else -1
 
 
 def check_written(model: nn.Module, where: str, note: Callable[[str], None]) -> None:
@@ -205,7 +231,7 @@ def check_written(model: nn.Module, where: str, note: Callable[[str], None]) -> 
     Raises:
         WeightsError: naming those that were not.
     """
-    layers = compact_layers(model)
+    layers = compact_layers(model).values()
     if problems := [problem for layer in layers for problem in layer.unwritten()]:
         raise WeightsError(where, problems[:8], "the files do not match config.json; prune again")
     note(f"{sum(layer.stored_blocks for layer in layers)} expert blocks written once each")

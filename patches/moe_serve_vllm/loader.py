@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from moe_serve_vllm.errors import UnsupportedSettings, WeightsError
+from moe_serve_vllm.errors import UnsupportedSettings
 from moe_serve_vllm.files import check_files, check_hashes
 from moe_serve_vllm.support import LOAD_FORMAT, config_of, read_tables
 
@@ -49,6 +49,12 @@ class CompactLoader(DefaultModelLoader):
             WeightsError: the files are not what the table says.
         """
         from moe_serve_vllm.layers import check_written, compact_layers
+        from moe_serve_vllm.weights import (
+            ExpertWeights,
+            every_element_written,
+            missing_head,
+            with_head,
+        )
 
         folder = Path(model_config.model)
         if not folder.is_dir() or not compact_layers(model):
@@ -59,30 +65,20 @@ class CompactLoader(DefaultModelLoader):
             )
         vllm_config = get_current_vllm_config()
         family, tables = read_tables(vllm_config)
-        check_files(folder, family, tables, config_of(vllm_config))
+        config = config_of(vllm_config)
+        check_files(folder, family, tables, config)
         if self._verify_hashes:
             logger.info("moe_serve: %d files match their hashes", check_hashes(folder))
-        loaded = model.load_weights(self.get_all_weights(model_config, model))
+        experts = ExpertWeights(model, family)
+        weights = self.get_all_weights(model_config, model)
+        if missing_head(model, config):
+            weights = with_head(weights)
+        with every_element_written(model, str(folder)) as loaded:
+            loaded.update(model.load_weights(experts.take(weights)), experts.loaded)
         check_written(model, str(folder), lambda text: logger.info("moe_serve: %s", text))
-        _check_loaded(model, set(loaded), str(folder))
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Compact checkpoints are local."""
-
-
-def _check_loaded(model: Any, loaded: set[str], where: str) -> None:
-    """Every parameter came from the files.
-
-    vLLM's own check exempts all parameters of layers that post-process their weights, which on an
-    unquantised model is nearly every one.
-    """
-    missing = sorted({name for name, _ in model.named_parameters()} - loaded)
-    if missing:
-        raise WeightsError(
-            where,
-            [f"no tensor for {name}" for name in missing[:8]],
-            "fetch the missing shard or prune again",
-        )
 
 
 def register_loader() -> None:

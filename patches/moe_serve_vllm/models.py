@@ -1,71 +1,41 @@
 """The compact architectures: vLLM's own models, refused or built, with our layers inside.
 
-Importing this module registers the layers, so it must happen before a model is built; vLLM imports
-it when it looks up the architecture.
+vLLM imports this module when it looks an architecture up and takes the class by its name. Classes
+are made then: only the model that is served is imported, and nothing of a vLLM that is not
+supported.
 """
 
 from __future__ import annotations
 
-from vllm.config import VllmConfig
-from vllm.model_executor.models.glm4_moe import Glm4MoeForCausalLM
-from vllm.model_executor.models.mixtral import MixtralForCausalLM
-from vllm.model_executor.models.olmoe import OlmoeForCausalLM
-from vllm.model_executor.models.qwen2_moe import Qwen2MoeForCausalLM
-from vllm.model_executor.models.qwen3_moe import Qwen3MoeForCausalLM
+from importlib import import_module
+from typing import Any
 
-from moe_serve_vllm import layers
-from moe_serve_vllm.support import check
-
-__all__ = [
-    "CompactGlm4MoeForCausalLM",
-    "CompactMixtralForCausalLM",
-    "CompactOlmoeForCausalLM",
-    "CompactQwen2MoeForCausalLM",
-    "CompactQwen3MoeForCausalLM",
-    "layers",
-]
+from moe_serve_vllm.contract import require_supported
+from moe_serve_vllm.families import FAMILIES, ServedFamily
 
 
-class CompactMixtralForCausalLM(MixtralForCausalLM):
-    """Mixtral with stored blocks."""
+def __getattr__(name: str) -> type[Any]:
+    """The class of an architecture."""
+    family = next((row for row in FAMILIES if row.architecture == name), None)
+    if family is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = made = _compact(family)
+    return made
 
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Refuse what can't be served, then build."""
+
+def _compact(family: ServedFamily) -> type[Any]:
+    """A subclass of the stock model that refuses what can't be served before it builds."""
+    require_supported()
+    from moe_serve_vllm.support import check
+
+    # For what it registers: the layers that the stock model is about to use.
+    import_module("moe_serve_vllm.layers")
+    module, _, name = family.stock.partition(":")
+    stock = getattr(import_module(f"vllm.model_executor.models.{module}"), name)
+
+    def build(self: Any, *, vllm_config: Any, prefix: str = "") -> None:
         check(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        stock.__init__(self, vllm_config=vllm_config, prefix=prefix)
 
-
-class CompactQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
-    """Qwen3-MoE with stored blocks."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Refuse what can't be served, then build."""
-        check(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
-
-class CompactGlm4MoeForCausalLM(Glm4MoeForCausalLM):
-    """GLM-4-MoE with stored blocks."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Refuse what can't be served, then build."""
-        check(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
-
-class CompactOlmoeForCausalLM(OlmoeForCausalLM):
-    """OLMoE with stored blocks."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Refuse what can't be served, then build."""
-        check(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-
-
-class CompactQwen2MoeForCausalLM(Qwen2MoeForCausalLM):
-    """Qwen2-MoE with stored blocks."""
-
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Refuse what can't be served, then build."""
-        check(vllm_config)
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+    body = {"__init__": build, "__module__": __name__, "__doc__": f"{name} with stored blocks."}
+    return type(family.architecture, (stock,), body)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-import vllm
+from vllm.platforms import current_platform
 
 from moe_serve_vllm.errors import UnsupportedSettings
-from moe_serve_vllm.families import ServedFamily, family_of
-from moe_serve_vllm.table import WIDTH_MULTIPLE, LayerTable, parse
+from moe_serve_vllm.families import ServedFamily
+from moe_serve_vllm.table import WIDTH_MULTIPLE, LayerTable, tables_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-SUPPORTED: Final = ("0.32.",)
-"""vLLM versions this plugin was tested with."""
 LOAD_FORMAT: Final = "moe_serve"
+ROTARY_OPTION: Final = """--compilation-config '{"custom_ops": ["all", "-rotary_embedding"]}'"""
 
 
 def read_tables(vllm_config: VllmConfig) -> tuple[ServedFamily, dict[int, LayerTable]]:
@@ -24,21 +23,7 @@ def read_tables(vllm_config: VllmConfig) -> tuple[ServedFamily, dict[int, LayerT
     Raises:
         TableError: the table is damaged.
     """
-    config = config_of(vllm_config)
-    family = family_of(config)
-    if family is None:
-        raise UnsupportedSettings(
-            "architecture", [f"{config.get('architectures')} is not compact"], "prune the model"
-        )
-    experts, top_k, width = family.sizes(config)
-    tables = parse(
-        config.get("compact_experts"),
-        experts=experts,
-        top_k=top_k,
-        width=width,
-        moe_layers=family.moe_layers(config),
-    )
-    return family, tables
+    return tables_of(config_of(vllm_config))
 
 
 def config_of(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -59,23 +44,31 @@ def check(vllm_config: VllmConfig) -> None:
         UnsupportedSettings: listing every setting that stands in the way.
         TableError: the table is damaged.
     """
-    _, tables = read_tables(vllm_config)
+    family, tables = read_tables(vllm_config)
     parallel = vllm_config.parallel_config
+    backend = vllm_config.kernel_config.moe_backend
     tp = parallel.tensor_parallel_size
     narrow = [i for i, t in tables.items() if tp > 1 and t.width % (tp * WIDTH_MULTIPLE)]
     wishes = {
         f"--load-format {vllm_config.load_config.load_format}, "
         f"it must be {LOAD_FORMAT}": vllm_config.load_config.load_format != LOAD_FORMAT,
-        f"vLLM {vllm.__version__}, tested with {', '.join(v + 'x' for v in SUPPORTED)}": (
-            not vllm.__version__.startswith(SUPPORTED)
-        ),
         "--enable-expert-parallel": parallel.enable_expert_parallel,
         "--data-parallel-size above 1": parallel.data_parallel_size > 1,
         "--enable-eplb": parallel.enable_eplb,
         "sequence parallelism for experts": parallel.use_sequence_parallel_moe,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "--enable-lora": vllm_config.lora_config is not None,
-        "quantisation": vllm_config.quant_config is not None,
+        f"{_quantisation(vllm_config)} weights, only unquantised ones": (
+            vllm_config.quant_config is not None
+        ),
+        f"vLLM's rotary kernel for CPUs, which is wrong for this model; add {ROTARY_OPTION}": (
+            family.latent_attention
+            and current_platform.is_cpu()
+            and "-rotary_embedding" not in vllm_config.compilation_config.custom_ops
+        ),
+        f"--moe-backend {backend}, only triton on CUDA": (
+            current_platform.is_cuda() and backend not in ("auto", "triton")
+        ),
         "speculative decoding": vllm_config.speculative_config is not None,
         f"--tensor-parallel-size {tp} (blocks of layers {narrow} can't be cut into multiples of "
         f"{WIDTH_MULTIPLE})": bool(narrow),
@@ -84,3 +77,9 @@ def check(vllm_config: VllmConfig) -> None:
         raise UnsupportedSettings(
             "compact experts are not served with", problems, "change these settings"
         )
+
+
+def _quantisation(vllm_config: VllmConfig) -> str:
+    """The name of the quantisation, for the refusal."""
+    quant_config = vllm_config.quant_config
+    return "" if quant_config is None else str(quant_config.get_name())

@@ -8,12 +8,14 @@ that is absent is as in the original.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
 
 from moe_serve_vllm.errors import TableError
+from moe_serve_vllm.families import Config, Groups, ServedFamily, family_of
 
 VERSION: Final = 1
 WIDTH_MULTIPLE: Final = 32
@@ -41,11 +43,14 @@ class LayerTable:
         """Experts the router must not select."""
         return tuple(i for i, e in enumerate(self.experts) if e is None)
 
-    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def slots(self, *, skipped: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Block ids [N, R] (int32) and whether each slot counts [N, R] (FP32, 0 or 1).
 
-        A slot beyond an expert's blocks repeats its first block with weight 0: the kernels of
-        every platform handle that, whereas an id of -1 silently corrupts the output on CPU.
+        Args:
+            skipped: a slot beyond an expert's blocks holds the id M, for kernels that leave out
+                what :meth:`placement` maps to -1. Otherwise it repeats the expert's first block
+                with weight 0, which every kernel can compute; where there is no map, an id of -1
+                silently corrupts the output.
         """
         ids = torch.zeros(len(self.experts), self.most_blocks, dtype=torch.int32)
         used = torch.zeros(len(self.experts), self.most_blocks)
@@ -54,7 +59,27 @@ class LayerTable:
                 ids[expert] = blocks[0]
                 ids[expert, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
                 used[expert, : len(blocks)] = 1.0
+        if skipped:
+            ids = ids.masked_fill(used == 0, self.blocks)
         return ids, used
+
+    def placement(self) -> torch.Tensor:
+        """Where ids are stored [M + 1] (int32): block m at m, the id M nowhere.
+
+        It has the form of vLLM's map for expert parallelism, whose kernels leave out what is on
+        another device.
+        """
+        places = torch.arange(self.blocks + 1, dtype=torch.int32)
+        places[-1] = -1
+        return places
+
+
+def skips_padding(*, cuda: bool, backend: str) -> bool:
+    """Whether the kernels leave out slots whose id is stored nowhere.
+
+    vLLM's Triton kernels drop them before the first product. Those for CPUs know no such map.
+    """
+    return cuda and backend == "TRITON"
 
 
 def expand(
@@ -73,8 +98,37 @@ def expand(
     return blocks_TKR.flatten(1), weights_TKR.flatten(1)
 
 
+def tables_of(config: Config) -> tuple[ServedFamily, dict[int, LayerTable]]:
+    """The family and the checked table of a ``config.json``.
+
+    Raises:
+        TableError: it is not one of a compact checkpoint, or damaged.
+    """
+    family = family_of(config)
+    if family is None:
+        raise TableError(
+            "config.json", ["architectures names no compact architecture"], "prune the model"
+        )
+    experts, top_k, width = family.sizes(config)
+    tables = parse(
+        config.get("compact_experts"),
+        experts=experts,
+        top_k=top_k,
+        width=width,
+        moe_layers=family.moe_layers(config),
+        groups=family.groups(config),
+    )
+    return family, tables
+
+
 def parse(
-    value: object, *, experts: int, top_k: int, width: int, moe_layers: tuple[int, ...]
+    value: object,
+    *,
+    experts: int,
+    top_k: int,
+    width: int,
+    moe_layers: tuple[int, ...],
+    groups: Groups | None = None,
 ) -> dict[int, LayerTable]:
     """Read and check the table.
 
@@ -84,6 +138,7 @@ def parse(
         top_k: experts selected per token.
         width: I, neurons of an original expert.
         moe_layers: layers that hold experts.
+        groups: the router's groups, where it narrows them down first.
 
     Raises:
         TableError: naming every defect.
@@ -96,7 +151,9 @@ def parse(
     problems: list[str] = []
     tables: dict[int, LayerTable] = {}
     for key, entry in layers.items():
-        found, table = _parse_layer(entry, experts, top_k, width)
+        found, table = _parse_layer(entry, experts, width)
+        if table is not None:
+            found += _selection_defects(table, top_k, groups)
         if not (isinstance(key, str) and key.isdecimal() and int(key) in moe_layers):
             found.append("no layer with experts has this index")
         elif table is not None:
@@ -107,9 +164,7 @@ def parse(
     return tables
 
 
-def _parse_layer(
-    entry: Any, experts: int, top_k: int, whole: int
-) -> tuple[list[str], LayerTable | None]:
+def _parse_layer(entry: Any, experts: int, whole: int) -> tuple[list[str], LayerTable | None]:
     match entry:
         case {"width": int(width), "blocks": int(blocks), "experts": list(lists)} if all(
             item is None or (isinstance(item, list) and all(type(b) is int for b in item))
@@ -120,11 +175,11 @@ def _parse_layer(
                 blocks=blocks,
                 experts=tuple(None if item is None else tuple(item) for item in lists),
             )
-            return _defects(table, experts, top_k, whole), table
+            return _defects(table, experts, whole), table
     return ["malformed entry"], None
 
 
-def _defects(table: LayerTable, experts: int, top_k: int, whole: int) -> list[str]:
+def _defects(table: LayerTable, experts: int, whole: int) -> list[str]:
     found = []
     if len(table.experts) != experts:
         found.append(f"lists {len(table.experts)} experts, the router has {experts}")
@@ -143,8 +198,26 @@ def _defects(table: LayerTable, experts: int, top_k: int, whole: int) -> list[st
         if len(blocks) > MAX_BLOCKS:
             found.append(f"expert {expert} has {len(blocks)} blocks, at most {MAX_BLOCKS}")
         used.update(blocks)
-    if unused := sorted(set(range(table.blocks)) - used):
-        found.append(f"block {unused[0]} is used by no expert")
-    if experts - len(table.dropped) < top_k:
-        found.append(f"fewer than top_k={top_k} experts can be selected")
+    # Not as a set of all blocks: a damaged count may be beyond what fits into memory.
+    listed = range(min(table.blocks, len(used) + 1))
+    found += [f"block {b} is used by no expert" for b in listed if b not in used][:1]
     return found
+
+
+def _selection_defects(table: LayerTable, top_k: int, groups: Groups | None) -> list[str]:
+    """Whether the router finds ``top_k`` experts whatever it prefers.
+
+    A group in which fewer experts are left than rank a group is selected last, so what it still
+    holds does not count.
+    """
+    if len(table.experts) - len(table.dropped) < top_k:
+        return [f"fewer than top_k={top_k} experts can be selected"]
+    if groups is None or len(table.experts) % groups.count:
+        return []
+    size = len(table.experts) // groups.count
+    dropped = Counter(expert // size for expert in table.dropped)
+    left = (size - dropped[group] for group in range(groups.count))
+    usable = sorted(count for count in left if count >= groups.best)[: groups.selected]
+    if sum(usable) < top_k:
+        return [f"some {groups.selected} groups hold fewer than top_k={top_k} experts"]
+    return []

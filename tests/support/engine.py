@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_serve.families import rotates_slices
+
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -88,7 +90,9 @@ def _serve(request: dict[str, Any]) -> list[Any]:
     for model in request["models"]:
         config = json.loads((Path(model) / "config.json").read_text())
         compact = "compact_experts" in config
-        options = {"load_format": "moe_serve"} if compact else {}
+        options: dict[str, Any] = {"load_format": "moe_serve"} if compact else {}
+        if rotates_slices(config):
+            options["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
         llm = None
         try:
             llm = LLM(

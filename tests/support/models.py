@@ -67,6 +67,8 @@ _OF: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": {
         "count": "n_routed_experts",
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         **_SHARED_MLA,
         **_GROUPS,
         "intermediate_size": 64,
@@ -105,6 +107,8 @@ _OF: dict[str, dict[str, Any]] = {
     "minimax_m2": {
         "count": "num_local_experts",
         "width": "intermediate_size",
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
         "rotary_dim": 16,
     },
     "deepseek": {
@@ -123,6 +127,15 @@ _OF: dict[str, dict[str, Any]] = {
 _OF["kimi_k2"] = _OF["deepseek_v3"]
 """What each family's config needs beyond the common part, and its names for count and width."""
 FAMILIES = tuple(_OF)
+SERVABLE = {
+    row.model_type: {
+        "kv_lora_rank": 512,
+        **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "head_dim"), 64),
+    }
+    for row in ROWS
+    if row.latent_attention
+}
+"""Sizes without which vLLM's latent attention does not run on a CPU."""
 
 
 def make_model(

@@ -1,0 +1,83 @@
+"""``verify --engine``: a compact checkpoint and its tied form in vLLM."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from moe_serve.cli import files
+from moe_serve.cli.app import app
+from moe_serve.errors import UsageError
+from moe_serve.progress import Silent
+from moe_serve.pruning.request import Selection, TextOptions
+from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.serving.twin import Agreement, compare_with_twin, difference
+from tests.support.models import make_model, write_texts
+
+
+@pytest.fixture(scope="module")
+def compact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint pruned to half."""
+    root = tmp_path_factory.mktemp("twin")
+    request = PruneRequest(
+        model=make_model(root / "m", "qwen3_moe"),
+        output=root / "out",
+        texts=TextOptions(paths=(write_texts(root / "t.jsonl"),), tokens=512, length=128),
+        selection=Selection(keep=0.5),
+        batch_tokens=512,
+    )
+    prune(request, Silent())
+    return root / "out"
+
+
+def test_the_largest_difference_counts() -> None:
+    """Over all rows: |-1.5 - -1.25| = 0.25."""
+    ours = [[(7, -1.5), (8, -2.0)], [(9, -3.0)]]
+    theirs = [[(7, -1.25), (8, -2.125)], [(9, -3.0)]]
+    assert difference(ours, theirs) == Agreement(tokens=3, difference=0.25)
+
+
+def test_nothing_is_compared_after_another_token() -> None:
+    """What follows depends on it; the fork itself counts."""
+    ours = [[(7, -1.0), (3, -1.0), (3, -9.0)]]
+    theirs = [[(7, -1.0), (4, -1.5), (3, -1.0)]]
+    assert difference(ours, theirs) == Agreement(tokens=2, difference=0.5)
+
+
+def test_no_number_is_no_agreement() -> None:
+    """NaN anywhere, or nothing to compare."""
+    assert difference([[(1, math.nan), (2, -1.0)]], [[(1, -1.0), (2, -1.0)]]).difference == math.inf
+    assert difference([], []).difference == math.inf
+
+
+def test_a_stock_checkpoint_has_no_twin(tmp_path: Path) -> None:
+    """It is refused before an engine starts."""
+    with pytest.raises(UsageError, match="not a compact checkpoint"):
+        compare_with_twin(make_model(tmp_path / "m", "qwen3_moe"), Silent())
+
+
+@pytest.mark.parametrize(("apart", "code"), [(1e-6, 0), (1e-3, 1), (math.inf, 1)])
+def test_a_difference_above_the_bound_fails(
+    compact: Path, apart: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit 1, with the figure in the message; the default bound is 1e-4."""
+    agreement = Agreement(tokens=10, difference=apart)
+    monkeypatch.setattr(files, "compare_with_twin", lambda *_: agreement)
+    done = CliRunner().invoke(app, ["verify", str(compact), "--engine"])
+    assert done.exit_code == code, done.output
+    assert f"{apart:.1e} nats" in " ".join(done.output.split())
+    assert ("PROBLEM" in done.output) == bool(code)
+
+
+def test_engines_agree(compact: Path) -> None:
+    """Two real engines: (96 + 33 + 5) - 3 prompt tokens and 3 · 8 generated ones, 155 in all."""
+    done = CliRunner().invoke(app, ["verify", str(compact), "--engine", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["passed"]
+    assert told["engine"]["tokens"] == 155
+    assert told["engine"]["difference"] <= 2e-5
