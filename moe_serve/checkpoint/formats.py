@@ -23,10 +23,13 @@ import torch
 
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.layout import (
+    EMBEDDING,
+    HEAD,
     Stored,
     compact_config,
     constant_dtype,
     copied_entries,
+    needs_head,
     runs,
     stock_config,
     substitution_config,
@@ -91,7 +94,11 @@ class Form:
 
     def runs(self) -> list[Run]:
         """The tensors to write."""
-        return runs(self.checkpoint, self.stored)
+        return runs(self.checkpoint, self.stored, head=self._head)
+
+    @property
+    def _head(self) -> bool:
+        return "compact_experts" not in self.config and needs_head(self.checkpoint)
 
     def edited(self) -> dict[str, int]:
         """Tensors beside the experts that do not go over byte for byte, with their layers."""
@@ -114,7 +121,10 @@ class Form:
             if entry.name in edited:
                 writer.write(entry.name, self._edit(entry.name, edited[entry.name]))
             else:
-                writer.write_bytes(entry.name, self.checkpoint.read_bytes(entry.name))
+                content = self.checkpoint.read_bytes(entry.name)
+                writer.write_bytes(entry.name, content)
+                if self._head and entry.name == EMBEDDING:
+                    writer.write_bytes(HEAD, content)
 
     def _edit(self, name: str, layer: int) -> torch.Tensor:
         """A shared expert with neurons of zero added, a router with rows gone or silenced."""

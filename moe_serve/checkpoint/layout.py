@@ -19,6 +19,8 @@ from moe_serve.files import write_json, writing
 _NOT_CARRIED: Final = frozenset(
     {"config.json", "README.md", "moe_serve.json", "plan.json", ".gitattributes"}
 )
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5")
 _MAX_CARRIED: Final = 64 * 1024**2
 """Files beside the weights are small; a larger one is not a tokenizer."""
@@ -42,7 +44,16 @@ class Stored:
         return [family.expert_names(layer, expert) for expert in ids]
 
 
-def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
+def needs_head(checkpoint: Checkpoint) -> bool:
+    """Whether a stock form must hold an output: the original ties it, vLLM's class does not.
+
+    The compact form needs none: the plugin's loader takes the embedding.
+    """
+    tied = bool(checkpoint.config.get("tie_word_embeddings"))
+    return tied and not checkpoint.family.ties_in_vllm and HEAD not in checkpoint.tensors
+
+
+def runs(checkpoint: Checkpoint, layers: dict[int, Stored], *, head: bool = False) -> list[Run]:
     """The tensors of the output in stored order: the original's, changed layers re-shaped.
 
     Layers for multi-token prediction go where others change: they draft for the original model.
@@ -50,6 +61,7 @@ def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
     Args:
         checkpoint: the original.
         layers: what changed layers store; the others are as in the original.
+        head: store the embedding a second time, as the output.
     """
     family, shape = checkpoint.family, checkpoint.shape
     present = {
@@ -82,6 +94,8 @@ def runs(checkpoint: Checkpoint, layers: dict[int, Stored]) -> list[Run]:
         if entry.name in routers and routers[entry.name] in layers:
             form = (layers[routers[entry.name]].rows, *form[1:])
         result.append((TensorSpec(name=entry.name, dtype=entry.dtype, shape=form),))
+        if head and entry.name == EMBEDDING:
+            result.append((TensorSpec(name=HEAD, dtype=entry.dtype, shape=form),))
     return result
 
 
@@ -166,6 +180,8 @@ def stock_config(
     config = _own_config(checkpoint)
     config.pop("compact_experts", None)
     config["architectures"] = [family.architecture]
+    if needs_head(checkpoint):
+        config["tie_word_embeddings"] = False
     if experts is not None:
         for key in family.count_keys:
             if key in config:

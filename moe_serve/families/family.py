@@ -76,6 +76,8 @@ class Family:
     skeleton: str | None = None
     """``model_type`` of the transformers class whose modules outside the experts are the same,
     where there is none of this family's own: published with code that is never executed."""
+    ties_in_vllm: bool = True
+    """vLLM's class heeds ``tie_word_embeddings``; others then serve an output never written."""
     latent_attention: bool = False
     """Queries are rotated in part: what vLLM's rotary kernel for CPUs gets wrong."""
     served: bool = False

@@ -39,6 +39,7 @@ _DEEPSEEK_V3: Final = Family(
     first_sparse_key="first_k_dense_replace",
     frequency_key="moe_layer_freq",
     extra_layers_key="num_nextn_predict_layers",
+    ties_in_vllm=False,
     latent_attention=True,
     served=True,
 )
@@ -102,6 +103,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         expert=f"{_BLOCK}.experts.{{expert}}",
         projections=_GATED,
         routing=RoutingRule(renormalise="norm_topk_prob"),
+        ties_in_vllm=False,
     ),
     Family(
         model_type="deepseek",
@@ -120,6 +122,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         frequency_key="moe_layer_freq",
         # arXiv 2401.06066: attention, norms and dense layers are Llama's; the config's keys too.
         skeleton="llama",
+        ties_in_vllm=False,
     ),
     Family(
         model_type="deepseek_v2",
@@ -141,6 +144,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         shared_count_key="n_shared_experts",
         first_sparse_key="first_k_dense_replace",
         frequency_key="moe_layer_freq",
+        ties_in_vllm=False,
         latent_attention=True,
         served=True,
     ),
@@ -186,6 +190,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         # could be tested.
         routing=RoutingRule(score="sigmoid", renormalise=True),
         extra_layers_key="num_mtp_modules",
+        ties_in_vllm=False,
     ),
 )
 

@@ -48,7 +48,7 @@ class CompactLoader(DefaultModelLoader):
             UnsupportedSettings: the model is not a local compact checkpoint.
             WeightsError: the files are not what the table says.
         """
-        from moe_serve_vllm.layers import check_written, compact_layers
+        from moe_serve_vllm.layers import check_written
         from moe_serve_vllm.weights import (
             ExpertWeights,
             every_element_written,
@@ -57,15 +57,15 @@ class CompactLoader(DefaultModelLoader):
         )
 
         folder = Path(model_config.model)
-        if not folder.is_dir() or not compact_layers(model):
+        vllm_config = get_current_vllm_config()
+        config = config_of(vllm_config)
+        if not folder.is_dir() or "compact_experts" not in config:
             raise UnsupportedSettings(
                 f"--load-format {LOAD_FORMAT}",
                 [f"{folder} is not a local directory with a compact checkpoint"],
                 "leave --load-format out for other models",
             )
-        vllm_config = get_current_vllm_config()
         family, tables = read_tables(vllm_config)
-        config = config_of(vllm_config)
         check_files(folder, family, tables, config)
         if self._verify_hashes:
             logger.info("moe_serve: %d files match their hashes", check_hashes(folder))

@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.progress import Silent
+from moe_serve.pruning.request import Selection, TextOptions
+from moe_serve.pruning.run import PruneRequest, prune
 from tests.support.engine import Reply, ask
 from tests.support.models import SERVABLE, VOCABULARY, make_model
 from tests.support.references import reference_logprobs
@@ -128,3 +131,24 @@ def test_a_wrong_block_would_show(tmp_path: Path) -> None:
     a, b = (reference_logprobs(tmp_path / f"{n}-tied", prompts(), {}) for n in "ab")
     far = max(abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
     assert far > 1000 * BOUND
+
+
+def test_a_tied_output_is_the_embedding(tmp_path: Path) -> None:
+    """OLMoE in vLLM has an output of its own whatever the config says; we fill it.
+
+    Stock vLLM is given the pruner's own tied form, which holds the output.
+    """
+    source = make_model(tmp_path / "source", "olmoe", width=WIDTH, tie_word_embeddings=True)
+    table = {0: random_table(0, "blocks", experts=EXPERTS, width=WIDTH, top_k=TOP_K)}
+    make_twins(source, tmp_path / "compact", tmp_path / "twin", table)
+    request = PruneRequest(
+        model=source,
+        output=tmp_path / "stock",
+        texts=TextOptions(paths=()),
+        selection=Selection(keep=0.5),
+        form="tied",
+    )
+    prune(request, Silent())
+    compact, stock = ask([tmp_path / "compact", tmp_path / "stock"], prompts())
+    assert off(compact, reference_logprobs(tmp_path / "twin", prompts(), {})) <= 2 * BOUND
+    assert off(stock, reference_logprobs(tmp_path / "stock", prompts(), {})) <= 2 * BOUND
