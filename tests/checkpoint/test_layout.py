@@ -34,7 +34,7 @@ def test_an_output_is_written_where_vllm_does_not_tie(
         model=make_model(tmp_path / "m", family, tie_word_embeddings=True),
         output=tmp_path / "out",
         texts=TextOptions(paths=(write_texts(tmp_path / "t.jsonl"),), tokens=512, length=128),
-        selection=Selection(keep=0.5),
+        selection=Selection(keep=0.5, uniform=form == "native"),
         form=form,
         batch_tokens=512,
     )
