@@ -54,8 +54,13 @@ class EngineSpec:
             *self.arguments,
         ]
 
-    def launch(self, *, gpu: bool) -> Child:
-        """Start it; it is ready later."""
+    def launch(self, *, gpu: bool, yielding: bool = True) -> Child:
+        """Start it; it is ready later.
+
+        Args:
+            gpu: whether it computes on one.
+            yielding: where it computes on the processor, leave that to others when they want it.
+        """
         environment = {
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
@@ -72,7 +77,7 @@ class EngineSpec:
             self.command(gpu=gpu),
             self.log,
             environment,
-            yielding=not gpu,
+            yielding=yielding and not gpu,
         )
 
 

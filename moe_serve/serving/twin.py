@@ -109,7 +109,7 @@ def _ask(name: str, model: Path, prompts: list[list[int]]) -> list[Row]:
             *("--max-num-seqs", "4"),
         ),
     )
-    child = spec.launch(gpu=has_gpu())
+    child = spec.launch(gpu=has_gpu(), yielding=False)
     try:
         until = time.monotonic() + _READY_SECONDS
         while not is_ready(spec, child):

@@ -392,7 +392,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     for line in found:
         print(line)
-    print(f"{path.name}: {len(CONTRACT) - len(found)} of {len(CONTRACT)} clauses hold")
+    print(f"{path.name}: {len(found)} differences, {len(CONTRACT)} clauses")
     return 1 if found else 0
 
 
