@@ -4,31 +4,60 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.progress import Silent
+from moe_serve.pruning.native import Size, weigh
+from moe_serve.pruning.neurons import block_obs
+from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.view import LayerView
 from tests.patches.test_oracle import BOUND, off, prompts
+from tests.support.calibrated import calibrated
 from tests.support.engine import ask
-from tests.support.models import make_model, write_texts
+from tests.support.models import make_model
 from tests.support.references import reference_logprobs
 
 
-def test_native_in_stock_vllm_equals_transformers(tmp_path: Path) -> None:
-    """Experts dropped and narrowed: the engine holds no more bytes than the file."""
-    model = make_model(tmp_path / "m", "qwen3_moe", width=96)
-    out = tmp_path / "native"
-    request = PruneRequest(
-        model=model,
-        output=out,
-        texts=TextOptions(paths=(write_texts(tmp_path / "t.jsonl"),), tokens=1024, length=128),
-        # 0.45 · 8 · 96 = 345 = 5 · 64 + 25 or 3 · 96 + 57, or 8 · 32: fewer, narrower, or both.
-        selection=Selection(keep=0.45, uniform=True),
-        form="native",
-        batch_tokens=512,
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """0.45 · 8 · 96 = 345 neurons may stay, in each of the ways there are."""
+    root = tmp_path_factory.mktemp("native")
+    checkpoint = open_checkpoint(make_model(root / "m", "qwen3_moe", width=96))
+    statistics = calibrated(root / "m", root)
+    selection = Selection(keep=0.45, uniform=True)
+    plan = make_plan(checkpoint, statistics, selection, Silent(), form="native")
+    views = (
+        LayerView(
+            index=i,
+            checkpoint=checkpoint,
+            statistics=statistics.layer(i),
+            loss=statistics.gradients(i),
+        )
+        for i in (0, 1)
     )
-    prune(request, Silent())
-    answer = ask([out], prompts())[0]
-    assert off(answer, reference_logprobs(out, prompts(), {})) <= 2 * BOUND
-    assert not isinstance(answer, str)
-    assert answer.expert_bytes == sum(open_checkpoint(out).expert_bytes().values())
+    weighed = weigh(views, block_obs, 0.45)
+    for name, size in {"fewer": Size(5, 64), "cut": Size(10, 32, 6)}.items():
+        plan.model_copy(update={"layers": weighed.layers(size)}).save(root / f"{name}.json")
+        request = PruneRequest(
+            model=root / "m",
+            output=root / name,
+            texts=TextOptions(paths=(root / "texts.jsonl",), tokens=1024, length=128),
+            selection=selection,
+            form="native",
+            batch_tokens=512,
+            plan=root / f"{name}.json",
+        )
+        prune(request, Silent())
+    return root
+
+
+def test_native_in_stock_vllm_equals_transformers(root: Path) -> None:
+    """Experts dropped and narrowed, or cut into blocks: in memory what is on disk."""
+    made = [root / "fewer", root / "cut"]
+    for out, answer in zip(made, ask(made, prompts()), strict=True):
+        assert off(answer, reference_logprobs(out, prompts(), {})) <= 2 * BOUND
+        assert not isinstance(answer, str)
+        assert answer.expert_bytes == sum(open_checkpoint(out).expert_bytes().values())
