@@ -18,6 +18,7 @@ from moe_serve.progress import Silent
 from moe_serve.pruning.native import Narrowed, Size, Weighed, _Search, choose, feasible
 from moe_serve.pruning.neurons import Ladder
 from moe_serve.pruning.obs import RemovalPath
+from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import Selection, TextOptions, load_corpus
 from moe_serve.pruning.run import PruneRequest, prune
@@ -135,6 +136,17 @@ def test_measurement_overrules_the_estimate() -> None:
         "worst": 0.2,
         "domains": {"a": 0.1},
     }
+
+
+@pytest.mark.parametrize(("one_whole", "experts"), [(0.109, 1), (0.111, 2)])
+def test_fewer_experts_may_cost_a_tenth(one_whole: float, experts: int) -> None:
+    """Two narrow ones measure 0.1: one whole expert at 0.109 is taken, at 0.111 not."""
+
+    def measure(layers: dict[int, LayerPlan]) -> Measured:
+        mean = 0.1 if len(layers[0].blocks) == 2 else one_whole
+        return Measured(mean, mean, {"a": mean})
+
+    assert choose(weighed(), measure)[1]["size"]["experts"] == experts
 
 
 def test_without_texts_the_estimate_decides() -> None:
