@@ -11,6 +11,7 @@ from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import free_bytes
 from moe_serve.errors import UsageError
 from moe_serve.families import Shape
+from moe_serve.pruning import auto
 from moe_serve.pruning.forecast import (
     Forecast,
     Rates,
@@ -20,8 +21,10 @@ from moe_serve.pruning.forecast import (
     apply_step,
     calibrate_step,
     plan_step,
+    trial_step,
 )
-from moe_serve.pruning.methods import Method
+from moe_serve.pruning.methods import AUTO, Method
+from moe_serve.pruning.native import SHORTLIST
 from moe_serve.pruning.neurons import block_obs
 from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.probe import measure
@@ -116,6 +119,11 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
                 steps += _rounds(sizes, replace(work, tokens=min(work.tokens, TOKENS)))
             steps.append(calibrate_step(sizes, work))
         steps.append(plan_step(sizes, work))
+        if corpus is not None:
+            trials, attempts = _trials(request, sizes.shape)
+            work = replace(work, trials=trials, attempts=attempts)
+        if work.trials:
+            steps.append(trial_step(sizes, work))
     applied = apply_step(sizes, work)
     return Forecast(steps=(*steps, applied), output_bytes=applied.written, base_memory=_resident())
 
@@ -152,6 +160,19 @@ def _work(
         keep=keep,
         refit=refit if sequences else None,
     )
+
+
+def _trials(request: PruneRequest, shape: Shape) -> tuple[int, int]:
+    """Walks by which choices are measured, and fits of a layer in all of them."""
+    trials = attempts = 2 if request.selection.router_refit else 0
+    if request.selection.uniform:
+        trials, attempts = trials + SHORTLIST, attempts + SHORTLIST
+    elif request.selection.method == AUTO:
+        options = len(auto.LEADERS) + len(auto.rivals(shape))
+        # Each leader and the mixture on the whole model; every option once, the taken one again.
+        trials += len(auto.LEADERS) + 2
+        attempts += len(auto.LEADERS) + 1 + options + 1
+    return trials, attempts
 
 
 def _alignments(method: Method, shape: Shape) -> int:

@@ -8,7 +8,7 @@ sequence, S the side of a re-fit's normal matrix. A multiplication with its addi
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from moe_serve.calibration.collect import RESERVOIR
@@ -19,9 +19,12 @@ from moe_serve.checkpoint.dtypes import itemsize
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.families import Shape
 from moe_serve.pruning.plan import Refit
+from moe_serve.pruning.trial import TRIAL_TOKENS
 
 _F32: Final = 4
 _F64: Final = 8
+_WALK_STATES: Final = 7
+"""Hidden states per token that a walk with two streams keeps on disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +115,10 @@ class Work:
     alignments: int = 0
     """Pairs of experts in a layer whose neurons are matched."""
     refit: Refit | None = None
+    trials: int = 0
+    """Walks through the model on a few tokens, by which choices are measured."""
+    attempts: int = 0
+    """Fits of a layer in all of them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,17 +266,7 @@ def apply_step(sizes: Sizes, work: Work) -> Step:
         return Step(
             name="apply", passes=2, flops=0.0, read=read, written=output, memory=memory, disk=0
         )
-    neurons = int(work.keep * shape.experts * shape.width)
-    side = min(work.refit.side, max(neurons, 1))
-    groups = -(-neurons // side)
-    sweeps = work.refit.sweeps if groups > 1 else 1
-    reached = shape.top_k * shape.width * work.keep
-    again = sweeps * work.tokens * reached * (2 * 4 * shape.hidden + side + 4 * shape.hidden)
-    solves = len(work.refit.ridges) + sweeps * groups
-    solving = solves * (side**3 / 3 + 2 * side**2 * shape.hidden)
-    streams = _forward(sizes, work) + work.tokens * (
-        _dense(sizes, work) + work.keep * _routed(sizes)
-    )
+    side = _side(sizes, work, work.refit)
     memory = _layer_memory(sizes, work) + int(work.keep * sizes.layer_weights) * 2 * _F32
     matrices = 4 * side**2 * _F64 + 4 * side * shape.hidden * _F64
     return Step(
@@ -277,10 +274,53 @@ def apply_step(sizes: Sizes, work: Work) -> Step:
         passes=2,
         read=read + sizes.decoder_bytes - sizes.expert_bytes + 2 * sizes.embedding_bytes,
         written=output,
-        flops=streams + sizes.sparse * (again + solving),
+        flops=_streams(sizes, work) + sizes.sparse * _fit(sizes, work, work.refit),
         memory=memory + matrices + work.batch_tokens * side * _F32,
-        disk=6 * work.tokens * shape.hidden * _F32,
+        disk=_WALK_STATES * work.tokens * shape.hidden * _F32,
     )
+
+
+def trial_step(sizes: Sizes, work: Work) -> Step:
+    """Plans tried in memory: both streams per trial, a fit and a forward per layer attempted."""
+    refit = work.refit or Refit(ridges=())
+    some = replace(work, tokens=min(TRIAL_TOKENS, work.tokens))
+    kept = some.tokens * work.keep * _routed(sizes)
+    fits = sizes.sparse * _fit(sizes, some, refit) if work.refit else 0.0
+    side = _side(sizes, work, refit)
+    return Step(
+        name="try",
+        passes=work.trials,
+        flops=work.trials * _streams(sizes, some) + work.attempts * (fits + kept),
+        read=work.trials * (sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes),
+        written=0,
+        memory=_layer_memory(sizes, work)
+        + int(work.keep * sizes.layer_weights) * 2 * _F32
+        + 4 * side * (side + sizes.shape.hidden) * _F64,
+        disk=_WALK_STATES * some.tokens * sizes.shape.hidden * _F32,
+    )
+
+
+def _side(sizes: Sizes, work: Work, refit: Refit) -> int:
+    """Neurons of one normal matrix."""
+    return min(refit.side, max(int(work.keep * sizes.shape.experts * sizes.shape.width), 1))
+
+
+def _streams(sizes: Sizes, work: Work) -> float:
+    """The original's forward and the pruned model's."""
+    pruned = _dense(sizes, work) + work.keep * _routed(sizes)
+    return _forward(sizes, work) + work.tokens * pruned
+
+
+def _fit(sizes: Sizes, work: Work, refit: Refit) -> float:
+    """One layer's re-fit."""
+    shape = sizes.shape
+    side = _side(sizes, work, refit)
+    groups = -(-max(int(work.keep * shape.experts * shape.width), 1) // side)
+    sweeps = refit.sweeps if groups > 1 else 1
+    reached = shape.top_k * shape.width * work.keep
+    again = sweeps * work.tokens * reached * (2 * 4 * shape.hidden + side + 4 * shape.hidden)
+    solves = len(refit.ridges) + sweeps * groups
+    return again + solves * (side**3 / 3 + 2 * side**2 * shape.hidden)
 
 
 def _forward(sizes: Sizes, work: Work) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -13,9 +14,10 @@ from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import PlanError
 from moe_serve.families import Shape
 from moe_serve.progress import Progress
+from moe_serve.pruning import auto
 from moe_serve.pruning.allocation import distribute
 from moe_serve.pruning.grouping import counts_over_layers
-from moe_serve.pruning.methods import Method
+from moe_serve.pruning.methods import AUTO, METHODS, Method
 from moe_serve.pruning.native import choose, weigh
 from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.numbers import number_format
@@ -59,44 +61,41 @@ def make_plan(
     layers = checkpoint.family.moe_layers(checkpoint.config) if budget.keep < 1.0 else ()
     passes = 2 if method.worth is not None and budget.across_layers else 1
     progress.start("plan", passes * len(layers))
-    views = (_view(checkpoint, statistics, index, budget.tile, progress) for index in layers)
+
+    def view(index: int) -> LayerView:
+        return _view(checkpoint, statistics, index, budget.tile)
+
+    def every() -> Iterator[LayerView]:
+        for index in layers:
+            progress.advance()
+            yield view(index)
+
     weighed: dict[str, Any] = {}
     by = Refit() if refit else None
-    if budget.uniform and method.neurons is not None and method.comparable and layers:
+    name = method.name
+    if selection.method == AUTO and trial is not None and layers and not budget.uniform:
+        chosen = auto.choose(_leaders(every(), budget, shape), view, budget, trial, by)
+        planned, name, weighed = chosen.layers, chosen.method, chosen.record
+    elif budget.uniform and method.neurons is not None and method.comparable and layers:
         planned, weighed = choose(
-            weigh(views, method.neurons, budget.keep),
+            weigh(every(), method.neurons, budget.keep),
             (lambda layers: trial.measure(layers, by)) if trial is not None else None,
         )
     elif method.neurons is not None:
         planned = _spend(
-            {view.index: method.neurons(view) for view in views}, method, budget, shape
+            {seen.index: method.neurons(seen) for seen in every()}, method, budget, shape
         )
-    elif method.experts is not None:
-        budgets = dict.fromkeys(layers, budget)
-        if method.worth is not None and budget.across_layers and not budget.uniform:
-            worth = {view.index: method.worth(view) for view in views}
-            budgets = _over_layers(worth, budget, shape)
-            views = (
-                _view(checkpoint, statistics, index, budget.tile, progress) for index in layers
-            )
-        planned = {view.index: method.experts(view, budgets[view.index]) for view in views}
-        if budget.uniform and method.merges:
-            planned = one_row_each(checkpoint, planned)
-        if budget.constants:
-            planned = {index: layer.with_constants() for index, layer in planned.items()}
+    else:
+        planned = _by_experts(checkpoint, every, method, budget, shape)
     router = RouterFit() if selection.router_refit and planned else None
     if router is not None and trial is not None:
-        fits = {
-            name: trial.measure(planned, by, r) for name, r in (("without", None), ("with", router))
-        }
-        weighed |= {"router_refit": {name: kl._asdict() for name, kl in fits.items()}}
-        if fits["with"].mean >= fits["without"].mean:
-            router = None
+        router, found = _worth_it(router, planned, by, trial)
+        weighed |= found
     plan = Plan(
         model=checkpoint.path.resolve().name,
         fingerprint=checkpoint.fingerprint(),
         statistics_sha256=statistics.sha256 if statistics is not None else None,
-        method=method.name,
+        method=name,
         settings=_settings(method, budget) | weighed,
         seed=selection.seed,
         keep=budget.keep,
@@ -117,9 +116,7 @@ def _view(
     statistics: Statistics | None,
     index: int,
     tile: int,
-    progress: Progress,
 ) -> LayerView:
-    progress.advance()
     return LayerView(
         index=index,
         checkpoint=checkpoint,
@@ -127,6 +124,56 @@ def _view(
         loss=statistics.gradients(index) if statistics and statistics.has_gradients else None,
         tile=tile,
     )
+
+
+def _by_experts(
+    checkpoint: Checkpoint,
+    every: Callable[[], Iterable[LayerView]],
+    method: Method,
+    budget: Budget,
+    shape: Shape,
+) -> dict[int, LayerPlan]:
+    """Every layer by a method of whole experts."""
+    if method.experts is None:
+        return {}
+    budgets: dict[int, Budget] = {}
+    if method.worth is not None and budget.across_layers and not budget.uniform:
+        worth = {seen.index: method.worth(seen) for seen in every()}
+        budgets = _over_layers(worth, budget, shape)
+    planned = {
+        seen.index: method.experts(seen, budgets.get(seen.index, budget)) for seen in every()
+    }
+    if budget.uniform and method.merges:
+        planned = one_row_each(checkpoint, planned)
+    if budget.constants:
+        planned = {index: layer.with_constants() for index, layer in planned.items()}
+    return planned
+
+
+def _worth_it(
+    router: RouterFit, planned: dict[int, LayerPlan], refit: Refit | None, trial: Trial
+) -> tuple[RouterFit | None, dict[str, Any]]:
+    """The re-fit of the router where the whole model is better with it, and what was measured."""
+    fits = {
+        name: trial.measure(planned, refit, by)
+        for name, by in (("without", None), ("with", router))
+    }
+    better = fits["with"].mean < fits["without"].mean
+    return router if better else None, {
+        "router_refit": {name: kl._asdict() for name, kl in fits.items()}
+    }
+
+
+def _leaders(
+    views: Iterable[LayerView], budget: Budget, shape: Shape
+) -> dict[str, dict[int, LayerPlan]]:
+    """Plans for the whole model by the methods that ``auto`` tries on it, in one pass."""
+    ladders: dict[str, dict[int, Ladder]] = {name: {} for name in auto.LEADERS}
+    for seen in views:
+        for name, found in ladders.items():
+            if (neurons := METHODS[name].neurons) is not None:
+                found[seen.index] = neurons(seen)
+    return {name: _spend(found, METHODS[name], budget, shape) for name, found in ladders.items()}
 
 
 def _over_layers(worth: dict[int, torch.Tensor], budget: Budget, shape: Shape) -> dict[int, Budget]:

@@ -229,7 +229,7 @@ def _fingerprint(
         "model": checkpoint.fingerprint(),
         "shards": checkpoint.freshness(),
         "texts": corpus.sequences.sha256() if corpus else None,
-        "balance": corpus.sequences.balance if corpus else None,
+        "balance": list(corpus.sequences.balance) if corpus else None,
         "plan": given.sha256() if given else None,
         "format": request.form,
         "method": selection.method,
@@ -349,6 +349,7 @@ def _planned(
             folder=staging.work,
             device=request.device,
             batch_tokens=request.batch_tokens,
+            progress=progress,
         )
     plan = make_plan(
         checkpoint, statistics, request.selection, progress, form=request.form, trial=trial

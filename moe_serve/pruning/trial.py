@@ -10,17 +10,22 @@ Shape suffixes: T tokens, V vocabulary.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
 
 from moe_serve.calibration.decoder import Decoder, OutputHead
+from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import batches
 from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.progress import Progress, Silent
+from moe_serve.pruning.neurons import loss_root
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens
 from moe_serve.pruning.walk import Walk, held_out
@@ -43,6 +48,24 @@ class Measured(NamedTuple):
     """Each domain's."""
 
 
+class Option(NamedTuple):
+    """One way to prune a layer."""
+
+    name: str
+    plan: LayerPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pick:
+    """The way taken."""
+
+    name: str
+    plan: LayerPlan
+    errors: dict[str, float]
+    """Every option's error on held-out tokens after compensation, in the loss's metric; mean over
+    domains of the mean over tokens."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """Where plans are tried."""
@@ -51,9 +74,11 @@ class Trial:
     sequences: Sequences
     """All calibration sequences; a trial takes an even share of each domain."""
     folder: Path
-    """For temporary files: six hidden states per token."""
+    """For temporary files: seven hidden states per token."""
     device: torch.device
     batch_tokens: int
+    progress: Progress = field(default_factory=Silent)
+    """Told about every layer of every trial."""
 
     def measure(
         self,
@@ -81,33 +106,126 @@ class Trial:
 
         Masked tokens take no part in any fit.
         """
-        settings = refit or Refit()
-        tokens = FitTokens(
-            batches=tuple(batches(sequences, self.batch_tokens, self.device)),
-            omega_T=sequences.weights().masked_fill(measured_T, 0.0),
-            held_T=held_out(sequences, settings.holdout) & ~measured_T,
-        )
-        decoder = Decoder(self.checkpoint, self.device)
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="trial-") as folder:
-            walk = Walk(decoder, sequences, tokens, Path(folder))
-            walk.begin()
+        with self._ground(sequences, measured_T, refit) as ground:
+            walk, decoder = ground.walk, ground.decoder
+            self.progress.start("try a plan", decoder.layers)
             for index in range(decoder.layers):
                 layer = decoder.layer(index)
                 if layer.mixture is None or index not in layers:
                     walk.pass_through(layer)
                 else:
                     walk.fit(layer, layer.mixture, layers[index], refit, router)
-            kl_T = _divergence(decoder.head(), walk.last(), measured_T, self.device)
-        domain_T = sequences.token_domains()[measured_T]
-        means = {
-            name: float(kl_T[domain_T == d].mean())
-            for d, name in enumerate(sequences.domains)
-            if bool((domain_T == d).any())
+                self.progress.advance()
+            kl_T = _divergence(decoder.head(), walk.last(), ground.measured_T, self.device)
+        means = ground.by_domain(kl_T)
+        return Measured(ground.balanced(means), max(means[n] for n in ground.parts), means)
+
+    @torch.inference_mode()
+    def pick(
+        self,
+        changed: Collection[int],
+        options: Callable[[int], list[Option]],
+        metric: Callable[[int], LayerGradients],
+        refit: Refit | None,
+    ) -> dict[int, Pick]:
+        """Take the option of least held-out error in each layer, one after the other.
+
+        Each layer sees the inputs that the options taken below it leave. Ties go to the first.
+
+        Args:
+            changed: layers to choose for.
+            options: a layer's, the first being the one to beat.
+            metric: what the loss feels at a layer's output.
+            refit: how each option is compensated.
+        """
+        picks: dict[int, Pick] = {}
+        sequences = _share(self.sequences, TRIAL_TOKENS)
+        with self._ground(sequences, held_out(sequences, _MEASURED), refit) as ground:
+            walk, decoder = ground.walk, ground.decoder
+            self.progress.start("weigh methods", decoder.layers)
+            for index in range(decoder.layers):
+                self.progress.advance()
+                layer = decoder.layer(index)
+                if layer.mixture is None or index not in changed:
+                    walk.pass_through(layer)
+                    continue
+                root_DD = loss_root(metric(index)).to(self.device)
+                walk.meet(layer, layer.mixture)
+                errors: dict[str, float] = {}
+                offered = options(index)
+                for option in offered:
+                    walk.attempt(layer, layer.mixture, option.plan, refit)
+                    errors[option.name] = ground.error(root_DD)
+                taken = min(offered, key=lambda option: errors[option.name])
+                if taken is not offered[-1]:
+                    walk.attempt(layer, layer.mixture, taken.plan, refit)
+                walk.advance(layer)
+                picks[index] = Pick(name=taken.name, plan=taken.plan, errors=errors)
+        return picks
+
+    @contextmanager
+    def _ground(
+        self, sequences: Sequences, measured_T: torch.Tensor, refit: Refit | None
+    ) -> Iterator[_Ground]:
+        """A walk over some tokens, of which the measured neither fit nor choose λ."""
+        tokens = FitTokens(
+            batches=tuple(batches(sequences, self.batch_tokens, self.device)),
+            omega_T=sequences.weights().masked_fill(measured_T, 0.0),
+            held_T=held_out(sequences, (refit or Refit()).holdout) & ~measured_T,
+        )
+        decoder = Decoder(self.checkpoint, self.device)
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix="trial-") as folder:
+            walk = Walk(decoder, sequences, tokens, Path(folder))
+            walk.begin()
+            yield _Ground(
+                decoder=decoder,
+                walk=walk,
+                tokens=tokens,
+                measured_T=measured_T,
+                sequences=sequences,
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Ground:
+    """One trial's walk and the tokens that measure."""
+
+    decoder: Decoder
+    walk: Walk
+    tokens: FitTokens
+    measured_T: torch.Tensor
+    sequences: Sequences
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Domains that weigh something and have tokens that measure, with their weights."""
+        domains = self.sequences.domains
+        weights = self.sequences.balance or (1.0,) * len(domains)
+        present = set(self.sequences.token_domains()[self.measured_T].tolist())
+        pairs = enumerate(zip(domains, weights, strict=True))
+        return {name: weight for d, (name, weight) in pairs if weight and d in present}
+
+    def by_domain(self, value_t: torch.Tensor) -> dict[str, float]:
+        """Mean over each domain's measured tokens."""
+        domain_t = self.sequences.token_domains()[self.measured_T]
+        return {
+            name: float(value_t[domain_t == d].mean())
+            for d, name in enumerate(self.sequences.domains)
+            if bool((domain_t == d).any())
         }
-        parts = sequences.balance or (1.0,) * len(sequences.domains)
-        part = {n: p for n, p in zip(sequences.domains, parts, strict=True) if p and n in means}
-        mean = sum(means[n] * p for n, p in part.items()) / sum(part.values())
-        return Measured(mean, max(means[n] for n in part), means)
+
+    def balanced(self, means: dict[str, float]) -> float:
+        """Mean over domains, as they weigh."""
+        total = sum(means[name] * weight for name, weight in self.parts.items())
+        return total / sum(self.parts.values())
+
+    def error(self, root_DD: torch.Tensor) -> float:
+        """What the layer attempted last lacks on the measured tokens, in the loss's metric."""
+        found = []
+        for batch in self.tokens.batches:
+            lacking_TD = batch.load_flat(self.walk.residual)[self.measured_T[batch.tokens]]
+            found.append((lacking_TD @ root_DD).square().sum(dim=1).double().cpu())
+        return self.balanced(self.by_domain(torch.cat(found)))
 
 
 def _share(sequences: Sequences, tokens: int) -> Sequences:

@@ -55,7 +55,9 @@ class Walk:
 
         self._original = (states("original-0"), states("original-1"))
         self._pruned = (states("pruned-0"), states("pruned-1"))
-        self._inputs, self._residual = states("inputs"), states("residual")
+        self._inputs, self._target = states("inputs"), states("target")
+        self.residual = states("residual")
+        self._constants: ConstantSums | None = None
 
     def begin(self) -> None:
         """Both streams start at the embedding."""
@@ -69,7 +71,10 @@ class Walk:
 
     def end(self) -> None:
         """Remove the hidden states."""
-        for states in (*self._original, *self._pruned, self._inputs, self._residual):
+        for states in (
+            *(*self._original, *self._pruned),
+            *(self._inputs, self._target, self.residual),
+        ):
             states.remove()
 
     def pass_through(self, layer: Layer) -> None:
@@ -89,6 +94,39 @@ class Walk:
         router_by: RouterFit | None = None,
     ) -> FittedLayer:
         """Build a changed layer, re-fit what is asked for; both streams move on."""
+        self.meet(layer, mixture, planned.replaced())
+        fitted = self.attempt(layer, mixture, planned, refit_by, router_by)
+        self.advance(layer)
+        return fitted
+
+    def meet(self, layer: Layer, mixture: Mixture, replaced: tuple[int, ...] = ()) -> None:
+        """Bring both streams to a changed layer's mixture; the original's moves past it.
+
+        From here on plans for the layer can be attempted one after the other, those with constants
+        only for the experts named here.
+        """
+        constants = self._constants = ConstantSums(mixture, replaced)
+        for batch in self._tokens.batches:
+            r_BLD, z_BLD = self._attend(layer, batch, self._original)
+            goal_BLD = r_BLD + layer.feed_forward(z_BLD)
+            batch.store(self._original[(layer.index + 1) % 2], goal_BLD)
+            constants.observe(z_BLD.flatten(0, 1), self._tokens.omega_T[batch.tokens])
+            r_BLD, z_BLD = self._attend(layer, batch, self._pruned)
+            batch.store(self._inputs, z_BLD)
+            batch.store(self._target, goal_BLD - r_BLD)
+
+    def attempt(
+        self,
+        layer: Layer,
+        mixture: Mixture,
+        planned: LayerPlan,
+        refit_by: Refit | None,
+        router_by: RouterFit | None = None,
+    ) -> FittedLayer:
+        """Build the layer that :meth:`meet` brought the streams to, and re-fit what is asked for.
+
+        :attr:`residual` then holds what the layer's output lacks, token by token.
+        """
         checkpoint = self._decoder.checkpoint
         schemes = checkpoint.expert_scheme(layer.index)
         table = planned.table()
@@ -99,26 +137,17 @@ class Walk:
             source, blocks, table = split_layer(mixture, planned, blocks, schemes[2], dtype)
             rows = source.router.weight_ND.to(dtype)
         pruned = pruned_mixture(source, table, blocks, schemes)
-        original_after = self._original[(layer.index + 1) % 2]
-        pruned_after = self._pruned[(layer.index + 1) % 2]
-        constants = ConstantSums(mixture, planned.replaced())
         for batch in self._tokens.batches:
-            r_BLD, z_BLD = self._attend(layer, batch, self._original)
-            goal_BLD = r_BLD + layer.feed_forward(z_BLD)
-            batch.store(original_after, goal_BLD)
-            constants.observe(z_BLD.flatten(0, 1), self._tokens.omega_T[batch.tokens])
-            r_BLD, z_BLD = self._attend(layer, batch, self._pruned)
-            y_BLD = pruned(z_BLD.flatten(0, 1)).view_as(r_BLD)
-            batch.store(self._inputs, z_BLD)
-            batch.store(self._residual, goal_BLD - r_BLD - y_BLD)
-        if planned.constants:
-            blocks = blocks._replace(constants_RD=constants.result(schemes[2]))
-            pruned = self._add_constants(pruned, constants.replaced, blocks.constants_RD)
+            lacking_TD = batch.load_flat(self._target) - pruned(batch.load_flat(self._inputs))
+            self.residual.write(batch.tokens.start, lacking_TD)
+        if planned.constants and self._constants is not None:
+            blocks = blocks._replace(constants_RD=self._constants.result(schemes[2]))
+            pruned = self._add_constants(pruned, self._constants.replaced, blocks.constants_RD)
         record: dict[str, Any] = {}
         if planned.split is not None and planned.split.merges:
             dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
             joined = join_rows(
-                mixture.router, pruned, planned, self._inputs, self._residual, self._tokens, dtype
+                mixture.router, pruned, planned, self._inputs, self.residual, self._tokens, dtype
             )
             record["merged_rows"] = {
                 "chosen": joined.chosen,
@@ -130,7 +159,7 @@ class Walk:
             fitted = refit(
                 pruned,
                 self._inputs,
-                self._residual,
+                self.residual,
                 self._tokens,
                 refit_by,
                 schemes[2],
@@ -146,7 +175,7 @@ class Walk:
         if router_by is not None:
             gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
             found = fit_rows(
-                pruned, self._inputs, self._residual, self._tokens, router_by, gate.dtype
+                pruned, self._inputs, self.residual, self._tokens, router_by, gate.dtype
             )
             record["router"] = {
                 "ridge": found.ridge,
@@ -155,10 +184,17 @@ class Walk:
             }
             if found.ridge is not None:
                 rows = found.router.weight_ND.to(gate.dtype)
+        return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
+
+    def advance(self, layer: Layer) -> None:
+        """The pruned stream moves past the layer as it was attempted last."""
+        self._constants = None  # It holds experts of the layer.
+        after = (layer.index + 1) % 2
         for batch in self._tokens.batches:
             # goal - residual is r + P W on the rounded weights: what will be served.
-            batch.store(pruned_after, batch.load(original_after) - batch.load(self._residual))
-        return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
+            batch.store(
+                self._pruned[after], batch.load(self._original[after]) - batch.load(self.residual)
+            )
 
     def _add_constants(
         self, pruned: Mixture, replaced: tuple[int, ...], constants_RD: torch.Tensor | None
@@ -169,7 +205,7 @@ class Walk:
         whole, alone = with_constants(pruned, replaced, constants_RD)
         for batch in self._tokens.batches:
             added_TD = alone(batch.load_flat(self._inputs))
-            batch.store(self._residual, batch.load_flat(self._residual) - added_TD)
+            batch.store(self.residual, batch.load_flat(self.residual) - added_TD)
         return whole
 
     def _attend(

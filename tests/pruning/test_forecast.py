@@ -14,6 +14,7 @@ from moe_serve.cli.app import app
 from moe_serve.families import Shape
 from moe_serve.progress import Silent
 from moe_serve.pruning import run
+from moe_serve.pruning.auto import LEADERS
 from moe_serve.pruning.forecast import (
     Rates,
     Sizes,
@@ -97,7 +98,7 @@ def test_a_refit_costs_more_and_stores_as_much() -> None:
     assert plain.written == fit.written == 8000 - 1440
     assert plain.flops == 0 < fit.flops
     assert plain.disk == 0
-    assert fit.disk == 6 * 100 * 10 * 4
+    assert fit.disk == 7 * 100 * 10 * 4
 
 
 def test_seconds_follow_from_rates() -> None:
@@ -163,8 +164,8 @@ def test_a_dry_run_writes_nothing(
     app(command, standalone_mode=False)
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == []
-    assert [step["name"] for step in found["steps"]] == ["calibrate", "plan", "apply"]
-    assert found["passes"] == 4
+    assert [step["name"] for step in found["steps"]] == ["calibrate", "plan", "try", "apply"]
+    assert found["passes"] == 4 + len(LEADERS) + 2
     assert sorted(tmp_path.iterdir()) == before
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: real._replace(free=1000))

@@ -1,0 +1,112 @@
+"""``--method auto``: the best of the methods, layer by layer, as measured on held-out tokens.
+
+Methods that choose neurons are first tried on the whole model, each with its own budget over the
+layers. The best of them is the plan to beat: in every layer the other methods then get the bytes it
+spends there, all are compensated on the pruned model's own inputs, and the least error in the
+loss's metric is taken. The mixture of methods that comes of it has to measure better on the whole
+model than what it started from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from moe_serve.errors import PlanError
+from moe_serve.families import Shape
+from moe_serve.pruning.methods import METHODS
+from moe_serve.pruning.plan import LayerPlan, Refit
+from moe_serve.pruning.trial import Measured, Option, Trial
+from moe_serve.pruning.view import Budget, LayerView
+
+LEADERS: Final = ("block-obs", "block-heapr")
+"""Tried on the whole model."""
+RIVALS: Final = ("drop-naee", "drop-taylor", "merge-msmoe", "merge-cka")
+"""Tried in each layer: published rules for whole experts, those that measured best and one that
+finds copies, whichever are used most."""
+MERGED_WIDTH: Final = 4096
+"""Aligning the neurons of wider experts takes hours; merges are not weighed there."""
+
+Layers = dict[int, LayerPlan]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weighed:
+    """The outcome."""
+
+    layers: Layers
+    method: str
+    """Its name where one method won everywhere, else ``auto``."""
+    record: dict[str, Any]
+    """What was weighed, for the plan."""
+
+
+def rivals(shape: Shape) -> tuple[str, ...]:
+    """Methods of whole experts that are weighed at a model's sizes."""
+    return tuple(name for name in RIVALS if not METHODS[name].merges or shape.width <= MERGED_WIDTH)
+
+
+def choose(
+    leaders: Mapping[str, Layers],
+    view: Callable[[int], LayerView],
+    budget: Budget,
+    trial: Trial,
+    refit: Refit | None,
+) -> Weighed:
+    """Weigh methods.
+
+    Args:
+        leaders: plans for the whole model, by method.
+        view: a layer's weights and statistics.
+        budget: of the whole model.
+        trial: where they are measured.
+        refit: how what is kept is re-fitted.
+    """
+    measured = {name: trial.measure(layers, refit) for name, layers in leaders.items()}
+    best = min(measured, key=lambda name: measured[name].mean)
+    base = leaders[best]
+
+    def options(index: int) -> list[Option]:
+        seen = view(index)
+        found = [Option(name=best, plan=base[index])]
+        found += [
+            Option(name=name, plan=layers[index])
+            for name, layers in leaders.items()
+            if name != best
+            and index in layers
+            and layers[index].neurons_kept() <= base[index].neurons_kept()
+        ]
+        return found + _whole_experts(seen, base[index], budget)
+
+    picks = trial.pick(base, options, lambda index: view(index).gradients(), refit)
+    mixture = {index: pick.plan for index, pick in picks.items()}
+    names = {pick.name for pick in picks.values()}
+    record: dict[str, Any] = {
+        "whole_model": {name: kl._asdict() for name, kl in measured.items()},
+        "layers": {str(i): {"taken": p.name, "error": p.errors} for i, p in picks.items()},
+    }
+    if names == {best}:
+        return Weighed(layers=base, method=best, record={"weighed": record})
+    together: Measured = trial.measure(mixture, refit)
+    record["whole_model"]["mixture"] = together._asdict()
+    if together.mean < measured[best].mean:
+        return Weighed(layers=mixture, method="auto", record={"weighed": record})
+    return Weighed(layers=base, method=best, record={"weighed": record})
+
+
+def _whole_experts(view: LayerView, base: LayerPlan, budget: Budget) -> list[Option]:
+    """The plans of methods for whole experts at no more than a layer's bytes."""
+    count = base.neurons_kept() // view.shape.width
+    same = dataclasses.replace(budget, block_width=view.shape.width, experts=count)
+    found = []
+    for name in rivals(view.shape):
+        method = METHODS[name]
+        if method.experts is None:
+            continue
+        try:
+            found.append(Option(name=name, plan=method.experts(view, same)))
+        except PlanError:
+            continue  # Too few would stay for the router: no option here.
+    return found

@@ -1,0 +1,109 @@
+"""``auto``: what was weighed, layer by layer, and that the best of it is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_serve.calibration.store import Statistics
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.families import Shape
+from moe_serve.progress import Silent
+from moe_serve.pruning.auto import LEADERS, RIVALS, rivals
+from moe_serve.pruning.plan import Plan
+from moe_serve.pruning.planner import make_plan
+from moe_serve.pruning.request import Selection, TextOptions, load_corpus
+from moe_serve.pruning.trial import Trial
+from tests.support.calibrated import calibrated
+from tests.support.models import make_model
+
+
+def planned(root: Path, **selection: object) -> Plan:
+    """A plan by ``auto`` at half the bytes, with what it needs to measure."""
+    checkpoint = open_checkpoint(root / "m")
+    texts = TextOptions(paths=(root / "texts.jsonl",), tokens=1024, length=128)
+    corpus = load_corpus(checkpoint, texts)
+    assert corpus is not None
+    trial = Trial(
+        checkpoint=checkpoint,
+        sequences=corpus.sequences,
+        folder=root,
+        device=torch.device("cpu"),
+        batch_tokens=512,
+    )
+    wanted = Selection(keep=0.5, **selection)  # type: ignore[arg-type]
+    return make_plan(checkpoint, Statistics(root / "statistics"), wanted, Silent(), trial=trial)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model, calibrated."""
+    root = tmp_path_factory.mktemp("plain")
+    calibrated(make_model(root / "m", "qwen3_moe", width=96, seed=3), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose experts 4 to 7 are copies of 0 to 3, their router rows nearly so."""
+    root = tmp_path_factory.mktemp("twins")
+    model = make_model(root / "m", "qwen3_moe", width=96, seed=3)
+    weights = load_file(model / "model.safetensors")
+    for layer in (0, 1):
+        mlp = f"model.layers.{layer}.mlp"
+        gate = weights[f"{mlp}.gate.weight"]
+        gate[4:] = gate[:4] * 1.001
+        for expert in range(4):
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                source = weights[f"{mlp}.experts.{expert}.{name}.weight"]
+                weights[f"{mlp}.experts.{expert + 4}.{name}.weight"] = source.clone()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    calibrated(model, root)
+    return root
+
+
+def test_every_option_is_in_the_plan_with_its_figure(plain: Path) -> None:
+    """Both leaders on the whole model, all methods in each layer, the least error taken."""
+    plan = planned(plain)
+    weighed = plan.settings["weighed"]
+    assert set(LEADERS) <= set(weighed["whole_model"])
+    best = min(LEADERS, key=lambda name: weighed["whole_model"][name]["mean"])
+    for layer in weighed["layers"].values():
+        assert {best, *RIVALS} <= set(layer["error"])
+        assert layer["taken"] == min(layer["error"], key=layer["error"].__getitem__)
+    assert plan.method in ("auto", best)
+    checkpoint = open_checkpoint(plain / "m")
+    everything = 2 * checkpoint.shape.experts * checkpoint.shape.width
+    assert sum(layer.neurons_kept() for layer in plan.layers.values()) <= everything // 2
+
+
+def test_duplicates_are_merged_where_neurons_would_lose(twins: Path) -> None:
+    """Half the experts are copies: merging pairs loses nothing, half the neurons lose much."""
+    plan = planned(twins, across_layers=False)
+    weighed = plan.settings["weighed"]
+    assert plan.method == "auto"
+    for layer in weighed["layers"].values():
+        assert layer["taken"] == "merge-cka"
+        assert layer["error"]["merge-cka"] < 1e-3 * layer["error"]["block-obs"]
+    whole = weighed["whole_model"]
+    assert whole["mixture"]["mean"] < 0.01 * min(whole[name]["mean"] for name in LEADERS)
+    for layer in plan.layers.values():
+        for expert in range(4):
+            assert layer.experts[expert] == layer.experts[expert + 4]
+
+
+def test_without_tokens_to_measure_on_neurons_are_chosen(plain: Path) -> None:
+    """From statistics alone the method that won everywhere it was measured."""
+    checkpoint = open_checkpoint(plain / "m")
+    plan = make_plan(checkpoint, Statistics(plain / "statistics"), Selection(keep=0.5), Silent())
+    assert plan.method == "block-obs"
+    assert "weighed" not in plan.settings
+
+
+def test_wide_experts_are_not_aligned() -> None:
+    """Mixtral's 14,336 neurons: no merges among the rivals, drops stay."""
+    wide = Shape(layers=1, hidden=8, experts=8, top_k=2, width=14336, vocabulary=9)
+    assert set(RIVALS) - set(rivals(wide)) == {"merge-msmoe", "merge-cka"}
