@@ -22,6 +22,7 @@ class Unit:
     """Neurons that the same experts own, FP32: f(x) = down (act(gate x) * (up x))."""
 
     owners: tuple[int, ...]
+    """None for a shared expert: every token takes it."""
     gate_FD: torch.Tensor
     up_FD: torch.Tensor
     down_DF: torch.Tensor
@@ -90,6 +91,12 @@ class Shared:
     gate_1D: torch.Tensor | None = None
     """Its sigmoid scales the output."""
 
+    def scale(self, z_TD: torch.Tensor) -> torch.Tensor:
+        """What each token's output is multiplied by, [T, 1]."""
+        if self.gate_1D is None:
+            return z_TD.new_ones(len(z_TD), 1)
+        return torch.sigmoid(z_TD @ self.gate_1D.T)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mixture:
@@ -105,9 +112,7 @@ class Mixture:
         if self.shared is None:
             return torch.zeros_like(z_TD)
         out_TD = self.hidden(self.shared.unit, z_TD) @ self.shared.unit.down_DF.T
-        if self.shared.gate_1D is not None:
-            out_TD = out_TD * torch.sigmoid(z_TD @ self.shared.gate_1D.T)
-        return out_TD
+        return out_TD if self.shared.gate_1D is None else out_TD * self.shared.scale(z_TD)
 
     def hidden(self, unit: Unit, z_TD: torch.Tensor) -> torch.Tensor:
         """A unit's neurons h [T, F] on tokens z, before any routing weight."""
@@ -124,11 +129,15 @@ class Mixture:
     ) -> Iterator[tuple[Unit, torch.Tensor, torch.Tensor, torch.Tensor]]:
         """For each unit some token reached: (unit, token indices, weights, neurons h).
 
-        The weight of a unit is the sum over those of its owners that the token selected.
+        The weight of a unit is the sum over those of its owners that the token selected; that of a
+        shared expert among the units is its scale.
         """
         weights_TN = self.router(z_TD)
         for unit in self.units:
-            weight_T = weights_TN[:, list(unit.owners)].sum(dim=1)
+            if unit.owners or self.shared is None:
+                weight_T = weights_TN[:, list(unit.owners)].sum(dim=1)
+            else:
+                weight_T = self.shared.scale(z_TD)[:, 0]
             index = torch.nonzero(weight_T).squeeze(1)
             if len(index):
                 yield unit, index, weight_T[index], self.hidden(unit, z_TD[index])

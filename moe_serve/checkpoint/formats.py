@@ -178,6 +178,17 @@ class Form:
             name = constant_name(self.checkpoint.family, layer, expert)
             writer.write(name, value_D.to(dtype).cpu())
 
+    def write_shared(self, writer: ShardWriter, layer: int, down: Matrix) -> None:
+        """Write a new down projection [D, F] of the shared expert over the copied one."""
+        names = self.checkpoint.family.shared_names(layer)
+        if names is None:
+            return
+        scheme = self.checkpoint.scheme(names.down)
+        if (length := self.stored[layer].shared) is not None:
+            down = scheme.join([down], COLUMNS, length, self.checkpoint.shape.hidden)
+        for ending, tensor in scheme.tensors(names.down).items():
+            writer.write(tensor, down[ending].cpu())
+
     def write_router(self, writer: ShardWriter, layer: int, rows_ND: torch.Tensor) -> None:
         """Write new router rows: as many as are stored, or [N, D], of which those that stay."""
         if len(rows_ND) != self.stored[layer].rows:

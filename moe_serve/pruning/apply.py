@@ -75,6 +75,8 @@ def _finish(app: Application, index: int, layer: FittedLayer | None) -> None:
     """Bring a layer to the disk, then say so."""
     if layer is not None:
         app.form.write_layer(app.writer, index, layer.blocks)
+        if layer.shared is not None:
+            app.form.write_shared(app.writer, index, layer.shared)
         if layer.rows_ND is not None:
             app.form.write_router(app.writer, index, layer.rows_ND)
         app.writer.sync()

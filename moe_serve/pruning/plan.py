@@ -97,6 +97,8 @@ class Refit(_Model):
     """Largest normal matrix; more neurons are fitted in groups (block-coordinate descent)."""
     sweeps: int = 2
     """Passes over the groups when there is more than one."""
+    shared: bool = True
+    """Whether shared experts in plain numbers take part."""
 
 
 class NumberFormat(_Model):

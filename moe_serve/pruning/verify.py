@@ -18,6 +18,7 @@ from moe_serve.errors import UsageError
 from moe_serve.progress import Progress
 from moe_serve.pruning.build import build_blocks
 from moe_serve.pruning.plan import Plan
+from moe_serve.pruning.shared import shared_tensors
 
 _WITH_ORIGINAL: Final = ("compact", "substitution")
 """Formats whose table can be read back and held against the plan."""
@@ -110,6 +111,15 @@ def _against(
     edited = set(form_named(manifest.format, original, plan.table()).edited())
     if plan.router is not None:
         edited |= {original.family.gate_name(layer) for layer in plan.layers}
+    fitted: set[str] = set()
+    for layer in plan.layers:
+        fitted |= shared_tensors(original, layer, plan.refit)
+    found.problems += [
+        f"tensor {name} has another type or shape than the original's"
+        for name in sorted(fitted)
+        if _form(checkpoint, name) != _form(original, name)
+    ]
+    edited |= fitted
     unchanged = [e for e in copied_entries(original, set(plan.layers)) if e.name not in edited]
     progress.start("compare with original", len(unchanged) + len(plan.layers))
     for entry in unchanged:
@@ -147,6 +157,11 @@ def _layer_problems(
                 if not _same_bytes(stored[ending], tensor)
             ]
     return problems
+
+
+def _form(checkpoint: Checkpoint, name: str) -> tuple[str, tuple[int, ...]]:
+    entry = checkpoint.tensors[name]
+    return entry.dtype, entry.shape
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -18,12 +18,14 @@ from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
 from moe_serve.checkpoint.formats import LayerBlocks
+from moe_serve.checkpoint.quantisation import Matrix
 from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs
 from moe_serve.pruning.constants import ConstantSums, with_constants
 from moe_serve.pruning.joining import join_rows
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens, refit
 from moe_serve.pruning.router import fit_rows
+from moe_serve.pruning.shared import shared_down, split_shared, with_shared
 from moe_serve.pruning.split import split_layer
 
 
@@ -34,6 +36,8 @@ class FittedLayer:
     blocks: LayerBlocks
     rows_ND: torch.Tensor | None
     """The router's rows in their stored format, where they changed."""
+    shared: Matrix | None = None
+    """The shared expert's down projection in its stored format, where it changed."""
     record: dict[str, Any]
     """What the re-fits did."""
 
@@ -144,6 +148,7 @@ class Walk:
             blocks = blocks._replace(constants_RD=self._constants.result(schemes[2]))
             pruned = self._add_constants(pruned, self._constants.replaced, blocks.constants_RD)
         record: dict[str, Any] = {}
+        shared_matrix = None
         if planned.split is not None and planned.split.merges:
             dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
             joined = join_rows(
@@ -156,8 +161,9 @@ class Walk:
             pruned = dataclasses.replace(pruned, router=joined.router)
             rows = joined.router.weight_ND.to(dtype)
         if refit_by is not None:
+            shared = shared_down(checkpoint, layer.index, refit_by)
             fitted = refit(
-                pruned,
+                with_shared(pruned) if shared else pruned,
                 self._inputs,
                 self.residual,
                 self._tokens,
@@ -170,6 +176,8 @@ class Walk:
                 "error_before": fitted.error_before,
                 "error_after": fitted.error_after,
             }
+            if shared:
+                pruned, fitted, shared_matrix = split_shared(pruned, fitted, checkpoint, shared)
             pruned = dataclasses.replace(pruned, units=fitted.units)
             blocks = with_downs(blocks, table, fitted.stored, schemes[2])
         if router_by is not None:
@@ -184,7 +192,7 @@ class Walk:
             }
             if found.ridge is not None:
                 rows = found.router.weight_ND.to(gate.dtype)
-        return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
+        return FittedLayer(blocks=blocks, rows_ND=rows, shared=shared_matrix, record=record)
 
     def advance(self, layer: Layer) -> None:
         """The pruned stream moves past the layer as it was attempted last."""
