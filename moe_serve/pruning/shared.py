@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from moe_serve.calibration.mixture import Mixture, Shared
-from moe_serve.checkpoint.quantisation import COLUMNS, Matrix
+from moe_serve.calibration.states import States
+from moe_serve.calibration.stream import Batch
+from moe_serve.checkpoint.quantisation import COLUMNS, Matrix, Scheme
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CheckpointError
 from moe_serve.pruning.plan import Refit
-from moe_serve.pruning.refit import Fitted
+from moe_serve.pruning.refit import Fitted, FitTokens
 
 
 def shared_down(checkpoint: Checkpoint, layer: int, refit: Refit | None) -> str | None:
@@ -41,24 +45,57 @@ def with_shared(mixture: Mixture) -> Mixture:
 
 
 def split_shared(
-    mixture: Mixture, fitted: Fitted, checkpoint: Checkpoint, name: str
-) -> tuple[Mixture, Fitted, Matrix]:
+    mixture: Mixture,
+    fitted: Fitted,
+    scheme: Scheme,
+    inputs: States,
+    residual: States,
+    tokens: FitTokens,
+) -> tuple[Mixture, Fitted, Matrix | None]:
     """Undo :func:`with_shared` after a re-fit.
 
     Returns:
         The layer with its new shared expert, what was fitted of the routed units, and the shared
-        expert's down projection as it is stored.
+        expert's down projection as it is stored; ``None`` where the old one is better.
     """
-    scheme = checkpoint.scheme(name)
     *units, own = fitted.units
     *stored, pieces = fitted.stored
-    shared = dataclasses.replace(_shared(mixture), unit=own)
-    down = scheme.join(list(pieces), COLUMNS, own.width, checkpoint.shape.hidden)
-    return (
-        dataclasses.replace(mixture, shared=shared),
-        dataclasses.replace(fitted, units=tuple(units), stored=tuple(stored)),
-        down,
-    )
+    routed = dataclasses.replace(fitted, units=tuple(units), stored=tuple(stored))
+    changed = dataclasses.replace(mixture, shared=dataclasses.replace(_shared(mixture), unit=own))
+    if undone_if_better(mixture, changed, inputs, residual, tokens):
+        return mixture, routed, None
+    down = scheme.join(list(pieces), COLUMNS, own.width, len(own.down_DF))
+    return changed, routed, down
+
+
+def undone_if_better(
+    before: Mixture, after: Mixture, inputs: States, residual: States, tokens: FitTokens
+) -> bool:
+    """Whether the error is less with the old down projection; the residual then is that of it.
+
+    Where hardly anything is lost, rounding the whole expert again costs more than the fit gains.
+    """
+    old, new = _shared(before), _shared(after)
+    change_FD = (new.unit.down_DF - old.unit.down_DF).T
+    errors = [0.0, 0.0]
+    for batch in tokens.batches:
+        omega_T = tokens.omega_T[batch.tokens]
+        for which, left_TD in enumerate(_residuals(after, batch, inputs, residual, change_FD)):
+            errors[which] += float(left_TD.square().sum(dim=1).cpu() @ omega_T)
+    if errors[0] <= errors[1]:
+        return False
+    for batch in tokens.batches:
+        batch.store(residual, _residuals(after, batch, inputs, residual, change_FD)[1])
+    return True
+
+
+def _residuals(
+    mixture: Mixture, batch: Batch, inputs: States, residual: States, change_FD: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left with the new down projection, and with the old one."""
+    shared, z_TD, left_TD = _shared(mixture), batch.load_flat(inputs), batch.load_flat(residual)
+    p_TF = mixture.hidden(shared.unit, z_TD) * shared.scale(z_TD)
+    return left_TD, left_TD + p_TF @ change_FD
 
 
 def _shared(mixture: Mixture) -> Shared:

@@ -177,7 +177,10 @@ class Walk:
                 "error_after": fitted.error_after,
             }
             if shared:
-                pruned, fitted, shared_matrix = split_shared(pruned, fitted, checkpoint, shared)
+                ends = self._inputs, self.residual, self._tokens
+                pruned, fitted, shared_matrix = split_shared(
+                    pruned, fitted, checkpoint.scheme(shared), *ends
+                )
             pruned = dataclasses.replace(pruned, units=fitted.units)
             blocks = with_downs(blocks, table, fitted.stored, schemes[2])
         if router_by is not None:

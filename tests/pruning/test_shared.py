@@ -22,7 +22,7 @@ from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.refit import FitTokens, refit
 from moe_serve.pruning.request import Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.shared import with_shared
+from moe_serve.pruning.shared import undone_if_better, with_shared
 from moe_serve.pruning.verify import verify
 from tests.support.models import make_model, write_texts
 
@@ -76,6 +76,38 @@ def test_a_loss_that_only_the_shared_expert_can_make_good(gated: bool, tmp_path:
     found, left = fit(with_shared(mixture))
     assert left < 1e-6
     torch.testing.assert_close(found.down_DF, 2.5 * shared.unit.down_DF, rtol=1e-3, atol=1e-3)
+
+
+def test_a_change_that_adds_error_is_undone(tmp_path: Path) -> None:
+    """The residual left by a doubled down projection is minus the expert's output; undone: zero."""
+    torch.manual_seed(0)
+    mixture = Mixture(
+        router=Router(weight_ND=torch.randn(2, HIDDEN), rule=Routing(top_k=1, renormalise=False)),
+        units=(),
+        activation=torch.nn.functional.silu,
+        shared=Shared(unit=unit(()), gate_1D=torch.randn(1, HIDDEN)),
+    )
+    assert mixture.shared is not None
+    own = mixture.shared.unit
+    doubled = replace(
+        mixture, shared=replace(mixture.shared, unit=replace(own, down_DF=2 * own.down_DF))
+    )
+    z = torch.randn(TOKENS, HIDDEN)
+    batch = Batch(
+        sequences=(0,), shape=(1, TOKENS), tokens=slice(0, TOKENS), device=torch.device("cpu")
+    )
+    tokens = FitTokens(
+        batches=(batch,),
+        omega_T=torch.ones(TOKENS),
+        held_T=torch.zeros(TOKENS, dtype=torch.bool),
+    )
+    inputs, left = States(tmp_path / "z", HIDDEN), States(tmp_path / "e", HIDDEN)
+    inputs.write(0, z)
+    left.write(0, -mixture.always(z))
+    assert undone_if_better(mixture, doubled, inputs, left, tokens)
+    assert float(left.read(0, TOKENS).abs().max()) < 1e-4
+    # The other way round the change is what takes the error away, and stays.
+    assert not undone_if_better(doubled, mixture, inputs, left, tokens)
 
 
 @pytest.fixture(scope="module")
