@@ -1,0 +1,102 @@
+"""Settings that don't go with compact experts, without an engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_serve_vllm import support
+from moe_serve_vllm.errors import UnsupportedSettings
+from tests.support.fuzz import sound
+
+
+def settings(**changes: Any) -> Any:
+    """An engine's settings as vLLM holds them, none of which is refused, with some changed."""
+    config, _ = sound()
+    parallel = {
+        "tensor_parallel_size": 1,
+        "enable_expert_parallel": False,
+        "data_parallel_size": 1,
+        "enable_eplb": False,
+        "use_sequence_parallel_moe": False,
+        "prefill_context_parallel_size": 1,
+    }
+    values: dict[str, Any] = {
+        "model_config": SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: dict(config))),
+        "load_config": SimpleNamespace(load_format="moe_serve"),
+        "kernel_config": SimpleNamespace(moe_backend="auto"),
+        "compilation_config": SimpleNamespace(custom_ops=[]),
+        "lora_config": None,
+        "quant_config": None,
+        "speculative_config": None,
+    }
+    for key in changes.keys() & config.keys():
+        config[key] = changes.pop(key)
+    parallel |= {key: changes.pop(key) for key in changes.keys() & parallel.keys()}
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), **(values | changes))
+
+
+def on(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
+    """Pretend to be on a platform."""
+    pretended = SimpleNamespace(
+        is_cpu=lambda: platform == "cpu", is_cuda=lambda: platform == "cuda"
+    )
+    monkeypatch.setattr(support, "current_platform", pretended)
+
+
+def refusal(vllm_config: Any) -> str:
+    """What the plugin says."""
+    with pytest.raises(UnsupportedSettings) as caught:
+        support.check(vllm_config)
+    return str(caught.value)
+
+
+def test_plain_settings_are_taken() -> None:
+    """Nothing to refuse."""
+    support.check(settings())
+
+
+def test_quantised_weights_are_refused_by_name() -> None:
+    """With whatever else stands in the way, in one message."""
+    fp8 = SimpleNamespace(get_name=lambda: "fp8")
+    told = refusal(settings(quant_config=fp8, enable_eplb=True, data_parallel_size=2))
+    for words in ("fp8 weights, only unquantised ones", "--enable-eplb", "--data-parallel-size"):
+        assert words in told
+
+
+def test_blocks_that_ranks_cannot_share_are_refused() -> None:
+    """Blocks of 32 neurons on two ranks would be 16 each; layer 1 is the one with a table."""
+    assert "--tensor-parallel-size 2 (blocks of layers [1]" in refusal(
+        settings(tensor_parallel_size=2)
+    )
+
+
+def test_latent_attention_needs_the_rotary_option_on_a_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The option to add is in the message; on CUDA nothing is refused."""
+    names: dict[str, Any] = {"architectures": ["CompactGlm4MoeLiteForCausalLM"]}
+    config, _ = sound()
+    config |= names | {"n_routed_experts": config["num_experts"]}
+
+    def latent(**changes: Any) -> Any:
+        hf_config = SimpleNamespace(to_dict=lambda: dict(config))
+        return settings(model_config=SimpleNamespace(hf_config=hf_config), **changes)
+
+    on(monkeypatch, "cpu")
+    assert support.ROTARY_OPTION in refusal(latent())
+    option = SimpleNamespace(custom_ops=["all", "-rotary_embedding"])
+    support.check(latent(compilation_config=option))
+    on(monkeypatch, "cuda")
+    support.check(latent())
+
+
+def test_other_kernels_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that route inside the kernel don't know the remapping."""
+    backend = SimpleNamespace(moe_backend="flashinfer_trtllm")
+    on(monkeypatch, "cuda")
+    assert "--moe-backend flashinfer_trtllm" in refusal(settings(kernel_config=backend))
+    on(monkeypatch, "cpu")
+    support.check(settings(kernel_config=backend))
