@@ -123,6 +123,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         # arXiv 2401.06066: attention, norms and dense layers are Llama's; the config's keys too.
         skeleton="llama",
         ties_in_vllm=False,
+        served=True,
     ),
     Family(
         model_type="deepseek_v2",

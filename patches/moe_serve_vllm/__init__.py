@@ -2,7 +2,8 @@
 
 vLLM finds :func:`register` through the entry-point group ``vllm.general_plugins`` and calls it in
 every process. Nothing in vLLM is edited: models, the expert layer and the loader are registered
-through its own extension points. Imports the standard library, torch and vLLM only.
+through its own extension points. Imports the standard library, vLLM and what it brings: torch
+and transformers.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
+    from moe_serve_vllm.configs import register_configs
     from moe_serve_vllm.contract import require_supported
     from moe_serve_vllm.families import FAMILIES
 
+    register_configs()
     known = ModelRegistry.get_supported_archs()
     for family in FAMILIES:
         if family.architecture not in known:

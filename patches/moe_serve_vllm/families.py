@@ -143,6 +143,12 @@ FAMILIES: Final = (
         experts="model.layers.{layer}.mlp.experts.",
         projections=_GATED,
     ),
+    replace(
+        _DEEPSEEK_V3,
+        stock="deepseek_v2:DeepseekForCausalLM",
+        group_best=None,
+        latent_attention=False,
+    ),
     replace(_DEEPSEEK_V3, stock="deepseek_v2:DeepseekV2ForCausalLM", group_best=1),
     # Kimi K2 too: its configs name DeepSeek-V3's architecture.
     _DEEPSEEK_V3,

@@ -46,9 +46,13 @@ def apart(a: Reply, b: Reply) -> float:
 
 
 def tables_of(source: Path, kind: str, number: int) -> dict[int, Table]:
-    """A random table for each layer with experts; one is left out in two kinds."""
+    """A random table for each layer with experts; one is left out in two kinds.
+
+    Where the router ranks groups, whole groups are dropped, in one kind all but one of a group.
+    """
     opened = open_checkpoint(source)
     groups = opened.family.routing_of(opened.config).groups
+    whole_groups = groups > 1 and kind != "dropped"
     layers = opened.family.moe_layers(opened.config)
     return {
         layer: random_table(
@@ -57,7 +61,7 @@ def tables_of(source: Path, kind: str, number: int) -> dict[int, Table]:
             experts=EXPERTS,
             width=WIDTH,
             top_k=TOP_K,
-            group_size=EXPERTS // groups if groups > 1 else 1,
+            group_size=EXPERTS // groups if whole_groups else 1,
         )
         for layer in (layers[1:] if kind in ("merged", "mixed") else layers)
     }
