@@ -230,6 +230,7 @@ CONTRACT: Final[tuple[Clause, ...]] = (
         name="ParallelConfig",
         members=(
             "tensor_parallel_size",
+            "pipeline_parallel_size",
             "enable_expert_parallel",
             "data_parallel_size",
             "enable_eplb",

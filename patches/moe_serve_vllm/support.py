@@ -54,6 +54,7 @@ def check(vllm_config: VllmConfig) -> None:
         f"it must be {LOAD_FORMAT}": vllm_config.load_config.load_format != LOAD_FORMAT,
         "--enable-expert-parallel": parallel.enable_expert_parallel,
         "--data-parallel-size above 1": parallel.data_parallel_size > 1,
+        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
         "--enable-eplb": parallel.enable_eplb,
         "sequence parallelism for experts": parallel.use_sequence_parallel_moe,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,

@@ -17,6 +17,7 @@ def settings(**changes: Any) -> Any:
     config, _ = sound()
     parallel = {
         "tensor_parallel_size": 1,
+        "pipeline_parallel_size": 1,
         "enable_expert_parallel": False,
         "data_parallel_size": 1,
         "enable_eplb": False,
@@ -61,8 +62,8 @@ def test_plain_settings_are_taken() -> None:
 def test_quantised_weights_are_refused_by_name() -> None:
     """With whatever else stands in the way, in one message."""
     fp8 = SimpleNamespace(get_name=lambda: "fp8")
-    told = refusal(settings(quant_config=fp8, enable_eplb=True, data_parallel_size=2))
-    for words in ("fp8 weights, only unquantised ones", "--enable-eplb", "--data-parallel-size"):
+    told = refusal(settings(quant_config=fp8, enable_eplb=True, pipeline_parallel_size=2))
+    for words in ("fp8 weights, only unquantised ones", "--enable-eplb", "--pipeline-parallel"):
         assert words in told
 
 
