@@ -102,6 +102,13 @@ RouterRefitFlag = Annotated[
         help="Re-fit the router to what is kept, where held-out tokens say that it helps.",
     ),
 ]
+HealFlag = Annotated[
+    bool,
+    typer.Option(
+        "--heal/--no-heal",
+        help="Train what is kept towards the original, layer by layer, while held-out tokens gain.",
+    ),
+]
 FormatName = Annotated[str, typer.Option("--format", help="compact, tied, native or substitution.")]
 DryRun = Annotated[
     bool,

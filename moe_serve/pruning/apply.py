@@ -103,7 +103,9 @@ def _stream(app: Application, plan: Plan, sequences: Sequences) -> dict[str, Any
                 _finish(app, index, None)
             else:
                 _finish(
-                    app, index, walk.fit(layer, layer.mixture, planned, plan.refit, plan.router)
+                    app,
+                    index,
+                    walk.fit(layer, layer.mixture, planned, plan.refit, plan.router, plan.heal),
                 )
             del layer  # Freed before the next one is read.
         app.progress.advance()

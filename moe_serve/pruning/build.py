@@ -104,6 +104,23 @@ def pruned_mixture(
     )
 
 
+def with_units(
+    blocks: LayerBlocks,
+    table: LayerTable,
+    units: tuple[Unit, ...],
+    schemes: tuple[Scheme, Scheme, Scheme],
+) -> LayerBlocks:
+    """The blocks with trained weights, one unit for each set of owners, rounded as stored."""
+    stored: list[list[Matrix]] = [[Matrix()] * table.blocks for _ in range(3)]
+    for unit, (_, numbers) in zip(units, blocks_by_owners(table), strict=True):
+        weights = (unit.gate_FD, unit.up_FD, unit.down_DF)
+        for which, (scheme, axis) in enumerate(zip(schemes, _AXES, strict=True)):
+            whole = _on_cpu(scheme.quantise(weights[which]))
+            for number, part in zip(numbers, cut(scheme, [whole], axis, table.width), strict=True):
+                stored[which][number] = part
+    return blocks._replace(gate=stored[0], up=stored[1], down=stored[2])
+
+
 def with_downs(
     blocks: LayerBlocks, table: LayerTable, stored: tuple[tuple[Matrix, ...], ...], scheme: Scheme
 ) -> LayerBlocks:

@@ -127,6 +127,19 @@ class RouterFit(_Model):
     """Share of the held-out error by which it must fall for new rows to be taken."""
 
 
+class Heal(_Model):
+    """Training of what is kept, after the re-fits."""
+
+    epochs: int = 4
+    """Passes over the calibration tokens at most."""
+    rate: float = 0.015
+    """Adam's step as a share of the root mean square of each kind of weight."""
+    batch: int = 2048
+    """Tokens per step, of sequences drawn from all domains."""
+    patience: int = 1
+    """Epochs without a gain on held-out tokens after which training ends."""
+
+
 class Plan(_Model):
     """What ``apply`` carries out."""
 
@@ -140,6 +153,7 @@ class Plan(_Model):
     keep: float
     refit: Refit | None
     router: RouterFit | None = None
+    heal: Heal | None = None
     balance: dict[str, float] | None = None
     """Each domain's part of the weight in statistics and re-fits; ``None``: all the same."""
     layers: dict[int, LayerPlan]
@@ -150,7 +164,7 @@ class Plan(_Model):
     @property
     def needs_texts(self) -> bool:
         """Whether carrying it out fits something."""
-        fitted = self.refit is not None or self.router is not None
+        fitted = any(by is not None for by in (self.refit, self.router, self.heal))
         return fitted or any(p.constants or p.split for p in self.layers.values())
 
     @property

@@ -21,7 +21,7 @@ from moe_serve.pruning.methods import AUTO, METHODS, Method
 from moe_serve.pruning.native import choose, weigh
 from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.numbers import number_format
-from moe_serve.pruning.plan import LayerPlan, Plan, Refit, RouterFit
+from moe_serve.pruning.plan import Heal, LayerPlan, Plan, Refit, RouterFit
 from moe_serve.pruning.request import Selection
 from moe_serve.pruning.split import one_row_each
 from moe_serve.pruning.trial import Trial
@@ -101,6 +101,7 @@ def make_plan(
         keep=budget.keep,
         refit=by if planned else None,
         router=router,
+        heal=Heal() if selection.heal and planned else None,
         balance=statistics.balance if statistics is not None else None,
         layers=planned,
         numbers=number_format(checkpoint, planned, refit=refit),

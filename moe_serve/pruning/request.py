@@ -148,6 +148,8 @@ class Selection:
     """``None``: as the method does."""
     router_refit: bool = False
     """Whether the router's rows are re-fitted where that helps."""
+    heal: bool = False
+    """Whether what is kept is trained towards the original, layer by layer."""
     uniform: bool = False
     constants: bool = False
     """Whether experts that go leave a constant."""
@@ -189,6 +191,8 @@ class Selection:
                 where="--refit",
                 remedy="give --calibration PATH or --no-refit",
             )
+        if self.heal:
+            self._check_heal(checkpoint, texts=texts)
         budget = Budget(
             keep=keep,
             block_width=width or checkpoint.shape.width,
@@ -202,6 +206,24 @@ class Selection:
             seed=self.seed,
         )
         return method, budget, refit
+
+    def _check_heal(self, checkpoint: Checkpoint, *, texts: bool) -> None:
+        layer = checkpoint.family.moe_layers(checkpoint.config)[0]
+        problems = [
+            reason
+            for reason, wrong in (
+                ("calibration texts, there are none", not texts),
+                ("experts in BF16, FP16 or FP32", _rounds(checkpoint, layer)),
+                ("a format without constants", self.constants),
+            )
+            if wrong
+        ]
+        if problems:
+            raise UsageError(
+                "healing needs " + " and ".join(problems),
+                where="--heal",
+                remedy="leave it out, or change that",
+            )
 
     def _method(self, *, texts: bool) -> Method:
         """The method, if the output format has room for what it chooses."""
@@ -286,6 +308,11 @@ class Selection:
                 remedy=f"give a number from 1 to {checkpoint.shape.experts}",
             )
         return count / checkpoint.shape.experts
+
+
+def _rounds(checkpoint: Checkpoint, layer: int) -> bool:
+    """Whether experts are stored in a quantised format."""
+    return not all(scheme.exact for scheme in checkpoint.expert_scheme(layer))
 
 
 def block_width(checkpoint: Checkpoint, wanted: int | None, tile: int = 1) -> int:

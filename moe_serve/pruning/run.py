@@ -239,6 +239,7 @@ def _fingerprint(
         "block_width": selection.block_width,
         "refit": selection.refit,
         "router_refit": selection.router_refit,
+        "heal": selection.heal,
         "across_layers": selection.across_layers,
         "merging": [selection.coefficients, selection.drop_when_better],
         "requantise": selection.requantise,

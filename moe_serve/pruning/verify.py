@@ -109,7 +109,7 @@ def _against(
     plan = Plan.load(checkpoint.path / "plan.json")
     plan.check(original)
     edited = set(form_named(manifest.format, original, plan.table()).edited())
-    if plan.router is not None:
+    if plan.router is not None or plan.heal is not None:
         edited |= {original.family.gate_name(layer) for layer in plan.layers}
     fitted: set[str] = set()
     for layer in plan.layers:
@@ -149,7 +149,8 @@ def _layer_problems(
     for number in range(len(layer.blocks)):
         names = checkpoint.block_names(index, number)
         pairs = list(zip(names, (m[number] for m in expected.matrices), strict=True))
-        for name, weight in pairs[:2] if plan.refit else pairs:
+        trained = 0 if plan.heal else 2 if plan.refit else 3
+        for name, weight in pairs[:trained]:
             stored = checkpoint.stored(name)
             problems += [
                 f"{ending} of {name} is not what plan.json says"

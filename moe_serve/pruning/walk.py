@@ -19,10 +19,12 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
 from moe_serve.checkpoint.formats import LayerBlocks
 from moe_serve.checkpoint.quantisation import Matrix
-from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs
+from moe_serve.checkpoint.table import LayerTable
+from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs, with_units
 from moe_serve.pruning.constants import ConstantSums, with_constants
+from moe_serve.pruning.heal import heal
 from moe_serve.pruning.joining import join_rows
-from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
+from moe_serve.pruning.plan import Heal, LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens, refit
 from moe_serve.pruning.router import fit_rows
 from moe_serve.pruning.shared import shared_down, split_shared, with_shared
@@ -96,10 +98,11 @@ class Walk:
         planned: LayerPlan,
         refit_by: Refit | None,
         router_by: RouterFit | None = None,
+        heal_by: Heal | None = None,
     ) -> FittedLayer:
         """Build a changed layer, re-fit what is asked for; both streams move on."""
         self.meet(layer, mixture, planned.replaced())
-        fitted = self.attempt(layer, mixture, planned, refit_by, router_by)
+        fitted = self.attempt(layer, mixture, planned, refit_by, router_by, heal_by)
         self.advance(layer)
         return fitted
 
@@ -126,6 +129,7 @@ class Walk:
         planned: LayerPlan,
         refit_by: Refit | None,
         router_by: RouterFit | None = None,
+        heal_by: Heal | None = None,
     ) -> FittedLayer:
         """Build the layer that :meth:`meet` brought the streams to, and re-fit what is asked for.
 
@@ -141,9 +145,7 @@ class Walk:
             source, blocks, table = split_layer(mixture, planned, blocks, schemes[2], dtype)
             rows = source.router.weight_ND.to(dtype)
         pruned = pruned_mixture(source, table, blocks, schemes)
-        for batch in self._tokens.batches:
-            lacking_TD = batch.load_flat(self._target) - pruned(batch.load_flat(self._inputs))
-            self.residual.write(batch.tokens.start, lacking_TD)
+        self._lack(pruned)
         if planned.constants and self._constants is not None:
             blocks = blocks._replace(constants_RD=self._constants.result(schemes[2]))
             pruned = self._add_constants(pruned, self._constants.replaced, blocks.constants_RD)
@@ -183,6 +185,22 @@ class Walk:
                 )
             pruned = dataclasses.replace(pruned, units=fitted.units)
             blocks = with_downs(blocks, table, fitted.stored, schemes[2])
+        if heal_by is not None:
+            found_rows, blocks, pruned = self._heal(layer, pruned, table, blocks, heal_by, record)
+            rows = rows if found_rows is None else found_rows
+            if refit_by is not None and found_rows is not None:
+                fitted = refit(
+                    pruned,
+                    self._inputs,
+                    self.residual,
+                    self._tokens,
+                    refit_by,
+                    schemes[2],
+                    planned.width,
+                )
+                record["error_after"] = fitted.error_after
+                pruned = dataclasses.replace(pruned, units=fitted.units)
+                blocks = with_downs(blocks, table, fitted.stored, schemes[2])
         if router_by is not None:
             gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
             found = fit_rows(
@@ -196,6 +214,37 @@ class Walk:
             if found.ridge is not None:
                 rows = found.router.weight_ND.to(gate.dtype)
         return FittedLayer(blocks=blocks, rows_ND=rows, shared=shared_matrix, record=record)
+
+    def _heal(
+        self,
+        layer: Layer,
+        pruned: Mixture,
+        table: LayerTable,
+        blocks: LayerBlocks,
+        by: Heal,
+        record: dict[str, Any],
+    ) -> tuple[torch.Tensor | None, LayerBlocks, Mixture]:
+        """Train the layer; new router rows (``None`` where nothing was gained), blocks, layer."""
+        checkpoint = self._decoder.checkpoint
+        schemes = checkpoint.expert_scheme(layer.index)
+        healed = heal(pruned, self._inputs, self._target, self._tokens, by)
+        record["heal"] = {"held_out_errors": list(healed.errors)}
+        if min(healed.errors) >= healed.errors[0]:
+            return None, blocks, pruned
+        dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+        rows = healed.mixture.router.weight_ND.to(dtype)
+        router = dataclasses.replace(pruned.router, weight_ND=rows.float())
+        blocks = with_units(blocks, table, healed.mixture.units, schemes)
+        whole = dataclasses.replace(pruned, router=router)
+        pruned = pruned_mixture(whole, table, blocks, schemes)
+        self._lack(pruned)
+        return rows, blocks, pruned
+
+    def _lack(self, pruned: Mixture) -> None:
+        """The residual: what a layer's output lacks."""
+        for batch in self._tokens.batches:
+            lacking_TD = batch.load_flat(self._target) - pruned(batch.load_flat(self._inputs))
+            self.residual.write(batch.tokens.start, lacking_TD)
 
     def advance(self, layer: Layer) -> None:
         """The pruned stream moves past the layer as it was attempted last."""
