@@ -1,10 +1,11 @@
 """Recovery by distillation, one layer at a time (``--heal``).
 
-After the closed-form re-fit everything that is left of a layer's experts is trained together: gate,
+After a closed-form re-fit everything that is left of a layer's experts is trained together: gate,
 up and down projections and the router's rows, on the pruned model's own inputs, towards what the
 original model's residual stream holds after the layer. The closed form is the best that the down
 projections can do alone; this also moves the neurons themselves and what reaches them. Training
-stops where held-out tokens stop gaining, and a layer that gains nothing stays as it was.
+stops where held-out tokens stop gaining, and a layer that gains nothing stays as it was. The
+closed form on all tokens comes last.
 
 Adam (Kingma & Ba 2015, arXiv 1412.6980) with a step in each kind of weight's own scale: the
 learning rate is a share of its root mean square.
@@ -33,6 +34,7 @@ _WARM_UP = 10
 """Steps over which the rate rises."""
 
 
+_BACK_OFF = 5.0
 _STEPS = 24
 """Steps of an epoch at least; with fewer Adam's first, largest ones are all there are."""
 
@@ -83,22 +85,17 @@ def heal(
             remedy="calibrate on more tokens, or with a shorter --sequence-length",
         )
     layer, groups = _trainable(mixture)
-    optimiser = torch.optim.Adam(
-        [{"params": group, "lr": settings.rate * _scale(group)} for group in groups],
-        betas=_BETAS,
-    )
-    rates = [group["lr"] for group in optimiser.param_groups]
     size = min(settings.batch, sum(piece.length for piece in fit) // _STEPS)
     steps, step = settings.epochs * len(list(_batches(fit, size))), 0
-    errors = [_error(layer, inputs, target, tokens, held)]
-    best = _frozen(layer)
-    rng = random.Random(0)
+    best, errors = _frozen(layer), [_error(layer, inputs, target, tokens, held)]
+    rate, lost, rng = settings.rate, 0, random.Random(0)
+    optimiser, rates = _optimiser(groups, rate)
     for _ in range(settings.epochs):
         rng.shuffle(fit)
         for batch in _batches(fit, size):
             factor = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+            for group, full in zip(optimiser.param_groups, rates, strict=True):
+                group["lr"] = full * factor
             z_TD, y_TD, omega_T = _load(batch, inputs, target, tokens, device)
             with torch.enable_grad():
                 square_T = (layer(z_TD) - y_TD).square().sum(dim=1)
@@ -109,10 +106,38 @@ def heal(
             step += 1
         errors.append(_error(layer, inputs, target, tokens, held))
         if errors[-1] < min(errors[:-1]):
-            best = _frozen(layer)
-        elif len(errors) - 1 - errors.index(min(errors)) >= settings.patience:
+            best, lost = _frozen(layer), 0
+            continue
+        lost += 1
+        if lost > settings.patience:
             break
+        # Steps too large for this layer: back to its best, and on with smaller ones.
+        rate /= _BACK_OFF
+        layer, groups = _trainable(best)
+        optimiser, rates = _optimiser(groups, rate)
     return Healed(mixture=best, errors=tuple(errors))
+
+
+def apart(tokens: FitTokens) -> FitTokens:
+    """The same tokens without those held out; every fifth of the other sequences chooses λ."""
+    held_T = torch.zeros_like(tokens.held_T)
+    for number, piece in enumerate(p for p in _pieces(tokens) if not p.held):
+        held_T[piece.start : piece.start + piece.length] = number % 5 == 4
+    return FitTokens(
+        batches=tokens.batches,
+        omega_T=tokens.omega_T.masked_fill(tokens.held_T, 0.0),
+        held_T=held_T,
+    )
+
+
+def _optimiser(
+    groups: list[list[torch.Tensor]], rate: float
+) -> tuple[torch.optim.Adam, list[float]]:
+    """Adam, and the full rate of each of its groups."""
+    rates = [rate * _scale(group) for group in groups]
+    pairs = zip(groups, rates, strict=True)
+    settings = [{"params": group, "lr": full} for group, full in pairs]
+    return torch.optim.Adam(settings, betas=_BETAS), rates
 
 
 def _pieces(tokens: FitTokens) -> Iterator[_Piece]:

@@ -130,14 +130,15 @@ class RouterFit(_Model):
 class Heal(_Model):
     """Training of what is kept, after the re-fits."""
 
-    epochs: int = 4
+    epochs: int = 5
     """Passes over the calibration tokens at most."""
     rate: float = 0.015
     """Adam's step as a share of the root mean square of each kind of weight."""
     batch: int = 2048
     """Tokens per step, of sequences drawn from all domains."""
-    patience: int = 1
-    """Epochs without a gain on held-out tokens after which training ends."""
+    patience: int = 2
+    """Epochs in a row without a gain on held-out tokens, each answered by smaller steps, that
+    training bears."""
 
 
 class Plan(_Model):

@@ -22,7 +22,7 @@ from moe_serve.checkpoint.quantisation import Matrix
 from moe_serve.checkpoint.table import LayerTable
 from moe_serve.pruning.build import build_blocks, pruned_mixture, with_downs, with_units
 from moe_serve.pruning.constants import ConstantSums, with_constants
-from moe_serve.pruning.heal import heal
+from moe_serve.pruning.heal import apart, heal
 from moe_serve.pruning.joining import join_rows
 from moe_serve.pruning.plan import Heal, LayerPlan, Refit, RouterFit
 from moe_serve.pruning.refit import FitTokens, refit
@@ -162,6 +162,11 @@ class Walk:
             }
             pruned = dataclasses.replace(pruned, router=joined.router)
             rows = joined.router.weight_ND.to(dtype)
+        if heal_by is not None:
+            found_rows, blocks, pruned = self._heal(
+                layer, pruned, table, blocks, heal_by, refit_by, record
+            )
+            rows = rows if found_rows is None else found_rows
         if refit_by is not None:
             shared = shared_down(checkpoint, layer.index, refit_by)
             fitted = refit(
@@ -185,22 +190,6 @@ class Walk:
                 )
             pruned = dataclasses.replace(pruned, units=fitted.units)
             blocks = with_downs(blocks, table, fitted.stored, schemes[2])
-        if heal_by is not None:
-            found_rows, blocks, pruned = self._heal(layer, pruned, table, blocks, heal_by, record)
-            rows = rows if found_rows is None else found_rows
-            if refit_by is not None and found_rows is not None:
-                fitted = refit(
-                    pruned,
-                    self._inputs,
-                    self.residual,
-                    self._tokens,
-                    refit_by,
-                    schemes[2],
-                    planned.width,
-                )
-                record["error_after"] = fitted.error_after
-                pruned = dataclasses.replace(pruned, units=fitted.units)
-                blocks = with_downs(blocks, table, fitted.stored, schemes[2])
         if router_by is not None:
             gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
             found = fit_rows(
@@ -222,21 +211,31 @@ class Walk:
         table: LayerTable,
         blocks: LayerBlocks,
         by: Heal,
+        refit_by: Refit | None,
         record: dict[str, Any],
     ) -> tuple[torch.Tensor | None, LayerBlocks, Mixture]:
-        """Train the layer; new router rows (``None`` where nothing was gained), blocks, layer."""
+        """Train the layer; new router rows (``None`` where nothing was gained), blocks, layer.
+
+        It starts from a re-fit of its own, which leaves the held-out tokens out: the error on them
+        is then no better before than after.
+        """
         checkpoint = self._decoder.checkpoint
         schemes = checkpoint.expert_scheme(layer.index)
-        healed = heal(pruned, self._inputs, self._target, self._tokens, by)
+        start = pruned
+        if refit_by is not None:
+            ends = self._inputs, self.residual, apart(self._tokens)
+            fitted = refit(pruned, *ends, refit_by, schemes[2], table.width)
+            start = dataclasses.replace(pruned, units=fitted.units)
+        healed = heal(start, self._inputs, self._target, self._tokens, by)
         record["heal"] = {"held_out_errors": list(healed.errors)}
-        if min(healed.errors) >= healed.errors[0]:
-            return None, blocks, pruned
-        dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
-        rows = healed.mixture.router.weight_ND.to(dtype)
-        router = dataclasses.replace(pruned.router, weight_ND=rows.float())
-        blocks = with_units(blocks, table, healed.mixture.units, schemes)
-        whole = dataclasses.replace(pruned, router=router)
-        pruned = pruned_mixture(whole, table, blocks, schemes)
+        rows = None
+        if min(healed.errors) < healed.errors[0]:
+            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+            rows = healed.mixture.router.weight_ND.to(dtype)
+            router = dataclasses.replace(pruned.router, weight_ND=rows.float())
+            blocks = with_units(blocks, table, healed.mixture.units, schemes)
+            whole = dataclasses.replace(pruned, router=router)
+            pruned = pruned_mixture(whole, table, blocks, schemes)
         self._lack(pruned)
         return rows, blocks, pruned
 
