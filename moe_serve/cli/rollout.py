@@ -1,10 +1,10 @@
-"""``rollout``: where traffic goes, and moving it. Needs only the state directory."""
+"""``rollout``: where traffic goes, moving it, and rollouts by policy. Needs the state directory."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,26 +16,69 @@ from moe_serve.serving.state import StackState
 State = Annotated[Path, typer.Option("--state", help="The --state directory of moe-serve up.")]
 Reason = Annotated[str, typer.Option("--reason", help="Kept in the record.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Policy = Annotated[Path | None, typer.Option("--policy", help="policy.toml.")]
 
 rollout = typer.Typer(no_args_is_help=True, help="Drive a running stack.")
 
 
 @rollout.command("status")
 def status_command(state: State = Path("moe-serve-state"), as_json: Json = False) -> None:
-    """Show where traffic goes and the last change."""
+    """Show where traffic goes, how the rollout stands and what is missing."""
     found = status(state)
     if as_json:
         print_json(found)
         return
     out.print(f"{found['state']}: {found['pruned_percent']:g} % of requests go to the pruned model")
+    if found["shadow_percent"]:
+        out.print(f"{found['shadow_percent']:g} % of requests are copied to the pruned model")
     words = {True: "in force", False: "NOT in force", None: "unknown, Envoy does not answer"}
     out.print(f"routes {found['version']}: {words[found['in_force']]}")
     if found["edited_by_hand"]:
         out.print("the route file was changed by something else than this program")
+    if found["reason"]:
+        out.print(f"why: {found['reason']}", markup=False)
+    if decision := found["decision"]:
+        _show_decision(decision)
+    if found["decision"] and found["controller"] is None:
+        out.print("NOBODY WATCHES: the controller is gone")
     if last := found["last_change"]:
         out.print(
-            f"last change: {last['decision']} by {last['actor']} ({last['reason'] or 'no reason'})"
+            f"last change: {last['decision']} by {last['actor']} ({last['reason'] or 'no reason'})",
+            markup=False,
         )
+
+
+def _show_decision(decision: dict[str, Any]) -> None:
+    """What was decided last, and each guard as an interval against its margin."""
+    out.print(f"{decision['kind']} ({decision['reason']}): {decision['words']}", markup=False)
+    for guard in decision["evidence"]:
+        k, n = guard["pruned"]
+        ko, no = guard["original"]
+        out.print(
+            f"  {guard['guard']:<8}{guard['verdict']:<6}"
+            f"{guard['lower']:+.4f} to {guard['upper']:+.4f}, margin {guard['margin']:g}; "
+            f"pruned {k:.0f} of {n:.0f}, original {ko:.0f} of {no:.0f} ({guard['basis']})",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+@rollout.command("start")
+def start_command(
+    state: State = Path("moe-serve-state"),
+    policy: Policy = None,
+    reason: Reason = "",
+    force: Annotated[bool, typer.Option(help="Also shortly after a rollback.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Begin a rollout by policy: step by step, each left when harm is excluded."""
+    from moe_serve.rollout.commands import start_rollout
+    from moe_serve.rollout.policy import Policy as Rules
+    from moe_serve.rollout.policy import load_policy
+
+    path = policy or StackState.load(state).policy
+    rules = load_policy(Path(path)) if path is not None else Rules()
+    _show(start_rollout(state, rules, reason=reason, force=force), as_json=as_json)
 
 
 @rollout.command("set")
@@ -45,8 +88,28 @@ def set_command(
     reason: Reason = "",
     as_json: Json = False,
 ) -> None:
-    """Give the pruned variant a share of the traffic."""
+    """Give the pruned variant a share of the traffic; pauses a rollout."""
     _show(move(state, weight, decision="set", reason=reason), as_json=as_json)
+
+
+@rollout.command("pause")
+def pause_command(state: State = Path("moe-serve-state"), reason: Reason = "") -> None:
+    """Keep the share as it is; guards go on watching."""
+    from moe_serve.rollout.commands import pause_rollout
+
+    pause_rollout(state, reason=reason)
+
+
+@rollout.command("resume")
+def resume_command(
+    state: State = Path("moe-serve-state"), reason: Reason = "", as_json: Json = False
+) -> None:
+    """Go on after a pause, or open a step's gate."""
+    from moe_serve.rollout.commands import resume_rollout
+
+    moved = resume_rollout(state, reason=reason)
+    if moved is not None:
+        _show(moved, as_json=as_json)
 
 
 @rollout.command("promote")
@@ -66,18 +129,41 @@ def rollback_command(
 
 
 @rollout.command("history")
-def history_command(state: State = Path("moe-serve-state"), as_json: Json = False) -> None:
+def history_command(
+    state: State = Path("moe-serve-state"),
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Recompute the log's hashes; exit 1 if one is wrong.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the changes on record, newest first."""
     StackState.load(state)
-    changes = Store(state).history()
+    store = Store(state)
+    if verify:
+        _verify(store, as_json=as_json)
+        return
+    changes = store.history()
     if as_json:
         print_json({"changes": [c.to_json() for c in changes]})
         return
     for c in changes:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(c.at))
-        confirmed = "" if c.confirmed_at else "  (not confirmed)"
+        fate = "" if c.confirmed_at else "  (not confirmed)"
+        fate = "  (given up)" if c.abandoned_at else fate
         before = "?" if c.percent_before is None else f"{c.percent_before:g}"
-        out.print(f"{when}  {c.decision}  {before} → {c.percent_after:g} %  {c.actor}{confirmed}")
+        out.print(f"{when}  {c.decision}  {before} → {c.percent_after:g} %  {c.actor}{fate}")
+
+
+def _verify(store: Store, *, as_json: bool) -> None:
+    found = store.verify()
+    if as_json:
+        print_json({"entries": found.entries, "head": found.head, "problems": list(found.problems)})
+    else:
+        for problem in found.problems:
+            out.print(problem, markup=False)
+        out.print(f"{found.entries} entries, last hash {found.head}", soft_wrap=True)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 def _show(moved: Moved, *, as_json: bool) -> None:

@@ -12,6 +12,7 @@ import typer
 from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
 from moe_serve.errors import ServingError
+from moe_serve.rollout.policy import load_policy
 from moe_serve.serving.config import load_stack_config
 from moe_serve.serving.stack import Stack, bring_up
 from moe_serve.serving.state import StackState
@@ -28,6 +29,9 @@ def up_command(
     port: Annotated[int | None, typer.Option(help="Of the OpenAI endpoint.")] = None,
     control_port: Annotated[int | None, typer.Option(help="Of API and metrics.")] = None,
     state: Annotated[Path | None, typer.Option(help="Directory for routes and logs.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="policy.toml: watch, and decide once rollout start is told.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The public model name.")] = None,
     engine_arg: Annotated[
         list[str] | None, typer.Option(help="One more argument for both engines. Repeatable.")
@@ -43,10 +47,14 @@ def up_command(
             "port": port,
             "control_port": control_port,
             "state": state,
+            "policy": policy,
             "model": model,
             "engine_args": tuple(engine_arg) if engine_arg else None,
         },
     )
+
+    if settings.policy is not None:
+        load_policy(settings.policy)
 
     def stop(_number: int, _frame: object) -> None:
         raise _Stopped
@@ -88,6 +96,8 @@ def _announce(stack: Stack, *, as_json: bool) -> None:
     out.print(f"OpenAI endpoint  {state.endpoint}   (model {state.served_model})")
     out.print(f"control, metrics {state.control}   {state.control}/metrics")
     out.print(f"move traffic     moe-serve rollout set 50 --state {stack.folder}")
+    if state.policy is not None:
+        out.print(f"automatic        moe-serve rollout start --state {stack.folder}")
     out.print(f"roll back        moe-serve rollout rollback --state {stack.folder}")
 
 

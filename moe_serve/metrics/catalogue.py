@@ -70,7 +70,8 @@ CATALOGUE: Final = {
             "moe_serve_requests_total",
             "counter",
             (*_V, "outcome"),
-            "Requests counted at the proxy by who answered: answered (below 500), failed.",
+            "Requests at the proxy by who answered: answered (below 500), failed, cut (connection "
+            "lost in flight; also counted in one of the other two).",
         ),
         Metric(
             "moe_serve_traffic_weight_ratio",
@@ -80,6 +81,15 @@ CATALOGUE: Final = {
         ),
         Metric(
             "moe_serve_rollout_state", "gauge", ("state",), "1 for the present state, 0 for others."
+        ),
+        Metric(
+            "moe_serve_rollout_step", "gauge", (), "Index of the rollout's step, while it goes on."
+        ),
+        Metric(
+            "moe_serve_guard_difference",
+            "gauge",
+            ("guard", "bound"),
+            "A guard's difference, pruned - original: lower and upper bound, and the margin.",
         ),
         Metric(
             "moe_serve_rollout_decisions_total",

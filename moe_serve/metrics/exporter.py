@@ -50,6 +50,8 @@ class Exporter(Collector):
     """The pruned variant's share from the route file, 0 to 1."""
     state: Callable[[], str | None]
     decisions: Callable[[], dict[tuple[str, str], int]]
+    guards: Callable[[], tuple[int, dict[tuple[str, str], float]] | None] = lambda: None
+    """The step, and (guard, end) → difference; ``None`` while no rollout is under way."""
     expert_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     """(layer, kind) → bytes."""
 
@@ -110,9 +112,15 @@ class Exporter(Collector):
                 families["moe_serve_rollout_state"].add_metric([name], float(name == present))
         for (decision, reason), count in self.decisions().items():
             families["moe_serve_rollout_decisions_total"].add_metric([decision, reason], count)
+        if (under_way := self.guards()) is not None:
+            step, ends = under_way
+            families["moe_serve_rollout_step"].add_metric([], step)
+            for (guard, bound), value in ends.items():
+                families["moe_serve_guard_difference"].add_metric([guard, bound], value)
         counts = self.proxy.read() or {}
         for engine in self.engines:
-            for outcome, count in counts.get(engine.variant, {}).items():
+            host = counts.get(engine.variant)
+            for outcome, count in (host.outcomes() if host else {}).items():
                 families["moe_serve_requests_total"].add_metric(
                     [engine.variant, self.model, outcome], count
                 )

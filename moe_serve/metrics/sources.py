@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -43,22 +43,42 @@ class Source(_Asked):
         return [sample for family in families for sample in family.samples]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What the proxy knows of one engine; counts are of attempts and cumulative."""
+
+    answered: int
+    """Response headers with a status below 500, whatever became of the body."""
+    failed: int
+    """500 and above, resets and time-outs before the headers."""
+    cut: int
+    """Connections that the engine closed while a request was in flight: streams cut off after
+    their headers, which count as answered too, and resets before them, which are failed too."""
+    healthy: bool
+
+    def outcomes(self) -> dict[str, int]:
+        """Outcome → requests."""
+        return {"answered": self.answered, "failed": self.failed, "cut": self.cut}
+
+
 class Endpoints(_Asked):
     """Envoy's ``/clusters``: requests per endpoint, whichever route led there."""
 
-    def read(self, timeout: float = 2.0) -> dict[str, dict[str, int]] | None:
-        """Cluster → outcome → requests; ``None`` when it does not answer.
+    def read(self, timeout: float = 2.0) -> dict[str, Host] | None:
+        """Cluster → its one host; ``None`` when Envoy does not answer.
 
-        ``answered``: any status below 500; ``failed``: 500 and above, resets and time-outs.
-        Statistics by cluster would charge a request to the route's cluster, not to who answered.
+        Statistics by cluster would charge a request to the route's cluster, not to who answered;
+        only connections are counted by the cluster that they lead to.
         """
+        admin = self.url.rsplit("/", 1)[0]
         try:
-            response = httpx.get(self.url, timeout=timeout)
-            response.raise_for_status()
-            found = response.json()["cluster_statuses"]
+            with httpx.Client(timeout=timeout) as client:
+                clusters = client.get(self.url).raise_for_status().json()["cluster_statuses"]
+                cuts = client.get(f"{admin}/stats?filter={_CUT}$&format=json").raise_for_status()
+                found = {s["name"]: int(s["value"]) for s in cuts.json()["stats"] if "name" in s}
             counts = {
-                cluster["name"]: _outcomes(host)
-                for cluster in found
+                cluster["name"]: _host(host, found[f"cluster.{cluster['name']}.{_CUT}"])
+                for cluster in clusters
                 for host in cluster.get("host_statuses", ())
             }
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
@@ -67,9 +87,18 @@ class Endpoints(_Asked):
         return counts
 
 
-def _outcomes(host: dict[str, Any]) -> dict[str, int]:
+_CUT: Final = "upstream_cx_destroy_remote_with_active_rq"
+
+
+def _host(host: dict[str, Any], cut: int) -> Host:
     stats = {stat["name"]: int(stat.get("value", 0)) for stat in host["stats"]}
-    return {"answered": stats["rq_success"], "failed": stats["rq_error"]}
+    ill = host.get("health_status", {})
+    return Host(
+        answered=stats["rq_success"],
+        failed=stats["rq_error"],
+        cut=cut,
+        healthy=not (ill.get("failed_active_health_check") or ill.get("failed_outlier_check")),
+    )
 
 
 def total(samples: Iterable[Sample], name: str, **labels: str) -> float | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
 from moe_serve.metrics.sources import Endpoints, Source
+from moe_serve.rollout import controller
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import DECISIONS, move, status
 from moe_serve.serving.routes import read_split
@@ -125,8 +127,22 @@ def exporter(state: Path, stack: StackState) -> Exporter:
         # Those never taken are there as zero: a rate needs the sample before the first one.
         counted: Counter[tuple[str, str]] = Counter()
         counted.update({(known, "by hand"): 0 for known in DECISIONS})
-        counted.update((c.decision, "by hand") for c in changes)
+        counted.update({(known, "by guards"): 0 for known in ("advance", "rollback")})
+        counted.update(
+            (c.decision, "by guards" if c.actor == controller.ACTOR else "by hand") for c in changes
+        )
         return dict(counted)
+
+    def guards() -> tuple[int, dict[tuple[str, str], float]] | None:
+        try:
+            saved = Store(state).saved()
+        except MoeServeError:
+            return None
+        if not saved.state.active:
+            return None
+        found = saved.seen.get("decision", {}).get("evidence", [])
+        ends = ("lower", "upper", "margin")
+        return saved.state.step, {(e["guard"], end): e[end] for e in found for end in ends}
 
     engines = [
         Watched(
@@ -145,6 +161,7 @@ def exporter(state: Path, stack: StackState) -> Exporter:
         weight=share,
         state=name,
         decisions=decisions,
+        guards=guards,
         expert_bytes=_expert_bytes(Path(stack.engines["pruned"].model)),
     )
 
@@ -201,10 +218,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--watch", action="store_true", help="drive rollouts by their policy")
     options = parser.parse_args()
+    watching = controller.start(options.state, _log) if options.watch else None
     uvicorn.run(
         application(options.state), host="127.0.0.1", port=options.port, log_level="warning"
     )
+    if watching is not None:
+        thread, stop = watching
+        stop.set()
+        thread.join(5.0)
+
+
+def _log(line: str) -> None:
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,8 @@ def decide(window: Window, policy: Policy, state: State, *, explain: bool = True
     if not state.active:
         return Decision(kind="hold", reason=state.phase, words=f"the rollout is {state.phase}")
     may_roll_back = state.phase != "paused" or policy.while_paused == "rollback"
-    if may_roll_back and (found := _hard(window, policy)):
+    if found := _without_statistics(window, policy, may_roll_back=may_roll_back):
         return found
-    if window.trouble:
-        return _blind(window, policy, may_roll_back=may_roll_back)
     if "promoted" in (state.phase, state.before):
         words = "everything goes to pruned; the hard limits are watched"
         return Decision(kind="hold", reason=state.phase, words=words)
@@ -122,6 +120,16 @@ def _no_traffic(step: Step) -> str:
     if step.shadow:
         return "no copies reach the pruned engine; is there traffic, and does the proxy mirror it?"
     return "no traffic is no evidence; send some, or use a shadow step"
+
+
+def _without_statistics(window: Window, policy: Policy, *, may_roll_back: bool) -> Decision | None:
+    """What comes before any guard: nowhere to go back to, a hard limit, no data."""
+    if window.original_down:
+        words = "the original is down; rolling back would send everything to it"
+        return Decision(kind="hold", reason="original-down", words=words)
+    if may_roll_back and (found := _hard(window, policy)):
+        return found
+    return _blind(window, policy, may_roll_back=may_roll_back) if window.trouble else None
 
 
 def _hard(window: Window, policy: Policy) -> Decision | None:

@@ -139,6 +139,16 @@ class Hooks(_Part):
     """Started with the object on its standard input; no shell."""
 
 
+class Prometheus(_Part):
+    """Counters from a Prometheus server, for several engines per variant."""
+
+    prometheus: str = Field(pattern=r"^https?://")
+    """Address of its API; the part before ``/api/v1``."""
+    selector: str = ""
+    """More label matchers, e.g. ``model="m",namespace="prod"``. Every series must carry a label
+    ``variant`` (``original`` or ``pruned``), as ours do; relabel vLLM's when scraping."""
+
+
 class Sticky(_Part):
     """What keeps a user on one variant; the proxy hashes it, a ramp moves users one way only."""
 
@@ -190,6 +200,9 @@ class Policy(_Part):
     it to about the requests of one user per step; all counts are divided by it."""
     sticky: Sticky | None = None
     """None: every request is split on its own, the most informative split."""
+    metrics: Prometheus | Literal["direct"] = "direct"
+    """Where counters come from. ``direct``: this machine's engines and proxy, asked at each
+    reading, so that nothing is older than the decision."""
     interval_seconds: Positive = 5.0
     """Between readings; a rollback by statistics is at most this late."""
     warmup_seconds: float = Field(default=30.0, ge=0.0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moe_serve.rollout.policy import Policy
-from moe_serve.serving.variants import PRUNED, VARIANTS
+from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 _RECENT: Final = 60.0
 """Seconds that the hard guards look back."""
@@ -90,6 +90,8 @@ class Window:
     """Wall clock of the first of the unusable readings in a row."""
     unhealthy_since: float | None = None
     """Of the pruned engine."""
+    original_down: bool = False
+    """The original's health check fails: there is nothing to roll back to."""
     full_since: float | None = None
     """Of the pruned engine's KV cache, with requests waiting."""
     recent: deque[tuple[float, float, float]] = field(default_factory=deque)
@@ -98,13 +100,13 @@ class Window:
     """Wall clock of the last reading."""
     last: Reading | None = None
 
-    def add(self, reading: Reading, policy: Policy) -> None:
-        """Take one more reading in."""
+    def add(self, reading: Reading, policy: Policy, *, lost: str = "") -> None:
+        """Take one more reading in; ``lost`` says why it can't be used, if that is known."""
         before, self.last = self.last, reading
         self.now = reading.at
         self.edges = dict(reading.edges) or self.edges
         self._watch(reading, policy)
-        self.trouble = self._trouble(before, reading, policy)
+        self.trouble = lost or self._trouble(before, reading, policy)
         if self.trouble:
             if self.blind_since is None:
                 self.blind_since = reading.at
@@ -122,7 +124,12 @@ class Window:
 
     def _watch(self, reading: Reading, policy: Policy) -> None:
         """What the hard guards need, also from readings that give no counts."""
-        pruned = reading.arms.get(PRUNED)
+        pruned, original = reading.arms.get(PRUNED), reading.arms.get(ORIGINAL)
+        if original is not None and original.healthy is not None:
+            if self.original_down and original.healthy:
+                # Nothing could be done about it meanwhile; being blind counts from here.
+                self.blind_since = None
+            self.original_down = not original.healthy
         if pruned is None:
             return
         if pruned.healthy is not None:

@@ -28,6 +28,8 @@ class StackConfig(BaseModel):
     """Port of API and metrics, on loopback."""
     state: Path = Path("moe-serve-state")
     """Directory for routes, logs and the database; kept over restarts."""
+    policy: Path | None = None
+    """Policy of automatic rollouts; with one a controller watches, and ``rollout start`` begins."""
     model: str | None = None
     """The public model name; by default the original's directory name."""
     engine_args: tuple[str, ...] = ()

@@ -106,6 +106,7 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
                 )
                 for spec, child in specs
             },
+            policy=str(config.policy.absolute()) if config.policy is not None else None,
         )
         stack.state.save(folder)
         _control(stack, tell)
@@ -188,6 +189,8 @@ def _control(stack: Stack, tell: Tell) -> None:
     log.unlink(missing_ok=True)
     port = stack.config.control_port
     command = [sys.executable, "-m", _CONTROL, "--state", str(stack.folder), "--port", str(port)]
+    if stack.config.policy is not None:
+        command.append("--watch")
     child = start("control", command, log)
     stack.children.append(child)
 

@@ -34,6 +34,8 @@ class StackState:
     envoy_pid: int
     served_model: str
     engines: dict[str, EngineState]
+    policy: str | None = None
+    """File of the rollout's policy, where ``up`` was given one."""
 
     def save(self, folder: Path) -> None:
         """Write ``stack.json`` atomically."""

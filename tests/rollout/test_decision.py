@@ -216,6 +216,21 @@ def test_an_unhealthy_engine_is_a_hard_limit_even_when_it_is_not_counted() -> No
     assert kinds == ["hold", "hold", "hold", "rollback"]
 
 
+def test_nothing_is_rolled_back_onto_a_dead_original() -> None:
+    """Its counters are gone for longer than the limit, and pruned fails too: a person is needed."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    gone = ArmReading(requests=None, failed=None, healthy=False)
+    for _ in range(100):
+        traffic.serve(PRUNED, 50, failed=50)
+        traffic.read(changed={ORIGINAL: gone})
+        assert d.decide(traffic.window, POLICY, CANARY).reason == "original-down"
+    traffic.serve(PRUNED, 50, failed=50)
+    assert d.decide(traffic.read(), POLICY, CANARY).kind == "hold"
+    traffic.serve(PRUNED, 50, failed=50)
+    assert d.decide(traffic.read(), POLICY, CANARY).kind == "rollback"
+
+
 def test_restarts_hold_and_a_crash_loop_rolls_back() -> None:
     """Counters that begin anew give no counts; the third time it is a crash loop."""
     policy = POLICY.model_copy(update={"hard": Hard(restarts=2)})

@@ -82,8 +82,65 @@ def test_requests_are_counted_by_who_answered(proxy: Proxied) -> None:
     after = source.read()
     assert before is not None
     assert after is not None
-    assert after[PRUNED]["answered"] - before[PRUNED]["answered"] == 7
+    assert after[PRUNED].answered - before[PRUNED].answered == 7
     assert after[ORIGINAL] == before[ORIGINAL]
+
+
+def test_copies_reach_pruned_and_clients_see_the_original(proxy: Proxied) -> None:
+    """At 100 % every request is copied; the answer is the original's; a later move ends it."""
+    move(proxy.state, 0, decision="start", reason="", shadow=100)
+    before = proxy.pruned.started
+    assert answered_by(proxy, 20) == {ORIGINAL: 20}
+    until = time.monotonic() + 5
+    while proxy.pruned.started < before + 20 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert proxy.pruned.started == before + 20
+    assert status(proxy.state)["shadow_percent"] == 100
+    move(proxy.state, 0, decision="set", reason="")
+    before = proxy.pruned.started
+    answered_by(proxy, 5)
+    assert proxy.pruned.started == before
+
+
+@pytest.mark.parametrize("sticky", ["header:x-user", "cookie:moe-user"])
+def test_sticky_users_move_one_way_as_the_share_grows(proxy: Proxied, sticky: str) -> None:
+    """Sixty users at 20 %, twice the same; at 60 % those on pruned stay and others join."""
+    kind, name = sticky.split(":")
+
+    def sides() -> dict[int, str]:
+        found = {}
+        for user in range(60):
+            value = f"user-{user}"
+            headers = {name: value} if kind == "header" else {"cookie": f"{name}={value}"}
+            answer = httpx.post(f"{proxy.endpoint}/completions", json=BODY, headers=headers)
+            found[user] = answer.headers[HEADER]
+        return found
+
+    move(proxy.state, 20, decision="set", reason="", sticky=sticky)
+    first = sides()
+    assert sides() == first
+    move(proxy.state, 60, decision="set", reason="")
+    assert read_split(proxy.state).sticky == sticky
+    second = sides()
+    assert {u for u in first if first[u] == PRUNED} < {u for u in second if second[u] == PRUNED}
+    move(proxy.state, 0, decision="rollback", reason="", sticky="")
+
+
+def test_a_stream_cut_off_is_counted(tmp_path: Path) -> None:
+    """The engine dies after the headers: answered for the proxy, and cut."""
+    with proxied(tmp_path, chunks=200, pause=0.05) as proxy:
+        move(proxy.state, 100, decision="set", reason="")
+        source = Endpoints(name="envoy", url=f"http://{proxy.admin._address}/clusters?format=json")
+        with httpx.stream("POST", f"{proxy.endpoint}/completions", json=BODY) as answer:
+            chunks = answer.iter_bytes()
+            next(chunks)
+            proxy.pruned.stop()
+            with pytest.raises(httpx.RemoteProtocolError):
+                list(chunks)
+        found = source.read()
+        assert found is not None
+        assert (found[PRUNED].answered, found[PRUNED].cut) == (1, 1)
+        assert found[ORIGINAL].cut == 0
 
 
 def test_rollback_needs_neither_control_process_nor_record(proxy: Proxied) -> None:

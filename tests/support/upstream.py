@@ -21,12 +21,18 @@ class Upstream:
         """Name it; each completion streams ``chunks`` events, ``pause`` seconds apart."""
         self.name, self.port = name, port
         self.started = 0
+        self.fail_every = 0
+        """Each such request is answered 500; 0: none."""
+        self.slow_every = 0
+        """Each such request is counted as slower than any objective; 0: none."""
+        self._finished, self._slow = 0, 0
         self._chunks, self._pause = chunks, pause
         routes = [
             Route("/health", self._health),
             Route("/v1/models", self._models),
             Route("/v1/completions", self._completions, methods=["POST"]),
             Route("/secret", self._health),
+            Route("/metrics", self._metrics),
         ]
         config = uvicorn.Config(
             Starlette(routes=routes), host="127.0.0.1", port=port, log_level="error"
@@ -62,9 +68,25 @@ class Upstream:
     async def _models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
 
+    async def _metrics(self, _request: Request) -> Response:
+        """As an engine has them: two histograms and three gauges."""
+        lines = ["vllm:num_requests_running 1", "vllm:num_requests_waiting 0"]
+        lines += ["vllm:kv_cache_usage_perc 0.1"]
+        for name, edge in (("time_to_first_token", 1.0), ("request_time_per_output_token", 0.1)):
+            lines.append(f"# TYPE vllm:{name}_seconds histogram")
+            counts = {f"{edge}": self._finished - self._slow, "+Inf": self._finished}
+            lines += [f'vllm:{name}_seconds_bucket{{le="{e}"}} {n}' for e, n in counts.items()]
+            lines += [f"vllm:{name}_seconds_count {self._finished}", f"vllm:{name}_seconds_sum 1"]
+        return PlainTextResponse("\n".join(lines) + "\n")
+
     async def _completions(self, request: Request) -> Response:
         await request.body()
         self.started += 1
+        if self.fail_every and self.started % self.fail_every == 0:
+            return PlainTextResponse("no", status_code=500)
+        self._finished += 1
+        if self.slow_every and self._finished % self.slow_every == 0:
+            self._slow += 1
 
         async def events() -> object:
             for number in range(self._chunks):

@@ -1,0 +1,127 @@
+"""What a person tells a rollout. Each is recorded, and none waits for the controller."""
+
+from __future__ import annotations
+
+import getpass
+import time
+from pathlib import Path
+
+from moe_serve.errors import RolloutError
+from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.state import begin, pause, resume
+from moe_serve.rollout.store import Saved, Store
+from moe_serve.rollout.traffic import Basis, Moved, move
+from moe_serve.serving.routes import read_split
+from moe_serve.serving.state import StackState
+
+
+def start_rollout(
+    state: Path, policy: Policy, *, reason: str, actor: str = "", force: bool = False
+) -> Moved:
+    """Begin with the policy's first step.
+
+    Args:
+        state: the stack's state directory.
+        policy: kept with the rollout; a later change of its file changes nothing.
+        reason: for the record.
+        actor: by default the user.
+        force: also within the cool-down after a rollback.
+
+    Raises:
+        RolloutError: one is under way, none can be watched, or it is too early.
+    """
+    StackState.load(state)
+    store = Store(state)
+    saved = store.saved()
+    now = time.time()
+    if saved.state.active:
+        raise RolloutError(
+            f"a rollout is under way ({saved.state.phase})",
+            remedy="moe-serve rollout rollback ends it",
+        )
+    if store.lease_holder() is None:
+        raise RolloutError(
+            "no controller watches this stack",
+            remedy="start it with moe-serve up --policy policy.toml",
+        )
+    left = saved.state.began + policy.cooldown_seconds - now
+    if saved.state.phase == "rolled_back" and left > 0.0 and not force:
+        raise RolloutError(
+            f"rolled back a short while ago: {saved.state.reason}",
+            remedy=f"find out why, then wait {left / 60.0:.0f} minutes or give --force",
+        )
+    event = {"actor": actor or getpass.getuser(), "reason": reason, "digest": policy.digest}
+    text = policy.model_dump_json()
+    store.note("policy", {**event, "policy": text}, policy=text, revision=saved.revision)
+    becomes = begin(policy, now)
+    percent, shadow = becomes.target(policy)
+    return move(
+        state,
+        percent,
+        decision="start",
+        reason=reason,
+        actor=actor,
+        shadow=shadow,
+        sticky=str(policy.sticky) if policy.sticky is not None else "",
+        basis=Basis(state=becomes, revision=saved.revision),
+    )
+
+
+def pause_rollout(state: Path, *, reason: str, actor: str = "") -> None:
+    """Keep the share; guards go on watching.
+
+    Raises:
+        RolloutError: there is none under way.
+    """
+    store, saved = _under_way(state)
+    who = actor or getpass.getuser()
+    becomes = pause(saved.state, f"{reason or 'by hand'} ({who})")
+    event = {"actor": who, "reason": reason}
+    store.note("paused", event, state=becomes, revision=saved.revision)
+
+
+def resume_rollout(state: Path, *, reason: str, actor: str = "") -> Moved | None:
+    """Go on after a pause, or open the gate of a step; evidence is kept.
+
+    Where the split was changed by hand meanwhile, the step's own share is put back, and its
+    evidence begins anew with it.
+
+    Returns:
+        The move, where there was one.
+
+    Raises:
+        RolloutError: there is none under way.
+    """
+    store, saved = _under_way(state)
+    if saved.policy is None:
+        raise RolloutError("this rollout has no policy to go on with")
+    policy = Policy.model_validate_json(saved.policy)
+    becomes = resume(saved.state, time.time())
+    percent, shadow = becomes.target(policy)
+    split = read_split(state)
+    if (round(split.percent, 2), round(split.shadow_percent, 2)) != (percent, shadow):
+        basis = Basis(state=becomes, revision=saved.revision)
+        return move(
+            state,
+            percent,
+            decision="resume",
+            reason=reason,
+            actor=actor,
+            shadow=shadow,
+            basis=basis,
+        )
+    event = {"actor": actor or getpass.getuser(), "reason": reason}
+    store.note("resumed", event, state=becomes, revision=saved.revision)
+    return None
+
+
+def _under_way(state: Path) -> tuple[Store, Saved]:
+    StackState.load(state)
+    store = Store(state)
+    saved = store.saved()
+    if not saved.state.active:
+        raise RolloutError(
+            f"no rollout is under way (it is {saved.state.phase})",
+            remedy="moe-serve rollout start begins one",
+        )
+    return store, saved

@@ -1,0 +1,185 @@
+"""The loop: read, decide, act. It owns no truth: state is in the store, traffic in the route file.
+
+A person always wins: what they did since the state was read makes the controller's own move fail,
+and it reads again. It acts only while it holds the lease.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from moe_serve.errors import MoeServeError, Overtaken, RolloutError
+from moe_serve.rollout.decision import Decision, apply, decide
+from moe_serve.rollout.hooks import notify
+from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.recovery import recover
+from moe_serve.rollout.sources import Sources, sources_of
+from moe_serve.rollout.store import Saved, Store
+from moe_serve.rollout.traffic import Basis, move
+from moe_serve.rollout.window import Window
+from moe_serve.serving.routes import Split, read_split
+from moe_serve.serving.state import StackState
+
+ACTOR: Final = "controller"
+_IDLE: Final = 5.0
+"""Seconds between looks while no rollout is under way."""
+_LEASE: Final = 3.0
+"""Intervals that a lease lasts, at least half a minute."""
+
+Tell = Callable[[str], None]
+
+
+class Controller:
+    """Drives the rollout of one state directory."""
+
+    def __init__(
+        self, state: Path, tell: Tell, sources: Callable[[Policy], Sources] | None = None
+    ) -> None:
+        """Nothing is done before :meth:`tick`.
+
+        Args:
+            state: the stack's state directory.
+            tell: takes one line for the log.
+            sources: makes the source of readings; by default as the policy says.
+        """
+        self._folder, self._tell = state, tell
+        self._make = sources or (lambda policy: sources_of(policy, StackState.load(state)))
+        self._store = Store(state)
+        self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._policy: tuple[str, Policy, Sources] | None = None
+        self._window: Window | None = None
+        self._told = ""
+
+    @property
+    def interval(self) -> float:
+        """Seconds until the next tick."""
+        return self._policy[1].interval_seconds if self._policy is not None else _IDLE
+
+    def run(self, stop: threading.Event) -> None:
+        """Tick until told to stop. Whatever goes wrong in one is told, and the next one comes."""
+        while not stop.is_set():
+            began = time.monotonic()
+            try:
+                self.tick()
+            except MoeServeError as exc:
+                self._say(f"no decision: {exc}")
+            except Exception as exc:  # noqa: BLE001 - a loop that ends in silence guards nothing
+                self._say(f"no decision: {type(exc).__name__}: {exc}")
+            stop.wait(max(0.1, self.interval - (time.monotonic() - began)))
+        try:
+            self._store.release(self._holder)
+        except RolloutError as exc:
+            self._say(f"the lease runs out by itself: {exc}")
+
+    def tick(self) -> Decision | None:
+        """One reading, one decision; ``None`` while no rollout is under way.
+
+        Raises:
+            Overtaken: another controller holds the lease, or someone acted in between.
+            RolloutError: record or routes can't be used.
+        """
+        self._store.lease(self._holder, max(30.0, _LEASE * self.interval))
+        try:
+            for line in recover(self._folder):
+                self._tell(line)
+            split: Split | None = read_split(self._folder)
+        except Overtaken:
+            raise
+        except RolloutError as exc:
+            # Envoy goes on with the last good routes. Blind, and rolled back when that lasts.
+            self._say(str(exc))
+            split = None
+        saved = self._store.saved()
+        if not saved.state.active or saved.policy is None:
+            self._policy = self._window = None
+            return None
+        policy, sources = self._of(saved.policy)
+        window = self._evidence(saved, split)
+        reading = sources.read(policy)
+        lost = "" if split is not None else "the route file can't be read"
+        window.add(reading, policy, lost=lost)
+        decision = decide(window, policy, saved.state)
+        self._store.save_seen({"window": window.to_json(), "decision": decision.to_json()})
+        self._say(f"{decision.kind} ({decision.reason}): {decision.words}")
+        if decision.kind != "hold":
+            self._act(decision, saved, policy)
+        return decision
+
+    def _of(self, text: str) -> tuple[Policy, Sources]:
+        if self._policy is None or self._policy[0] != text:
+            policy = Policy.model_validate_json(text)
+            self._policy = (text, policy, self._make(policy))
+        return self._policy[1:]
+
+    def _evidence(self, saved: Saved, split: Split | None) -> Window:
+        """The window of the present split; a new split begins a new one."""
+        if self._window is None and "window" in saved.seen:
+            self._window = Window.from_json(saved.seen["window"])
+        if split is None:
+            self._window = self._window or Window(began=time.time())
+        elif self._window is None or self._window.version != split.version:
+            self._window = Window(
+                began=time.time(),
+                weight=split.percent,
+                shadow=split.shadow_percent,
+                version=split.version,
+            )
+        return self._window
+
+    def _act(self, decision: Decision, saved: Saved, policy: Policy) -> None:
+        at = time.time()
+        becomes = apply(decision, saved.state, policy, at)
+        event = {"at": at, "state": becomes.phase, "step": becomes.step, **decision.to_json()}
+        if policy.dry_run:
+            last = saved.seen.get("decision", {})
+            if (last.get("kind"), last.get("reason")) != (decision.kind, decision.reason):
+                self._store.note("dry-run", event)
+            return
+        if decision.kind == "pause":
+            self._store.note("paused", event, state=becomes, revision=saved.revision)
+        else:
+            percent, shadow = becomes.target(policy)
+            moved = move(
+                self._folder,
+                percent,
+                decision="rollback" if decision.kind == "rollback" else "advance",
+                reason=decision.words,
+                actor=ACTOR,
+                shadow=shadow,
+                basis=Basis(
+                    state=becomes,
+                    revision=saved.revision,
+                    holder=self._holder,
+                    evidence=decision.to_json(),
+                ),
+            )
+            for warning in moved.warnings:
+                self._tell(warning)
+        notify(policy.hooks, event, self._tell)
+
+    def _say(self, line: str) -> None:
+        """Once, until it changes."""
+        if line != self._told:
+            self._told = line
+            self._tell(line)
+
+
+def start(state: Path, tell: Tell) -> tuple[threading.Thread, threading.Event]:
+    """Run a controller in a thread of this process; set the event to end it."""
+    stop = threading.Event()
+    controller = Controller(state, tell)
+    thread = threading.Thread(target=controller.run, args=(stop,), daemon=True, name="controller")
+    thread.start()
+    return thread, stop
+
+
+def summary(decision: dict[str, Any] | None) -> str:
+    """A stored decision in one line."""
+    return f"{decision['kind']} ({decision['reason']}): {decision['words']}" if decision else ""

@@ -1,0 +1,164 @@
+"""Where a reading comes from: this machine's engines and proxy, or a Prometheus server.
+
+Counters stay cumulative: differences are the window's, which knows what a restart is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, Final, Protocol
+
+import httpx
+
+from moe_serve.metrics.sources import Endpoints, Host, Source, buckets, total
+from moe_serve.rollout.policy import Metric, Policy, Prometheus
+from moe_serve.rollout.window import ArmReading, Reading
+from moe_serve.serving.state import StackState
+from moe_serve.serving.variants import VARIANTS
+
+HISTOGRAMS: Final[Mapping[Metric, str]] = {
+    "ttft": "vllm:time_to_first_token_seconds",
+    # The mean of a request: single gaps between its tokens are correlated with each other.
+    "tpot": "vllm:request_time_per_output_token_seconds",
+}
+_STALE: Final = 60.0
+"""Seconds after which a Prometheus sample is no longer of now."""
+
+Over = tuple[float, float]
+"""(requests over the objective, requests)."""
+
+
+class Sources(Protocol):
+    """Gives readings; what can't be read is ``None`` in them, never zero."""
+
+    def read(self, policy: Policy) -> Reading:
+        """One reading now."""
+        ...
+
+
+def over_edge(counts: list[tuple[str, float]], objective: float) -> tuple[Over, float] | None:
+    """Requests over the histogram edge nearest to an objective (by ratio), and the edge.
+
+    Args:
+        counts: cumulative (edge, count), rising, the last one infinite.
+        objective: seconds.
+    """
+    edges = [(float(edge), count) for edge, count in counts]
+    finite = [(edge, count) for edge, count in edges if 0.0 < edge < math.inf]
+    if not finite or not math.isinf(edges[-1][0]):
+        return None
+    edge, below = min(finite, key=lambda item: abs(math.log(item[0] / objective)))
+    return (edges[-1][1] - below, edges[-1][1]), edge
+
+
+class DirectSources:
+    """Asks the engines' ``/metrics`` and Envoy's admin interface."""
+
+    def __init__(self, stack: StackState) -> None:
+        """For a stack on this machine."""
+        self._engines = {
+            name: Source(name=name, url=f"{engine.url}/metrics")
+            for name, engine in stack.engines.items()
+        }
+        self._proxy = Endpoints(name="envoy", url=f"http://{stack.admin}/clusters?format=json")
+
+    def read(self, policy: Policy) -> Reading:
+        """Engines one after the other, then the proxy."""
+        edges: dict[str, float] = {}
+        found = {name: self._engines[name].read() for name in VARIANTS}
+        hosts = self._proxy.read() or {}
+        arms = {
+            name: _arm(samples or [], hosts.get(name), policy, edges)
+            for name, samples in found.items()
+        }
+        return Reading(at=time.time(), tick=time.monotonic(), arms=arms, edges=edges)
+
+
+def _arm(
+    samples: list[Any], host: Host | None, policy: Policy, edges: dict[str, float]
+) -> ArmReading:
+    over: dict[str, Over] = {}
+    for metric, guard in policy.guards.latency().items():
+        counts = buckets(samples, HISTOGRAMS[metric])
+        if counts and (found := over_edge(counts[0], guard.objective)):
+            over[metric], edges[metric] = found
+    return ArmReading(
+        **_requests(host),
+        over=over,
+        running=total(samples, "vllm:num_requests_running"),
+        waiting=total(samples, "vllm:num_requests_waiting"),
+        kv_usage=total(samples, "vllm:kv_cache_usage_perc"),
+        healthy=host.healthy if host else None,
+        started=total(samples, "process_start_time_seconds"),
+    )
+
+
+def _requests(host: Host | None) -> dict[str, float | None]:
+    """A request cut off before its headers counts as failed and cut: as one at most."""
+    if host is None:
+        return {"requests": None, "failed": None}
+    requests = host.answered + host.failed
+    return {"requests": requests, "failed": min(requests, host.failed + host.cut)}
+
+
+class PrometheusSources:
+    """Asks a Prometheus server; sums over all engines of a variant."""
+
+    def __init__(self, settings: Prometheus, client: httpx.Client | None = None) -> None:
+        """Every series must carry the label ``variant``."""
+        self._url = f"{settings.prometheus.rstrip('/')}/api/v1/query"
+        self._more = f",{settings.selector}" if settings.selector else ""
+        self._client = client or httpx.Client(timeout=5.0)
+
+    def read(self, policy: Policy) -> Reading:
+        """Some ten instant queries per variant."""
+        edges: dict[str, float] = {}
+        arms = {name: self._arm(name, policy, edges) for name in VARIANTS}
+        return Reading(at=time.time(), tick=time.monotonic(), arms=arms, edges=edges)
+
+    def _arm(self, variant: str, policy: Policy, edges: dict[str, float]) -> ArmReading:
+        labels = f'variant="{variant}"{self._more}'
+        over: dict[str, Over] = {}
+        for metric, guard in policy.guards.latency().items():
+            query = f"sum by (le) ({HISTOGRAMS[metric]}_bucket{{{labels}}})"
+            counts = [(row["metric"]["le"], value) for row, value in self._ask(query)]
+            counts.sort(key=lambda item: float(item[0]))
+            if counts and (found := over_edge(counts, guard.objective)):
+                over[metric], edges[metric] = found
+        requests = "moe_serve_requests_total"
+        age = self._one(f"time() - max(timestamp({requests}{{{labels}}}))")
+        fresh = age is not None and age <= _STALE
+        counted = self._one(f'sum({requests}{{{labels},outcome=~"answered|failed"}})')
+        failed = self._one(f'sum({requests}{{{labels},outcome=~"failed|cut"}})')
+        known = fresh and counted is not None and failed is not None
+        return ArmReading(
+            requests=counted if known else None,
+            failed=min(failed or 0.0, counted or 0.0) if known else None,
+            over=over,
+            # Of one engine: the load that a request meets.
+            running=self._one(f"avg(vllm:num_requests_running{{{labels}}})"),
+            waiting=self._one(f"sum(vllm:num_requests_waiting{{{labels}}})"),
+            kv_usage=self._one(f"min(vllm:kv_cache_usage_perc{{{labels}}})"),
+            started=self._one(f"max(process_start_time_seconds{{{labels}}})"),
+        )
+
+    def _one(self, query: str) -> float | None:
+        rows = self._ask(query)
+        return rows[0][1] if len(rows) == 1 else None
+
+    def _ask(self, query: str) -> list[tuple[dict[str, Any], float]]:
+        """Rows of an instant query; none when it can't be asked."""
+        try:
+            answer = self._client.get(self._url, params={"query": query}).raise_for_status().json()
+            return [(row, float(row["value"][1])) for row in answer["data"]["result"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError):
+            return []
+
+
+def sources_of(policy: Policy, stack: StackState) -> Sources:
+    """As the policy says."""
+    if isinstance(policy.metrics, Prometheus):
+        return PrometheusSources(policy.metrics)
+    return DirectSources(stack)

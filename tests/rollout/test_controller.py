@@ -1,0 +1,220 @@
+"""The loop, with the real Envoy and upstreams that speak like engines."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from moe_serve.errors import Overtaken, RolloutError
+from moe_serve.rollout.commands import pause_rollout, resume_rollout, start_rollout
+from moe_serve.rollout.controller import Controller
+from moe_serve.rollout.policy import ErrorGuard, Guards, Hooks, LatencyGuard, Policy, Step
+from moe_serve.rollout.store import Store
+from moe_serve.rollout.traffic import move, status
+from moe_serve.serving.routes import read_split, route_file
+from moe_serve.serving.variants import ORIGINAL
+from tests.support.proxy import Proxied, proxied
+
+QUICK = {"min_seconds": 0.0, "min_requests": 20, "max_seconds": 3600.0}
+POLICY = Policy(
+    steps=(Step(weight=0, shadow=100, **QUICK), Step(weight=50, **QUICK)),
+    guards=Guards(
+        errors=ErrorGuard(margin=0.2),
+        ttft=LatencyGuard(objective=1.0, margin=0.4),
+        tpot=LatencyGuard(objective=0.1, margin=0.4),
+    ),
+    strata=(),
+    warmup_seconds=0.0,
+    interval_seconds=0.5,
+    blind_seconds=3.0,
+)
+
+
+@pytest.fixture
+def proxy(tmp_path: Path) -> Iterator[Proxied]:
+    """Envoy and two upstreams that answer at once."""
+    with proxied(tmp_path, chunks=1, pause=0.0) as running:
+        yield running
+
+
+def ask(proxy: Proxied, count: int) -> None:
+    """Requests, eight at a time."""
+    with httpx.Client() as client, ThreadPoolExecutor(8) as pool:
+        list(
+            pool.map(lambda _: client.post(f"{proxy.endpoint}/completions", json={}), range(count))
+        )
+
+
+@contextmanager
+def begun(proxy: Proxied, policy: Policy = POLICY) -> Iterator[Controller]:
+    """A controller that has the lease, and a rollout at its first step."""
+    controller = Controller(proxy.state, lambda _: None)
+    controller.tick()
+    start_rollout(proxy.state, policy, reason="test")
+    controller.tick()
+    yield controller
+
+
+def phase(proxy: Proxied) -> tuple[str, float, float]:
+    """State, percent, copies."""
+    found = status(proxy.state)
+    return found["state"], found["pruned_percent"], found["shadow_percent"]
+
+
+def test_a_healthy_rollout_walks_to_the_end(proxy: Proxied) -> None:
+    """Copies first, then half of the traffic, then all; each move confirmed and on record."""
+    with begun(proxy) as controller:
+        seen = [phase(proxy)]
+        for _ in range(12):
+            ask(proxy, 150)
+            time.sleep(0.1)
+            controller.tick()
+            if phase(proxy) != seen[-1]:
+                seen.append(phase(proxy))
+        assert seen == [("shadow", 0, 100), ("canary", 50, 0), ("promoted", 100, 0)]
+        decisions = [c.decision for c in Store(proxy.state).history()]
+        assert decisions == ["advance", "advance", "start"]
+        assert all(c.confirmed_at for c in Store(proxy.state).history())
+        assert Store(proxy.state).verify().problems == ()
+
+
+@pytest.mark.parametrize("what", ["fail_every", "slow_every"])
+def test_a_regression_is_rolled_back(what: str, proxy: Proxied) -> None:
+    """Every request but few: while only copies go there no client has seen one."""
+    setattr(proxy.pruned, what, 1 if what == "slow_every" else 2)
+    with begun(proxy) as controller:
+        for _ in range(20):
+            ask(proxy, 100)
+            time.sleep(0.1)
+            controller.tick()
+            if phase(proxy)[0] == "rolled_back":
+                break
+        assert phase(proxy) == ("rolled_back", 0, 0)
+        last = Store(proxy.state).history()[0]
+        assert (last.actor, last.decision) == ("controller", "rollback")
+        assert last.confirmed_at is not None
+        with pytest.raises(RolloutError, match="--force"):
+            start_rollout(proxy.state, POLICY, reason="again")
+        start_rollout(proxy.state, POLICY, reason="again", force=True)
+        assert phase(proxy) == ("shadow", 0, 100)
+
+
+def test_a_second_controller_does_nothing(proxy: Proxied) -> None:
+    """Until the first is gone."""
+    with begun(proxy) as controller:
+        second = Controller(proxy.state, lambda _: None)
+        with pytest.raises(Overtaken):
+            second.tick()
+        stop = threading.Event()
+        stop.set()
+        controller.run(stop)
+        assert second.tick() is not None
+
+
+def test_evidence_survives_a_controller(proxy: Proxied) -> None:
+    """The next one goes on with the counts of the first."""
+    with begun(proxy) as controller:
+        ask(proxy, 15)
+        time.sleep(0.1)
+        controller.tick()
+        assert controller._window is not None
+        counted = controller._window.failures[ORIGINAL][1]
+        assert counted == 15
+        Store(proxy.state).release(controller._holder)
+        second = Controller(proxy.state, lambda _: None)
+        second.tick()
+        assert second._window is not None
+        assert second._window.failures[ORIGINAL][1] == counted
+
+
+def test_a_person_wins(proxy: Proxied) -> None:
+    """Set, resume, pause, an edit of the file: each is recorded, none is undone."""
+    with begun(proxy) as controller:
+        move(proxy.state, 30, decision="set", reason="look")
+        controller.tick()
+        assert phase(proxy) == ("paused", 30, 0)
+        resume_rollout(proxy.state, reason="go on")
+        assert phase(proxy) == ("shadow", 0, 100)
+        pause_rollout(proxy.state, reason="lunch")
+        ask(proxy, 300)
+        time.sleep(0.1)
+        controller.tick()
+        controller.tick()
+        assert phase(proxy) == ("paused", 0, 100)
+        assert resume_rollout(proxy.state, reason="back") is None
+        file = route_file(proxy.state)
+        copy = file.with_name("edited")
+        text = json.loads(file.read_text())
+        for route in text["resources"][0]["virtual_hosts"][0]["routes"]:
+            for cluster in route.get("route", {}).get("weighted_clusters", {}).get("clusters", ()):
+                cluster["weight"] = 7000 if cluster["name"] == ORIGINAL else 3000
+        copy.write_text(json.dumps(text))
+        copy.rename(file)
+        controller.tick()
+        assert phase(proxy)[:2] == ("paused", 30)
+        assert read_split(proxy.state).percent == 30
+
+
+def test_an_unreadable_route_file_is_blindness(proxy: Proxied) -> None:
+    """Held, then rolled back with a good file."""
+    with begun(proxy) as controller:
+        route_file(proxy.state).write_text("{")
+        kinds = []
+        for _ in range(40):
+            decision = controller.tick()
+            kinds.append(decision.kind if decision else "ended")
+            if kinds[-1] != "hold":
+                break
+            time.sleep(0.1)
+        assert kinds[0] == "hold"
+        assert kinds[-1] == "rollback"
+        assert read_split(proxy.state).percent == 0
+
+
+def test_a_dry_run_moves_nothing(proxy: Proxied) -> None:
+    """It says in the log what it would have done, once."""
+    with begun(proxy, POLICY.model_copy(update={"dry_run": True})) as controller:
+        for _ in range(5):
+            ask(proxy, 150)
+            time.sleep(0.1)
+            controller.tick()
+        assert phase(proxy) == ("shadow", 0, 100)
+        with Store(proxy.state)._open() as db:
+            notes = db.execute("SELECT body FROM audit WHERE kind = 'dry-run'").fetchall()
+        assert len(notes) == 1
+        assert json.loads(notes[0][0])["kind"] == "advance"
+
+
+def test_hooks_are_told(proxy: Proxied, tmp_path: Path) -> None:
+    """A command gets the decision as JSON; one that fails changes nothing."""
+    target = tmp_path / "told"
+    code = f"import sys, pathlib; pathlib.Path({str(target)!r}).write_text(sys.stdin.read())"
+    hooks = Hooks(command=(sys.executable, "-c", code), webhook="http://127.0.0.1:1/none")
+    with begun(proxy, POLICY.model_copy(update={"hooks": hooks})) as controller:
+        for _ in range(6):
+            ask(proxy, 150)
+            time.sleep(0.1)
+            controller.tick()
+            if phase(proxy)[0] == "canary":
+                break
+        until = time.monotonic() + 10
+        while not (target.exists() and target.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        assert json.loads(target.read_text())["state"] == "canary"
+
+
+def test_nothing_starts_unwatched(proxy: Proxied) -> None:
+    """Without a controller, and twice."""
+    with pytest.raises(RolloutError, match="up --policy"):
+        start_rollout(proxy.state, POLICY, reason="")
+    with begun(proxy), pytest.raises(RolloutError, match="under way"):
+        start_rollout(proxy.state, POLICY, reason="")
