@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from moe_serve.cli.output import err, out, print_json
+from moe_serve.errors import UsageError
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import Moved, move, status
 from moe_serve.serving.state import StackState
+
+if TYPE_CHECKING:
+    # Rolling back must not wait for what only a simulation imports.
+    from moe_serve.rollout.simulation import Summary
 
 State = Annotated[Path, typer.Option("--state", help="The --state directory of moe-serve up.")]
 Reason = Annotated[str, typer.Option("--reason", help="Kept in the record.")]
@@ -152,6 +158,50 @@ def history_command(
         fate = "  (given up)" if c.abandoned_at else fate
         before = "?" if c.percent_before is None else f"{c.percent_before:g}"
         out.print(f"{when}  {c.decision}  {before} → {c.percent_after:g} %  {c.actor}{fate}")
+
+
+@rollout.command("simulate")
+def simulate_command(
+    policy: Annotated[
+        Path | None, typer.Argument(help="policy.toml; without one the default policy.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Requests per second, mean over a day.")] = 20.0,
+    rollouts: Annotated[int, typer.Option(help="Per scenario.")] = 100,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal traffic.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Play a policy against made-up traffic, beside one of fixed thresholds."""
+    from moe_serve.rollout.policy import Policy as Rules
+    from moe_serve.rollout.policy import load_policy
+    from moe_serve.rollout.simulation import scenarios, simulate, summarise
+
+    if rollouts < 1 or rate <= 0.0:
+        raise UsageError("rollouts and rate must be above zero", where="rollout simulate")
+    rules = load_policy(policy) if policy is not None else Rules()
+    rows = []
+    for name, scenario in scenarios(rules, rate).items():
+        err.print(f"{name}: {rollouts} rollouts", markup=False)
+        ours, fixed = simulate(rules, scenario, rollouts, seed)
+        rows += [summarise(name, "policy", ours), summarise(name, "thresholds", fixed)]
+    if as_json:
+        print_json({"policy": rules.digest, "scenarios": [row.to_json() for row in rows]})
+    else:
+        out.print(_table(rows))
+
+
+def _table(rows: list[Summary]) -> Table:
+    table = Table("traffic", "policy", "promoted", "rolled back", "paused", "hours", "exposed")
+    for row in rows:
+        table.add_row(
+            row.scenario,
+            row.policy,
+            f"{row.promoted:.1%}",
+            f"{row.rolled_back:.1%}",
+            f"{row.paused + row.unfinished:.1%}",
+            f"{row.hours:.1f}",
+            f"{row.exposed:,.0f}",
+        )
+    return table
 
 
 def _verify(store: Store, *, as_json: bool) -> None:

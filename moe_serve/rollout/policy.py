@@ -183,7 +183,7 @@ class Policy(_Part):
     guards: Guards = Guards()
     hard: Hard = Hard()
     alpha: Share = 0.01
-    """Probability that a rollout within the margins is ever rolled back by statistics, split
+    """Probability that a variant within margins and ratio is ever rolled back by statistics, split
     over steps and guards. One in a hundred: a false alarm costs a day, not users."""
     alpha_advance: Share = 0.05
     """Probability that a guard lets a step pass which is beyond its margin. Not split: all guards
