@@ -14,7 +14,7 @@ def test_demo_prunes_serves_compares_and_rolls_back(tmp_path: Path) -> None:
         [sys.executable, "-m", "moe_serve", "demo", "--json", "--output", str(tmp_path / "demo")],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1500,  # A guard against hanging; it takes a few minutes.
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
