@@ -1,0 +1,121 @@
+"""Readings from engines, proxy and Prometheus: counters as they are, and absence as absence."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from moe_serve.metrics.sources import Host
+from moe_serve.rollout.policy import Policy, Prometheus
+from moe_serve.rollout.sources import (
+    DirectSources,
+    PrometheusSources,
+    _requests,
+    over_edge,
+    sources_of,
+)
+from moe_serve.serving.state import StackState
+from moe_serve.serving.variants import ORIGINAL, PRUNED
+from tests.support.proxy import proxied
+from tests.support.stacks import fake_stack
+
+POLICY = Policy()
+COUNTS = [("0.1", 2.0), ("0.75", 5.0), ("1.0", 7.0), ("2.5", 9.0), ("+Inf", 10.0)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "edge", "over"), [(1.0, 1.0, 3.0), (0.8, 0.75, 5.0), (50.0, 2.5, 1.0)]
+)
+def test_the_nearest_edge_stands_for_the_objective(
+    objective: float, edge: float, over: float
+) -> None:
+    """0.8 is nearer to 0.75 than to 1.0: 10 - 5 requests were slower."""
+    assert over_edge(COUNTS, objective) == ((over, 10.0), edge)
+
+
+@pytest.mark.parametrize("counts", [[], [("+Inf", 3.0)], [("1.0", 3.0)]])
+def test_a_histogram_without_edges_or_total_is_none(counts: list[tuple[str, float]]) -> None:
+    """Not zero."""
+    assert over_edge(counts, 1.0) is None
+
+
+def test_a_request_fails_once() -> None:
+    """Two resets before the headers are failed and cut; three streams cut are cut and answered."""
+    resets = Host(answered=0, failed=2, cut=2, healthy=True)
+    assert _requests(resets) == {"requests": 2, "failed": 2}
+    streams = Host(answered=10, failed=0, cut=3, healthy=True)
+    assert _requests(streams) == {"requests": 10, "failed": 3}
+
+
+def test_a_stack_that_is_gone_is_not_zero(tmp_path: Path) -> None:
+    """Every counter is unknown."""
+    fake_stack(tmp_path)
+    found = DirectSources(StackState.load(tmp_path)).read(POLICY)
+    for arm in found.arms.values():
+        assert (arm.requests, arm.failed, dict(arm.over), arm.healthy) == (None, None, {}, None)
+
+
+def test_engines_and_proxy_are_read_directly(tmp_path: Path) -> None:
+    """Ten requests on the original, each second one slow; the histogram's edge is named."""
+    with proxied(tmp_path, chunks=1, pause=0.0) as proxy:
+        proxy.original.slow_every = 2
+        for _ in range(10):
+            httpx.post(f"{proxy.endpoint}/completions", json={})
+        found = sources_of(POLICY, StackState.load(tmp_path)).read(POLICY)
+        arm = found.arms[ORIGINAL]
+        assert (arm.requests, arm.failed, arm.healthy) == (10, 0, True)
+        assert arm.over == {"ttft": (5, 10), "tpot": (5, 10)}
+        assert found.arms[PRUNED].requests == 0
+        assert found.edges == {"ttft": 1.0, "tpot": 0.1}
+
+
+def prometheus(age: float) -> httpx.Client:
+    """A server that knows the pruned variant; its samples are ``age`` seconds old."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        query = request.url.params["query"]
+        assert 'namespace="prod"' in query
+        rows: list[tuple[dict[str, str], str]] = []
+        if 'variant="pruned"' in query:
+            if "_bucket" in query:
+                rows = [({"le": "+Inf"}, "8"), ({"le": "0.1"}, "4"), ({"le": "1"}, "6")]
+            elif query.startswith("time()"):
+                rows = [({}, str(age))]
+            elif "answered|failed" in query:
+                rows = [({}, "10")]
+            elif "failed|cut" in query:
+                rows = [({}, "1")]
+            elif re.match(r"avg\(vllm:num_requests_running", query):
+                rows = [({}, "3.5")]
+        result = [{"metric": labels, "value": [0, value]} for labels, value in rows]
+        body = {"status": "success", "data": {"resultType": "vector", "result": result}}
+        return httpx.Response(200, json=body)
+
+    return httpx.Client(transport=httpx.MockTransport(answer))
+
+
+def test_prometheus_gives_the_same_reading() -> None:
+    """Sums by variant; what it has no series of stays unknown."""
+    settings = Prometheus(prometheus="http://p:9090", selector='namespace="prod"')
+    found = PrometheusSources(settings, prometheus(5.0)).read(POLICY)
+    arm = found.arms[PRUNED]
+    assert (arm.requests, arm.failed, arm.running, arm.waiting) == (10, 1, 3.5, None)
+    assert arm.over == {"ttft": (2, 8), "tpot": (4, 8)}
+    assert found.arms[ORIGINAL].requests is None
+
+
+def test_old_samples_are_no_reading() -> None:
+    """A scrape that stopped repeats its last value for five minutes; after one it is unknown."""
+    settings = Prometheus(prometheus="http://p:9090", selector='namespace="prod"')
+    arm = PrometheusSources(settings, prometheus(61.0)).read(POLICY).arms[PRUNED]
+    assert arm.requests is None
+
+
+def test_a_server_that_does_not_answer_is_no_reading() -> None:
+    """An error page, or nothing."""
+    client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(503)))
+    found = PrometheusSources(Prometheus(prometheus="http://p:9090"), client).read(POLICY)
+    assert {arm.requests for arm in found.arms.values()} == {None}
