@@ -63,6 +63,16 @@ def command(original: Path, pruned: Path, state: Path, *more: str) -> list[str]:
     ]
 
 
+POLICY = """
+warmup_seconds = 0
+interval_seconds = 1
+[[steps]]
+weight = 50
+min_seconds = 3600
+"""
+"""A step that no test is long enough to leave."""
+
+
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The fixture model and half of it."""
@@ -75,8 +85,12 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     )
     prune(request, Silent())
     log = (root / "up.log").open("w")
+    policy = root / "policy.toml"
+    policy.write_text(POLICY)
     process = subprocess.Popen(
-        command(MODEL, root / "pruned", root / "state", "--model", "fixture"),
+        command(
+            MODEL, root / "pruned", root / "state", "--model", "fixture", "--policy", str(policy)
+        ),
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
@@ -113,8 +127,8 @@ def test_metrics_have_the_contracts_names(stack: Running) -> None:
     """Everything in the catalogue that a machine without a GPU can have, with data."""
     text = httpx.get(stack.info["metrics"], timeout=30).text
     families = {f.name: f for f in text_string_to_metric_families(text)}
-    without_gpu = {name for name in CATALOGUE if "gpu" not in name}
-    for name in without_gpu:
+    elsewhere = ("moe_serve_rollout_step", "moe_serve_guard_difference")
+    for name in {n for n in CATALOGUE if "gpu" not in n} - {*elsewhere}:
         assert name.removesuffix("_total") in families, name
     memory = {
         (s.labels["variant"], s.labels["kind"]): s.value
@@ -127,6 +141,29 @@ def test_metrics_have_the_contracts_names(stack: Running) -> None:
     for variant in VARIANTS:
         url = f"{stack.info['control']}/engines/{variant}/metrics"
         assert "vllm:generation_tokens_total" in httpx.get(url, timeout=10).text
+
+
+def test_a_rollout_by_policy_counts_what_real_engines_answer(stack: Running) -> None:
+    """Both latencies and the failures of both variants, each seen once and as usable data."""
+    assert stack.rollout("start")["pruned_percent"] == 50
+    with client(stack.endpoint) as openai:
+        until = time.monotonic() + 120
+        while True:
+            openai.completions.create(model="fixture", prompt="x", max_tokens=4)
+            found = stack.rollout("status")
+            guards = {e["guard"]: e for e in (found["decision"] or {}).get("evidence", ())}
+            counted = [guards[g][v][1] for g in guards for v in VARIANTS]
+            if len(counted) == 6 and min(counted) > 0:
+                break
+            assert time.monotonic() < until, found
+    assert (found["state"], found["decision"]["reason"]) == ("canary", "evidence")
+    assert all(e["pruned"][0] == 0 for name, e in guards.items() if name == "errors")
+    text = httpx.get(stack.info["metrics"], timeout=30).text
+    assert "moe_serve_rollout_step 0.0" in text
+    assert 'moe_serve_guard_difference{bound="lower",guard="tpot"}' in text
+    assert stack.rollout("rollback")["pruned_percent"] == 0
+    assert stack.rollout("status")["state"] == "rolled_back"
+    assert stack.rollout("history", "--verify")["problems"] == []
 
 
 def test_nothing_of_control_is_reachable_from_the_public_port(stack: Running) -> None:
