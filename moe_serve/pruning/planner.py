@@ -73,7 +73,12 @@ def make_plan(
     weighed: dict[str, Any] = {}
     by = Refit() if refit else None
     name = method.name
-    if selection.method == AUTO and trial is not None and layers and not budget.uniform:
+    if (
+        selection.method == AUTO
+        and trial is not None
+        and layers
+        and not (budget.uniform or budget.constants)
+    ):
         chosen = auto.choose(_leaders(every(), budget, shape), view, budget, trial, by)
         planned, name, weighed = chosen.layers, chosen.method, chosen.record
     elif budget.uniform and method.neurons is not None and method.comparable and layers:
