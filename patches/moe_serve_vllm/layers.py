@@ -21,8 +21,9 @@ from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.platforms import current_platform
 
 from moe_serve_vllm.errors import UnsupportedSettings, WeightsError
+from moe_serve_vllm.remap import Remap, sum_used
 from moe_serve_vllm.support import config_of, read_tables
-from moe_serve_vllm.table import LayerTable, expand, skips_padding
+from moe_serve_vllm.table import LayerTable, skips_padding
 
 _LAYER: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 SHARDS: Final = ("w1", "w3", "w2")
@@ -36,18 +37,6 @@ def table_for(prefix: str) -> LayerTable | None:
         return None
     _, tables = read_tables(vllm_config)
     return tables.get(layer_index(prefix))
-
-
-class _Remap(nn.Module):
-    """The table on the device; not among the parameters that a checkpoint must fill."""
-
-    slots: torch.Tensor
-    used: torch.Tensor
-
-    def __init__(self, slots: torch.Tensor, used: torch.Tensor) -> None:
-        super().__init__()
-        self.register_buffer("slots", slots, persistent=False)
-        self.register_buffer("used", used, persistent=False)
 
 
 class _Drops(nn.Module):
@@ -101,7 +90,8 @@ class CompactRoutedExperts(RoutedExperts):
                 cuda=current_platform.is_cuda(), backend=self.quant_method.unquantized_backend.name
             )
             slots, used = table.slots(skipped=skipped)
-            self.remap = _Remap(slots, used)
+            self.remap = Remap(slots, used)
+            self.compute_used = self.remap.padded and current_platform.is_cpu()
             if skipped:
                 self._expert_map = table.placement()
                 self.global_num_experts = table.blocks + 1
@@ -148,11 +138,16 @@ class CompactRoutedExperts(RoutedExperts):
         **kwargs: Any,
     ) -> Any:
         """Replace each selected expert by its blocks."""
-        if self.remapped:
-            topk_ids, topk_weights = expand(
-                topk_ids, topk_weights, self.remap.slots, self.remap.used
-            )
-        return super().forward_modular(x, topk_weights, topk_ids, *args, **kwargs)
+        forward = super().forward_modular
+        if not self.remapped:
+            return forward(x, topk_weights, topk_ids, *args, **kwargs)
+        topk_ids, topk_weights = self.remap(topk_ids, topk_weights)
+        # A compiled graph has the shapes it was traced with.
+        if not self.compute_used or torch.compiler.is_compiling():
+            return forward(x, topk_weights, topk_ids, *args, **kwargs)
+        return sum_used(
+            x, topk_weights, topk_ids, lambda rows, w, ids: forward(rows, w, ids, *args, **kwargs)
+        )
 
 
 # vLLM reads this mark from the loader it is given.

@@ -82,22 +82,6 @@ def skips_padding(*, cuda: bool, backend: str) -> bool:
     return cuda and backend == "TRITON"
 
 
-def expand(
-    ids_TK: torch.Tensor, weights_TK: torch.Tensor, slots_NR: torch.Tensor, used_NR: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Replace each selected expert by its blocks, all with that expert's weight.
-
-    Shapes depend on those of the inputs only, and nothing is read back to the host.
-
-    Returns:
-        Block ids and weights, both [T, K * R], in the inputs' types.
-    """
-    index = ids_TK.long()
-    blocks_TKR = slots_NR[index].to(ids_TK.dtype)
-    weights_TKR = weights_TK.unsqueeze(-1) * used_NR[index].to(weights_TK.dtype)
-    return blocks_TKR.flatten(1), weights_TKR.flatten(1)
-
-
 def tables_of(config: Config) -> tuple[ServedFamily, dict[int, LayerTable]]:
     """The family and the checked table of a ``config.json``.
 

@@ -1,0 +1,83 @@
+"""From selected experts to stored blocks, at run time."""
+
+# Shape suffixes: T tokens, K experts selected per token, N experts, R most blocks of any expert,
+#   S = K * R slots per token, P slots that hold a block, D model dim.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Inputs, weights and ids to the weighted sum of each row's blocks."""
+
+
+class Remap(nn.Module):
+    """A layer's table on its device; not among the parameters that a checkpoint must fill."""
+
+    slots: torch.Tensor
+    used: torch.Tensor
+
+    def __init__(self, slots_NR: torch.Tensor, used_NR: torch.Tensor) -> None:
+        """Take both from the layer's table."""
+        super().__init__()
+        self.register_buffer("slots", slots_NR, persistent=False)
+        self.register_buffer("used", used_NR, persistent=False)
+        self.padded = not bool(used_NR.all())
+        """Whether some expert has fewer blocks than another."""
+
+    def forward(
+        self, ids_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Replace each selected expert by its blocks, all with that expert's weight.
+
+        Shapes depend on those of the inputs only, and nothing is read back to the host.
+
+        Returns:
+            Block ids and weights, both [T, S], in the inputs' types. The weight of a slot without
+            a block is 0.
+        """
+        tokens, selected = ids_TK.shape
+        most = self.slots.shape[1]
+        index = ids_TK.flatten()
+        blocks_TS = self.slots.index_select(0, index).view(tokens, selected * most)
+        if self.padded:
+            used_TKR = self.used.index_select(0, index).view(tokens, selected, most)
+            weights_TS = (weights_TK.unsqueeze(-1) * used_TKR).flatten(1)
+        elif most == 1:
+            weights_TS = weights_TK
+        else:
+            weights_TS = weights_TK.repeat_interleave(most, dim=1)
+        return blocks_TS.to(ids_TK.dtype), weights_TS.to(weights_TK.dtype)
+
+
+def sum_used(
+    x_TD: torch.Tensor, weights_TS: torch.Tensor, blocks_TS: torch.Tensor, experts: Experts
+) -> torch.Tensor:
+    """Compute the slots that count, and nothing for the others.
+
+    For kernels that compute every slot they are given. How many count is read back to the host,
+    which costs nothing where that is the device.
+
+    Returns:
+        The same [T, D] as ``experts`` on all slots. In short floats each block's output is rounded
+        before they are added up, as vLLM's kernels for GPUs do.
+    """
+    tokens, slots = weights_TS.shape
+    flat_TS = weights_TS.flatten()
+    places_P = flat_TS.nonzero().squeeze(1)
+    if not len(places_P):
+        return torch.zeros_like(x_TD)
+    weights_P = flat_TS.index_select(0, places_P)
+    blocks_P = blocks_TS.flatten().index_select(0, places_P)
+    if tokens == 1:
+        return experts(x_TD, weights_P.unsqueeze(0), blocks_P.unsqueeze(0))
+    token_P = places_P.div(slots, rounding_mode="floor")
+    # Each slot as a token of its own, with one block.
+    out_PD = experts(x_TD.index_select(0, token_P), weights_P.unsqueeze(1), blocks_P.unsqueeze(1))
+    # torch adds consecutive rows up fastest as the embeddings of a bag.
+    starts_T = torch.searchsorted(token_P, torch.arange(tokens, device=token_P.device))
+    rows_P = torch.arange(len(out_PD), device=out_PD.device)
+    return nn.functional.embedding_bag(rows_P, out_PD, starts_T, mode="sum")
