@@ -141,13 +141,15 @@ class CompactRoutedExperts(RoutedExperts):
         forward = super().forward_modular
         if not self.remapped:
             return forward(x, topk_weights, topk_ids, *args, **kwargs)
-        topk_ids, topk_weights = self.remap(topk_ids, topk_weights)
         # A compiled graph has the shapes it was traced with.
         if not self.compute_used or torch.compiler.is_compiling():
+            topk_ids, topk_weights = self.remap(topk_ids, topk_weights)
             return forward(x, topk_weights, topk_ids, *args, **kwargs)
-        return sum_used(
-            x, topk_weights, topk_ids, lambda rows, w, ids: forward(rows, w, ids, *args, **kwargs)
-        )
+
+        def experts(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> Any:
+            return forward(rows, weights, ids, *args, **kwargs)
+
+        return sum_used(self.remap, x, topk_weights, topk_ids, experts)
 
 
 # vLLM reads this mark from the loader it is given.

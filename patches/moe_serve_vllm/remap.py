@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import nn
 
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Inputs, weights and ids to the weighted sum of each row's blocks."""
+_FEW: Final = 64
+"""Tokens up to which one call for all slots takes less time than one for each number of blocks."""
 
 
 class Remap(nn.Module):
@@ -19,12 +22,14 @@ class Remap(nn.Module):
 
     slots: torch.Tensor
     used: torch.Tensor
+    counts: torch.Tensor
 
     def __init__(self, slots_NR: torch.Tensor, used_NR: torch.Tensor) -> None:
         """Take both from the layer's table."""
         super().__init__()
         self.register_buffer("slots", slots_NR, persistent=False)
         self.register_buffer("used", used_NR, persistent=False)
+        self.register_buffer("counts", used_NR.sum(dim=1).long(), persistent=False)
         self.padded = not bool(used_NR.all())
         """Whether some expert has fewer blocks than another."""
 
@@ -54,18 +59,25 @@ class Remap(nn.Module):
 
 
 def sum_used(
-    x_TD: torch.Tensor, weights_TS: torch.Tensor, blocks_TS: torch.Tensor, experts: Experts
+    remap: Remap,
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    experts: Experts,
 ) -> torch.Tensor:
-    """Compute the slots that count, and nothing for the others.
+    """Compute the slots that hold a block, and nothing for the others.
 
-    For kernels that compute every slot they are given. How many count is read back to the host,
-    which costs nothing where that is the device.
+    For kernels that compute every slot they are given. How many there are is read back to the
+    host, which costs nothing where that is the device.
 
     Returns:
-        The same [T, D] as ``experts`` on all slots. In short floats each block's output is rounded
+        The same [T, D] as ``experts`` on all slots. In short floats parts of the sum are rounded
         before they are added up, as vLLM's kernels for GPUs do.
     """
-    tokens, slots = weights_TS.shape
+    if len(ids_TK) > _FEW:
+        return _sum_by_count(remap, x_TD, weights_TK, ids_TK, experts)
+    blocks_TS, weights_TS = remap(ids_TK, weights_TK)
+    tokens, slots = blocks_TS.shape
     flat_TS = weights_TS.flatten()
     places_P = flat_TS.nonzero().squeeze(1)
     if not len(places_P):
@@ -81,3 +93,29 @@ def sum_used(
     starts_T = torch.searchsorted(token_P, torch.arange(tokens, device=token_P.device))
     rows_P = torch.arange(len(out_PD), device=out_PD.device)
     return nn.functional.embedding_bag(rows_P, out_PD, starts_T, mode="sum")
+
+
+def _sum_by_count(
+    remap: Remap,
+    x_TD: torch.Tensor,
+    weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    experts: Experts,
+) -> torch.Tensor:
+    """Selections whose experts have the same number of blocks, in one call; Q of them."""
+    flat_ids, flat_weights = ids_TK.flatten(), weights_TK.flatten()
+    counts = remap.counts.index_select(0, flat_ids)
+    sizes = counts.bincount(minlength=remap.slots.shape[1] + 1).tolist()
+    sum_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+    for count, chosen_Q in enumerate(counts.argsort(stable=True).split(sizes)):
+        if count and len(chosen_Q):
+            token_Q = chosen_Q.div(ids_TK.shape[1], rounding_mode="floor")
+            blocks_QR = remap.slots.index_select(0, flat_ids.index_select(0, chosen_Q))
+            weights_Q1 = flat_weights.index_select(0, chosen_Q).unsqueeze(1)
+            out_QD = experts(
+                x_TD.index_select(0, token_Q),
+                weights_Q1.repeat(1, count),
+                blocks_QR[:, :count].to(ids_TK.dtype).contiguous(),
+            )
+            sum_TD.index_add_(0, token_Q, out_QD.float())
+    return sum_TD.to(x_TD.dtype)

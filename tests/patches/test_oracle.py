@@ -29,9 +29,9 @@ EXPERTS, TOP_K, WIDTH = 8, 2, 96
 
 
 def prompts() -> list[list[int]]:
-    """Three prompts of different length."""
+    """Three prompts of different length, more than 64 tokens in all."""
     rng = random.Random(1)
-    return [[rng.randrange(1, VOCABULARY) for _ in range(n)] for n in (40, 17, 3)]
+    return [[rng.randrange(1, VOCABULARY) for _ in range(n)] for n in (60, 17, 3)]
 
 
 def apart(a: Reply, b: Reply) -> float:

@@ -86,7 +86,7 @@ def test_expansion_never_waits_for_the_device() -> None:
 @given(
     seed=st.integers(0, 1000),
     kind=st.sampled_from(["whole", "blocks", "merged", "empty", "dropped", "mixed"]),
-    tokens=st.sampled_from([1, 2, 9]),
+    tokens=st.sampled_from([1, 2, 9, 65]),
 )
 def test_only_used_slots_are_computed(seed: int, kind: str, tokens: int) -> None:
     """The same sums as over all slots, and no block is asked for with weight 0.
@@ -105,10 +105,11 @@ def test_only_used_slots_are_computed(seed: int, kind: str, tokens: int) -> None
         asked.append(spread)
         return rows * (spread * (blocks + 1)).sum(dim=1, keepdim=True)
 
-    blocks, spread = Remap(*parsed(layer).slots())(ids, weights)
+    remap = Remap(*parsed(layer).slots())
+    blocks, spread = remap(ids, weights)
     everything = experts(x, spread, blocks)
     asked.clear()
-    found = sum_used(x, spread, blocks, experts)
+    found = sum_used(remap, x, weights, ids, experts)
     assert found.shape == x.shape
     assert torch.allclose(found, everything, atol=1e-5)
     assert all(bool((one > 0).all()) for one in asked)
@@ -116,22 +117,33 @@ def test_only_used_slots_are_computed(seed: int, kind: str, tokens: int) -> None
     assert sum(one.numel() for one in asked) == sum(owned)
 
 
-def test_no_block_at_all_adds_nothing() -> None:
+@pytest.mark.parametrize("tokens", [1, 65])
+def test_no_block_at_all_adds_nothing(tokens: int) -> None:
     """No kernel is asked to compute zero rows."""
-    slots, used = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1)
-    blocks, spread = Remap(slots, used)(torch.tensor([[0, 1]]), torch.ones(1, 2))
+    remap = Remap(torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1))
+    ids, weights = torch.tensor([[0, 1]]).repeat(tokens, 1), torch.ones(tokens, 2)
 
     def experts(*_: torch.Tensor) -> torch.Tensor:
         raise AssertionError
 
-    assert sum_used(torch.ones(1, 3), spread, blocks, experts).tolist() == [[0.0, 0.0, 0.0]]
+    assert not sum_used(remap, torch.ones(tokens, 3), weights, ids, experts).any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_many_blocks_are_added_up_in_full_precision(dtype: torch.dtype) -> None:
-    """A bag of 300 ones is 300; added one at a time in BF16, 256 + 1 would stay 256."""
-    x = torch.ones(2, 1, dtype=dtype)
-    weights, blocks = torch.ones(2, 300), torch.zeros(2, 300, dtype=torch.int32)
-    summed = sum_used(x, weights, blocks, lambda rows, w, _: (rows * w).to(dtype))
-    assert summed.dtype == dtype
-    assert summed.float().tolist() == [[300.0], [300.0]]
+@pytest.mark.parametrize("tokens", [2, 65])
+def test_parts_are_added_up_in_full_precision(tokens: int) -> None:
+    """300 experts of one block that gives 1 are 300; one at a time in BF16, 256 + 1 stays 256.
+
+    One expert without a block is what makes the layer ragged.
+    """
+    remap = Remap(torch.arange(301, dtype=torch.int32).view(-1, 1), torch.ones(301, 1))
+    remap.counts[300] = remap.used[300] = 0
+    remap.padded = True
+    ids = torch.arange(301).repeat(tokens, 1)
+    x = torch.ones(tokens, 1, dtype=torch.bfloat16)
+
+    def experts(rows: torch.Tensor, spread: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return (rows * spread.sum(dim=1, keepdim=True)).to(rows.dtype)
+
+    summed = sum_used(remap, x, torch.ones(tokens, 301), ids, experts)
+    assert summed.dtype == x.dtype
+    assert summed.flatten().tolist() == [300.0] * tokens
