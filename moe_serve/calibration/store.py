@@ -14,6 +14,7 @@ from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.calibration.texts import Source
+from moe_serve.calibration.traffic import Counts, as_in_traffic
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.header import TensorEntry, read_header
@@ -50,6 +51,8 @@ class CalibrationRecord:
     """Each domain's part of the weight; empty where all weigh the same."""
     sample: tuple[int, ...] = ()
     """With a balance: the reservoir's tokens from each domain."""
+    traffic: Counts | None = None
+    """How often production selected each expert; ``None`` where the texts alone count."""
 
     @classmethod
     def of(
@@ -98,6 +101,8 @@ class CalibrationRecord:
         found: dict[str, Any] = {"shard": str(self.share)} if self.share.of > 1 else {}
         if self.balance:
             found["balance"] = dict(zip(self.domains, self.balance, strict=True))
+        if self.traffic:
+            found["traffic"] = {str(layer): list(n) for layer, n in self.traffic.items()}
         return found if self.gradients else found | {"gradients": False}
 
 
@@ -217,18 +222,27 @@ class Statistics:
         found = LayerStatistics.from_tensors(
             {field: self._read(_name(layer, field)) for field in fields}
         )
-        if self.balance is None:
-            return found
-        tokens = self.record["tokens"]
-        whole = sum(tokens.values())
-        return found.weighted([whole * self.balance[name] / tokens[name] for name in self.domains])
+        if self.balance is not None:
+            tokens = self.record["tokens"]
+            whole = sum(tokens.values())
+            omega_C = [whole * self.balance[name] / tokens[name] for name in self.domains]
+            found = found.weighted(omega_C)
+        if (seen := self._traffic(layer)) is not None:
+            found = as_in_traffic(found, found.count_CN.sum(dim=0), seen)
+        return found
 
     def gradients(self, layer: int) -> LayerGradients:
         """Read one layer's part from the reverse pass."""
         fields = LayerGradients.__slots__
-        return LayerGradients(
+        found = LayerGradients(
             **{field: self._read(_name(layer, _GRADIENTS + field)) for field in fields}
         )
+        seen = self._traffic(layer)
+        return found if seen is None else as_in_traffic(found, found.reached_N, seen)
+
+    def _traffic(self, layer: int) -> torch.Tensor | None:
+        counts = self.record.get("traffic")
+        return None if counts is None else torch.tensor(counts[str(layer)])
 
     def _read(self, name: str) -> torch.Tensor:
         entry = self._entry(name)

@@ -44,6 +44,14 @@ def calibrate_command(
             help="Observe the second of four shares with 2/4; add them up with merge-statistics.",
         ),
     ] = None,
+    from_traffic: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from-traffic",
+            help="A saved /metrics page of an engine that counts selections: experts weigh as "
+            "often as production selected them. Repeatable; counts add up.",
+        ),
+    ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
     show: options.DryRun = False,
@@ -75,7 +83,16 @@ def calibrate_command(
         return
     with progress_bar() as progress:
         shown = progress if leads() else Silent()
-        made = calibrate(model, output, texts, device_named(device), batch_tokens, shown, share)
+        made = calibrate(
+            model,
+            output,
+            texts,
+            device_named(device),
+            batch_tokens,
+            shown,
+            share,
+            traffic=tuple(from_traffic or ()),
+        )
     if leads():
         _report(made, as_json=as_json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from moe_serve.calibration.collect import Collection, collect, observe
 from moe_serve.calibration.group import joined, own_device, started
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import CalibrationRecord, Statistics
+from moe_serve.calibration.traffic import read_traffic
 from moe_serve.checkpoint.formats import Form, form_named
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import carry_over, write_config
@@ -191,8 +192,11 @@ def calibrate(
     share: Share = WHOLE,
     *,
     balance: Mapping[str, float] | None = None,
+    traffic: Sequence[Path] = (),
 ) -> Statistics:
     """Gather statistics into a folder; resumes an unfinished one.
+
+    ``traffic`` are saved ``/metrics`` pages: experts count as often as production selected them.
 
     Under ``torchrun`` every process takes its part, and all see the same ``output``: hidden states
     of the others lie in folders beside it until the end.
@@ -207,6 +211,8 @@ def calibrate(
     if balance is not None:
         corpus = corpus.weighed(balance)
     record = corpus.record(checkpoint, texts.seed, share)
+    if traffic:
+        record = replace(record, traffic=read_traffic(traffic, checkpoint))
     device = own_device(device)
     with joined(device) as group:
         print_of = record.to_json() | {"shards": checkpoint.freshness(), "processes": group.size}

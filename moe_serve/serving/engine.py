@@ -62,6 +62,7 @@ class EngineSpec:
             yielding: where it computes on the processor, leave that to others when they want it.
         """
         environment = {
+            "MOE_SERVE_VARIANT": self.variant,
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
             "DO_NOT_TRACK": "1",

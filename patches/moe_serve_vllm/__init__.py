@@ -2,8 +2,8 @@
 
 vLLM finds :func:`register` through the entry-point group ``vllm.general_plugins`` and calls it in
 every process. Nothing in vLLM is edited: models, the expert layer and the loader are registered
-through its own extension points. Imports the standard library, vLLM and what it brings: torch
-and transformers.
+through its own extension points. Imports the standard library, vLLM and what it brings: torch,
+transformers and prometheus_client.
 """
 
 from __future__ import annotations

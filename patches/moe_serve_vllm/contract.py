@@ -224,6 +224,29 @@ CONTRACT: Final[tuple[Clause, ...]] = (
         name="GateLinear.__init__",
         arguments=("input_size", "output_size", "prefix"),
     ),
+    # What is reported.
+    Overridden(
+        file="v1/metrics/loggers.py",
+        name="StatLoggerBase.__init__",
+        parameters=("vllm_config", "engine_index"),
+    ),
+    Overridden(
+        file="v1/metrics/loggers.py",
+        name="StatLoggerBase.record",
+        parameters=("scheduler_stats", "iteration_stats", "mm_cache_stats", "engine_idx"),
+    ),
+    Overridden(
+        file="v1/metrics/loggers.py",
+        name="StatLoggerBase.log_engine_initialized",
+        parameters=(),
+    ),
+    Holds(
+        file="config/compilation.py",
+        name="CompilationConfig",
+        members=("static_forward_context",),
+    ),
+    Holds(file="config/cache.py", name="CacheConfig", members=("num_gpu_blocks", "block_size")),
+    Holds(file="config/model.py", name="ModelConfig", members=("served_model_name",)),
     # What is refused.
     Holds(
         file="config/parallel.py",

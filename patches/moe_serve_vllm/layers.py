@@ -22,6 +22,7 @@ from vllm.platforms import current_platform
 
 from moe_serve_vllm.errors import UnsupportedSettings, WeightsError
 from moe_serve_vllm.remap import Remap, sum_used
+from moe_serve_vllm.reports import Selections, counted_tokens, watch
 from moe_serve_vllm.support import config_of, read_tables
 from moe_serve_vllm.table import LayerTable, skips_padding
 
@@ -65,6 +66,7 @@ class CompactRoutedExperts(RoutedExperts):
     ) -> None:
         """Size the layer by its table, then build it as vLLM does."""
         table = table_for(layer_name)
+        experts = moe_config.num_logical_experts if table is None else len(table.experts)
         if table is not None:
             if expert_map_manager.num_fused_shared_experts:
                 raise UnsupportedSettings(
@@ -79,6 +81,11 @@ class CompactRoutedExperts(RoutedExperts):
         self.written: dict[tuple[str, int], int] = {}
         self.stored_blocks = moe_config.num_experts
         self.remapped = table is not None
+        reporter, every = watch(get_current_vllm_config()), counted_tokens()
+        self.counted = reporter is not None and every > 0
+        if reporter is not None and every:
+            self.selections = Selections(experts, every)
+            reporter.selections[layer_index(layer_name)] = self.selections
         if table is not None:
             if self.quant_method.is_monolithic:
                 raise UnsupportedSettings(
@@ -89,8 +96,7 @@ class CompactRoutedExperts(RoutedExperts):
             skipped = skips_padding(
                 cuda=current_platform.is_cuda(), backend=self.quant_method.unquantized_backend.name
             )
-            slots, used = table.slots(skipped=skipped)
-            self.remap = Remap(slots, used)
+            self.remap = Remap(table, skipped=skipped)
             self.compute_used = self.remap.padded and current_platform.is_cpu()
             if skipped:
                 self._expert_map = table.placement()
@@ -138,6 +144,8 @@ class CompactRoutedExperts(RoutedExperts):
         **kwargs: Any,
     ) -> Any:
         """Replace each selected expert by its blocks."""
+        if self.counted:
+            self.selections(topk_ids)
         forward = super().forward_modular
         if not self.remapped:
             return forward(x, topk_weights, topk_ids, *args, **kwargs)

@@ -13,6 +13,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from moe_serve_vllm.errors import UnsupportedSettings
 from moe_serve_vllm.files import check_files, check_hashes
+from moe_serve_vllm.reports import bytes_of, watch
 from moe_serve_vllm.support import LOAD_FORMAT, config_of, read_tables
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class CompactLoader(DefaultModelLoader):
         with every_element_written(model, str(folder)) as loaded:
             loaded.update(model.load_weights(experts.take(weights)), experts.loaded)
         check_written(model, str(folder), lambda text: logger.info("moe_serve: %s", text))
+        if (reporter := watch(vllm_config)) is not None:
+            reporter.weights = bytes_of(model.parameters())
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Compact checkpoints are local."""

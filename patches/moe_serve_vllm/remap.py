@@ -11,6 +11,8 @@ from typing import Final
 import torch
 from torch import nn
 
+from moe_serve_vllm.table import LayerTable
+
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Inputs, weights and ids to the weighted sum of each row's blocks."""
 _FEW: Final = 64
@@ -24,14 +26,14 @@ class Remap(nn.Module):
     used: torch.Tensor
     counts: torch.Tensor
 
-    def __init__(self, slots_NR: torch.Tensor, used_NR: torch.Tensor) -> None:
-        """Take both from the layer's table."""
+    def __init__(self, table: LayerTable, *, skipped: bool = False) -> None:
+        """Lay the table out; ``skipped`` as in :meth:`LayerTable.slots`."""
         super().__init__()
+        slots_NR, used_NR = table.slots(skipped=skipped)
         self.register_buffer("slots", slots_NR, persistent=False)
         self.register_buffer("used", used_NR, persistent=False)
         self.register_buffer("counts", used_NR.sum(dim=1).long(), persistent=False)
-        self.padded = not bool(used_NR.all())
-        """Whether some expert has fewer blocks than another."""
+        self.padded = table.padded
 
     def forward(
         self, ids_TK: torch.Tensor, weights_TK: torch.Tensor

@@ -39,6 +39,11 @@ class LayerTable:
         return max(1, *(len(e or ()) for e in self.experts))
 
     @property
+    def padded(self) -> bool:
+        """Whether some expert that can be selected has fewer blocks than another."""
+        return any(e is not None and len(e) < self.most_blocks for e in self.experts)
+
+    @property
     def dropped(self) -> tuple[int, ...]:
         """Experts the router must not select."""
         return tuple(i for i, e in enumerate(self.experts) if e is None)

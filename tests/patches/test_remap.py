@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_serve_vllm.remap import Remap, sum_used
+from moe_serve_vllm.table import LayerTable
 from tests.patches.test_table import EXPERTS, TOP_K, WIDTH, parsed
 from tests.support.twins import random_table
 
@@ -25,7 +26,7 @@ def test_expansion_equals_a_plain_loop(seed: int, kind: str) -> None:
     picks = [torch.randperm(len(allowed), generator=generator)[:TOP_K] for _ in range(5)]
     ids = torch.tensor([[allowed[i] for i in p] for p in picks])
     weights = torch.rand(5, TOP_K, generator=generator)
-    blocks, spread = Remap(*table.slots())(ids, weights)
+    blocks, spread = Remap(table)(ids, weights)
     for token in range(5):
         expected = [0.0] * layer["blocks"]
         for expert, weight in zip(ids[token].tolist(), weights[token].tolist(), strict=True):
@@ -48,10 +49,10 @@ def test_skipped_slots_give_the_same_sum(seed: int, kind: str) -> None:
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(5)])
     weights = torch.rand(5, TOP_K, generator=generator)
     output = torch.rand(table.blocks, generator=generator)
-    blocks, spread = Remap(*table.slots())(ids, weights)
+    blocks, spread = Remap(table)(ids, weights)
     computed = (output[blocks] * spread).sum(dim=1)
 
-    blocks, spread = Remap(*table.slots(skipped=True))(ids, weights)
+    blocks, spread = Remap(table, skipped=True)(ids, weights)
     places = table.placement()[blocks]
     assert torch.equal(places >= 0, spread > 0)
     kept = [
@@ -69,7 +70,7 @@ def test_expansion_never_waits_for_the_device() -> None:
     table = parsed(random_table(1, "blocks", experts=EXPERTS, width=WIDTH, top_k=TOP_K))
     assert table.most_blocks == 2
     exported = torch.export.export(
-        Remap(*table.slots(skipped=True)),
+        Remap(table, skipped=True),
         (torch.zeros(5, TOP_K, dtype=torch.int32), torch.rand(5, TOP_K)),
         dynamic_shapes=({0: torch.export.Dim("tokens")}, {0: torch.export.Dim("tokens")}),
     )
@@ -105,7 +106,7 @@ def test_only_used_slots_are_computed(seed: int, kind: str, tokens: int) -> None
         asked.append(spread)
         return rows * (spread * (blocks + 1)).sum(dim=1, keepdim=True)
 
-    remap = Remap(*parsed(layer).slots())
+    remap = Remap(parsed(layer))
     blocks, spread = remap(ids, weights)
     everything = experts(x, spread, blocks)
     asked.clear()
@@ -117,10 +118,16 @@ def test_only_used_slots_are_computed(seed: int, kind: str, tokens: int) -> None
     assert sum(one.numel() for one in asked) == sum(owned)
 
 
+def test_a_dropped_expert_is_no_padding() -> None:
+    """It is never selected, so the others are even."""
+    assert not LayerTable(width=32, blocks=2, experts=((0,), None, (1,))).padded
+    assert LayerTable(width=32, blocks=2, experts=((0,), (), (1,))).padded
+
+
 @pytest.mark.parametrize("tokens", [1, 65])
 def test_no_block_at_all_adds_nothing(tokens: int) -> None:
     """No kernel is asked to compute zero rows."""
-    remap = Remap(torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1))
+    remap = Remap(LayerTable(width=32, blocks=1, experts=((), ())))
     ids, weights = torch.tensor([[0, 1]]).repeat(tokens, 1), torch.ones(tokens, 2)
 
     def experts(*_: torch.Tensor) -> torch.Tensor:
@@ -135,9 +142,8 @@ def test_parts_are_added_up_in_full_precision(tokens: int) -> None:
 
     One expert without a block is what makes the layer ragged.
     """
-    remap = Remap(torch.arange(301, dtype=torch.int32).view(-1, 1), torch.ones(301, 1))
-    remap.counts[300] = remap.used[300] = 0
-    remap.padded = True
+    experts_of = (*((block,) for block in range(300)), ())
+    remap = Remap(LayerTable(width=32, blocks=300, experts=experts_of))
     ids = torch.arange(301).repeat(tokens, 1)
     x = torch.ones(tokens, 1, dtype=torch.bfloat16)
 
