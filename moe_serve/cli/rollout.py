@@ -60,10 +60,12 @@ def _show_decision(decision: dict[str, Any]) -> None:
     for guard in decision["evidence"]:
         k, n = guard["pruned"]
         ko, no = guard["original"]
+        counts = f"pruned {k:.0f} of {n:.0f}, original {ko:.0f} of {no:.0f}"
+        waits = f"; waits for {guard['needs']}" if guard["needs"] else ""
         out.print(
-            f"  {guard['guard']:<8}{guard['verdict']:<6}"
+            f"  {guard['guard']:<10}{guard['verdict']:<6}"
             f"{guard['lower']:+.4f} to {guard['upper']:+.4f}, margin {guard['margin']:g}; "
-            f"pruned {k:.0f} of {n:.0f}, original {ko:.0f} of {no:.0f} ({guard['basis']})",
+            f"{guard['said'] or counts} ({guard['basis']}){waits}",
             markup=False,
             soft_wrap=True,
         )

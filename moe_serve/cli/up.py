@@ -13,6 +13,7 @@ from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
 from moe_serve.errors import ServingError
 from moe_serve.rollout.policy import load_policy
+from moe_serve.rollout.probes import load_probes
 from moe_serve.serving.config import load_stack_config
 from moe_serve.serving.stack import Stack, bring_up
 from moe_serve.serving.state import StackState
@@ -54,7 +55,9 @@ def up_command(
     )
 
     if settings.policy is not None:
-        load_policy(settings.policy)
+        rules = load_policy(settings.policy)
+        if rules.guards.probed:
+            load_probes(rules.probes)
 
     def stop(_number: int, _frame: object) -> None:
         raise _Stopped

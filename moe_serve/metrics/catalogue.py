@@ -92,6 +92,31 @@ CATALOGUE: Final = {
             "A guard's difference, pruned - original: lower and upper bound, and the margin.",
         ),
         Metric(
+            "moe_serve_quality_kl_nats",
+            "gauge",
+            ("domain",),
+            "Probes: lower bound of KL(original to pruned), nats per token, mean of a domain's "
+            "latest answers; each place counts for 2 at most.",
+        ),
+        Metric(
+            "moe_serve_quality_top1_agreement_ratio",
+            "gauge",
+            ("domain",),
+            "Probes: share of the places at which both variants' likeliest token is the same.",
+        ),
+        Metric(
+            "moe_serve_quality_probes",
+            "gauge",
+            ("domain",),
+            "Probes that both variants have answered in this rollout.",
+        ),
+        Metric(
+            "moe_serve_feedback_total",
+            "counter",
+            ("variant", "verdict"),
+            "Votes on answers: good, bad.",
+        ),
+        Metric(
             "moe_serve_rollout_decisions_total",
             "counter",
             ("decision", "reason"),

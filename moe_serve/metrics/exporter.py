@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -52,6 +52,10 @@ class Exporter(Collector):
     decisions: Callable[[], dict[tuple[str, str], int]]
     guards: Callable[[], tuple[int, dict[tuple[str, str], float]] | None] = lambda: None
     """The step, and (guard, end) → difference; ``None`` while no rollout is under way."""
+    quality: Callable[[], Mapping[str, tuple[int, float, float]]] = dict
+    """Domain → (probes answered, divergence in nats, agreement of the likeliest token)."""
+    votes: Callable[[], Mapping[tuple[str, str], float]] = dict
+    """(variant, good or bad) → votes."""
     expert_bytes: dict[tuple[str, str], int] = field(default_factory=dict)
     """(layer, kind) → bytes."""
 
@@ -117,6 +121,12 @@ class Exporter(Collector):
             families["moe_serve_rollout_step"].add_metric([], step)
             for (guard, bound), value in ends.items():
                 families["moe_serve_guard_difference"].add_metric([guard, bound], value)
+        for domain, (probes, kl, agreement) in self.quality().items():
+            families["moe_serve_quality_probes"].add_metric([domain], probes)
+            families["moe_serve_quality_kl_nats"].add_metric([domain], kl)
+            families["moe_serve_quality_top1_agreement_ratio"].add_metric([domain], agreement)
+        for (variant, verdict), number in self.votes().items():
+            families["moe_serve_feedback_total"].add_metric([variant, verdict], number)
         counts = self.proxy.read() or {}
         for engine in self.engines:
             host = counts.get(engine.variant)

@@ -6,8 +6,9 @@ import getpass
 import time
 from pathlib import Path
 
-from moe_serve.errors import RolloutError
+from moe_serve.errors import RolloutError, UsageError
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.probes import load_probes
 from moe_serve.rollout.state import begin, pause, resume
 from moe_serve.rollout.store import Saved, Store
 from moe_serve.rollout.traffic import Basis, Moved, move
@@ -29,6 +30,7 @@ def start_rollout(
 
     Raises:
         RolloutError: one is under way, none can be watched, or it is too early.
+        UsageError: the probes are not those that the policy names.
     """
     StackState.load(state)
     store = Store(state)
@@ -50,6 +52,7 @@ def start_rollout(
             f"rolled back a short while ago: {saved.state.reason}",
             remedy=f"find out why, then wait {left / 60.0:.0f} minutes or give --force",
         )
+    policy = _pinned(policy)
     event = {"actor": actor or getpass.getuser(), "reason": reason, "digest": policy.digest}
     text = policy.model_dump_json()
     store.note("policy", {**event, "policy": text}, policy=text, revision=saved.revision)
@@ -65,6 +68,20 @@ def start_rollout(
         sticky=str(policy.sticky) if policy.sticky is not None else "",
         basis=Basis(state=becomes, revision=saved.revision),
     )
+
+
+def _pinned(policy: Policy) -> Policy:
+    """With the hash of its probes, so that evidence is about one set from beginning to end."""
+    if not policy.guards.probed:
+        return policy
+    probes, pinned = policy.probes, load_probes(policy.probes).digest
+    if probes.sha256 not in ("", pinned):
+        raise UsageError(
+            f"the probes have the hash {pinned}, the policy names another",
+            where=str(probes.texts or "the package's probes"),
+            remedy="put back the file, or correct probes.sha256",
+        )
+    return policy.model_copy(update={"probes": probes.model_copy(update={"sha256": pinned})})
 
 
 def pause_rollout(state: Path, *, reason: str, actor: str = "") -> None:

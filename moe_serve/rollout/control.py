@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,8 @@ from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
 from moe_serve.metrics.sources import Endpoints, Source
 from moe_serve.rollout import controller
+from moe_serve.rollout.feedback import Votes, feedback_route
+from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import DECISIONS, move, status
 from moe_serve.serving.routes import read_split
@@ -36,11 +39,16 @@ _MAX_BODY: Final = 10_000
 _ACTOR: Final = "api"
 
 
-def application(state: Path) -> Starlette:
-    """The ASGI application of one stack."""
-    stack = StackState.load(state)
+def application(state: Path, votes: Votes | None = None) -> Starlette:
+    """The ASGI application of one stack.
+
+    Args:
+        state: its directory.
+        votes: where feedback is counted; the controller reads it.
+    """
+    stack, votes = StackState.load(state), votes or Votes()
     registry = CollectorRegistry()
-    registry.register(exporter(state, stack))
+    registry.register(exporter(state, stack, votes))
 
     async def metrics(_request: Request) -> Response:
         text = await run_in_threadpool(generate_latest, registry)
@@ -98,12 +106,13 @@ def application(state: Path) -> Starlette:
             Route("/api/history", history),
             Route("/api/weight", weight, methods=["POST"]),
             Route("/api/rollback", rollback, methods=["POST"]),
+            feedback_route(votes),
         ],
         exception_handlers={MoeServeError: failed},
     )
 
 
-def exporter(state: Path, stack: StackState) -> Exporter:
+def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
     """The collector of a stack's metrics."""
 
     def share() -> float | None:
@@ -144,6 +153,13 @@ def exporter(state: Path, stack: StackState) -> Exporter:
         ends = ("lower", "upper", "margin")
         return saved.state.step, {(e["guard"], end): e[end] for e in found for end in ends}
 
+    def probed() -> Mapping[str, tuple[int, float, float]]:
+        try:
+            found = Store(state).saved().seen.get("quality")
+        except MoeServeError:
+            return {}
+        return Quality.from_json(found).by_domain() if found is not None else {}
+
     engines = [
         Watched(
             variant=variant,
@@ -162,6 +178,8 @@ def exporter(state: Path, stack: StackState) -> Exporter:
         state=name,
         decisions=decisions,
         guards=guards,
+        quality=probed,
+        votes=votes.totals,
         expert_bytes=_expert_bytes(Path(stack.engines["pruned"].model)),
     )
 
@@ -220,9 +238,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--watch", action="store_true", help="drive rollouts by their policy")
     options = parser.parse_args()
-    watching = controller.start(options.state, _log) if options.watch else None
+    votes = Votes()
+    watching = controller.start(options.state, _log, votes) if options.watch else None
     uvicorn.run(
-        application(options.state), host="127.0.0.1", port=options.port, log_level="warning"
+        application(options.state, votes), host="127.0.0.1", port=options.port, log_level="warning"
     )
     if watching is not None:
         thread, stop = watching

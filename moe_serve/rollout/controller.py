@@ -12,18 +12,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.errors import MoeServeError, Overtaken, RolloutError
 from moe_serve.rollout.decision import Decision, apply, decide
+from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.hooks import notify
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.prober import Prober, prober_of
+from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.recovery import recover
 from moe_serve.rollout.sources import Sources, sources_of
 from moe_serve.rollout.store import Saved, Store
 from moe_serve.rollout.traffic import Basis, move
-from moe_serve.rollout.window import Window
+from moe_serve.rollout.window import Reading, Window
 from moe_serve.serving.routes import Split, read_split
 from moe_serve.serving.state import StackState
 
@@ -40,7 +44,11 @@ class Controller:
     """Drives the rollout of one state directory."""
 
     def __init__(
-        self, state: Path, tell: Tell, sources: Callable[[Policy], Sources] | None = None
+        self,
+        state: Path,
+        tell: Tell,
+        sources: Callable[[Policy], Sources] | None = None,
+        votes: Votes | None = None,
     ) -> None:
         """Nothing is done before :meth:`tick`.
 
@@ -48,7 +56,10 @@ class Controller:
             state: the stack's state directory.
             tell: takes one line for the log.
             sources: makes the source of readings; by default as the policy says.
+            votes: where feedback is counted.
         """
+        self._votes = votes or Votes()
+        self._prober: Prober | None = None
         self._folder, self._tell = state, tell
         self._make = sources or (lambda policy: sources_of(policy, StackState.load(state)))
         self._store = Store(state)
@@ -73,6 +84,7 @@ class Controller:
             except Exception as exc:  # noqa: BLE001 - a loop that ends in silence guards nothing
                 self._say(f"no decision: {type(exc).__name__}: {exc}")
             stop.wait(max(0.1, self.interval - (time.monotonic() - began)))
+        self._ask_no_more()
         try:
             self._store.release(self._holder)
         except RolloutError as exc:
@@ -99,14 +111,19 @@ class Controller:
         saved = self._store.saved()
         if not saved.state.active or saved.policy is None:
             self._policy = self._window = None
+            self._ask_no_more()
             return None
         policy, sources = self._of(saved.policy)
         window = self._evidence(saved, split)
-        reading = sources.read(policy)
+        probed = self._probed(saved, policy)
+        reading = self._complete(sources.read(policy))
         lost = "" if split is not None else "the route file can't be read"
         window.add(reading, policy, lost=lost)
-        decision = decide(window, policy, saved.state)
-        self._store.save_seen({"window": window.to_json(), "decision": decision.to_json()})
+        decision = decide(window, policy, saved.state, probed=probed)
+        seen = {"window": window.to_json(), "decision": decision.to_json()}
+        if probed is not None:
+            seen["quality"] = probed.to_json()
+        self._store.save_seen(seen)
         self._say(f"{decision.kind} ({decision.reason}): {decision.words}")
         if decision.kind != "hold":
             self._act(decision, saved, policy)
@@ -117,6 +134,39 @@ class Controller:
             policy = Policy.model_validate_json(text)
             self._policy = (text, policy, self._make(policy))
         return self._policy[1:]
+
+    def _probed(self, saved: Saved, policy: Policy) -> Quality | None:
+        """What probes said so far; they are asked from now on until the rollout ends."""
+        if not saved.seen:
+            self._ask_no_more()
+        if not policy.guards.probed or "promoted" in (saved.state.phase, saved.state.before):
+            self._ask_no_more()
+            return None
+        if self._prober is None:
+            found = saved.seen.get("quality")
+            known = Quality.from_json(found) if found is not None else None
+            try:
+                self._prober = prober_of(policy, StackState.load(self._folder), self._tell, known)
+            except MoeServeError as exc:
+                return Quality(digest="", domains={}, trouble=str(exc))
+            self._prober.start()
+        return self._prober.quality()
+
+    def _ask_no_more(self) -> None:
+        if self._prober is not None:
+            self._prober.stop()
+            self._prober = None
+
+    def _complete(self, reading: Reading) -> Reading:
+        """With the votes, and with what of the engines' counters is the probes' own."""
+        arms = {}
+        for name, arm in reading.arms.items():
+            shares = {**arm.shares, "feedback": self._votes.counted(name)}
+            probes = self._prober.counted(name, reading.edges) if self._prober is not None else {}
+            arms[name] = replace(arm, shares=shares, probes=probes)
+        if self._prober is not None:
+            self._prober.crowded({name: arm.waiting for name, arm in arms.items()})
+        return replace(reading, arms=arms)
 
     def _evidence(self, saved: Saved, split: Split | None) -> Window:
         """The window of the present split; a new split begins a new one."""
@@ -171,10 +221,12 @@ class Controller:
             self._tell(line)
 
 
-def start(state: Path, tell: Tell) -> tuple[threading.Thread, threading.Event]:
+def start(
+    state: Path, tell: Tell, votes: Votes | None = None
+) -> tuple[threading.Thread, threading.Event]:
     """Run a controller in a thread of this process; set the event to end it."""
     stop = threading.Event()
-    controller = Controller(state, tell)
+    controller = Controller(state, tell, votes=votes)
     thread = threading.Thread(target=controller.run, args=(stop,), daemon=True, name="controller")
     thread.start()
     return thread, stop

@@ -10,8 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moe_serve.rollout.guards import Evidence, errors, latency, split_mismatch
-from moe_serve.rollout.policy import Policy, Step
+from moe_serve.rollout.guards import Evidence, errors, latency, share, split_mismatch
+from moe_serve.rollout.policy import GarbageGuard, Policy, QualityGuard, Step
+from moe_serve.rollout.quality import Quality, garbage, quality
 from moe_serve.rollout.state import State, enter, pause, roll_back
 from moe_serve.rollout.window import Window
 
@@ -50,22 +51,43 @@ def apply(decision: Decision, state: State, policy: Policy, at: float) -> State:
     return state
 
 
-def judge(window: Window, policy: Policy, step: Step, *, explain: bool) -> tuple[Evidence, ...]:
-    """All statistical guards of a step."""
-    slow = policy.guards.latency().items()
-    return (
-        errors(window, policy, step, explain=explain),
-        *(latency(name, guard, window, policy, step, explain=explain) for name, guard in slow),
-    )
+def judge(
+    window: Window, policy: Policy, step: Step, probed: Quality | None, *, explain: bool
+) -> tuple[Evidence, ...]:
+    """All statistical guards of a step; without traffic only those that need none."""
+    guards, found = policy.guards, []
+    if step.traffic:
+        found.append(errors(window, policy, step, explain=explain))
+        found += [
+            latency(name, guard, window, policy, step, explain=explain)
+            for name, guard in guards.latency().items()
+        ]
+        found += [
+            share(name, guard, window, policy, step, explain=explain)
+            for name, guard in guards.shares().items()
+        ]
+    if isinstance(guards.quality, QualityGuard):
+        found += quality(probed, guards.quality, policy, window.now)
+    if isinstance(guards.garbage, GarbageGuard):
+        found.append(garbage(probed, guards.garbage, policy, window.now))
+    return tuple(found)
 
 
-def decide(window: Window, policy: Policy, state: State, *, explain: bool = True) -> Decision:
+def decide(
+    window: Window,
+    policy: Policy,
+    state: State,
+    *,
+    probed: Quality | None = None,
+    explain: bool = True,
+) -> Decision:
     """What to do now.
 
     Args:
         window: what was seen since the step began.
         policy: the rollout's.
         state: where it stands.
+        probed: what probes said since the rollout began.
         explain: also estimate how much more is needed; takes longer.
     """
     if not state.active:
@@ -76,7 +98,7 @@ def decide(window: Window, policy: Policy, state: State, *, explain: bool = True
     if "promoted" in (state.phase, state.before):
         words = "everything goes to pruned; the hard limits are watched"
         return Decision(kind="hold", reason=state.phase, words=words)
-    evidence = judge(window, policy, policy.steps[state.step], explain=explain)
+    evidence = judge(window, policy, policy.steps[state.step], probed, explain=explain)
     if may_roll_back and (harmful := [e for e in evidence if e.verdict == "harm"]):
         words = "; ".join(_proof(e) for e in harmful)
         return Decision(kind="rollback", reason="harm", words=words, evidence=evidence)
@@ -102,7 +124,7 @@ def _onwards(
     elif mismatch:
         reason = "split"
         words = f"{mismatch}; what is measured can't be trusted until that is cleared"
-    elif window.requests <= 0 and window.seconds > 0:
+    elif step.traffic and window.requests <= 0 and window.seconds > 0:
         reason, words = "no-traffic", _no_traffic(step)
     elif missing:
         reason, words = "evidence", missing
@@ -170,12 +192,14 @@ def _missing(window: Window, step: Step, evidence: tuple[Evidence, ...]) -> list
     if window.seconds < step.min_seconds:
         found.append(f"{_span(step.min_seconds - window.seconds)} of the minimum time")
     rate = window.requests / window.seconds if window.seconds > 0 else 0.0
-    if window.requests < step.min_requests:
+    if step.traffic and window.requests < step.min_requests:
         found.append(_more("minimum", step.min_requests - window.requests, rate))
     for guard in evidence:
         if guard.verdict != "open":
             continue
-        if guard.factor is not None:
+        if guard.needs:
+            found.append(f"{guard.guard}: {guard.needs}")
+        elif guard.factor is not None:
             found.append(_more(guard.guard, (guard.factor - 1.0) * window.requests, rate))
         elif guard.pruned[1] > 0:
             gap = f"up to {guard.upper:+.4f} where less than {guard.limit:g} has to be shown"
@@ -210,8 +234,9 @@ def _span(seconds: float) -> str:
 def _proof(evidence: Evidence) -> str:
     k, n = evidence.pruned
     ko, no = evidence.original
+    counts = f"{k:.0f} of {n:.0f} on pruned, {ko:.0f} of {no:.0f} on the original"
     return (
-        f"{evidence.guard}: {k:.0f} of {n:.0f} on pruned, {ko:.0f} of {no:.0f} on the original; "
+        f"{evidence.guard}: {evidence.said or counts}; "
         f"difference {evidence.lower:+.4f} to {evidence.upper:+.4f}, margin {evidence.margin:g} "
         f"({evidence.basis})"
     )

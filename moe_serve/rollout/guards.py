@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from moe_serve.rollout.policy import LatencyGuard, Policy, Step
+from moe_serve.rollout.policy import LatencyGuard, Part, Policy, ShareGuard, Step
 from moe_serve.rollout.sequential import (
     log_share_e_process,
     log_split_e_process,
@@ -46,6 +46,10 @@ class Evidence:
     """What the pruned variant was compared with."""
     factor: float | None = None
     """Times the data so far that should do, if rates stay; ``None``: no amount would."""
+    said: str = ""
+    """What was seen, in words, where it is no count of events among requests."""
+    needs: str = ""
+    """What an open verdict waits for, where that is not requests."""
 
     def to_json(self) -> dict[str, Any]:
         """For the record."""
@@ -81,10 +85,10 @@ def errors(window: Window, policy: Policy, step: Step, *, explain: bool) -> Evid
 
     lower = lower_rate(failed_p, total_p, back / 2.0) - upper_rate(failed_o, total_o, back / 2.0)
     top = upper(1.0)
-    share, evidence = _exposure(window), 0.0
-    if 0.0 < share < 1.0:
-        share = null_share(share, guard.ratio)
-        evidence = float(log_share_e_process(failed_p, failed_p + failed_o, share))
+    exposure, evidence = _exposure(window), 0.0
+    if 0.0 < exposure < 1.0:
+        most = null_share(exposure, guard.ratio)
+        evidence = float(log_share_e_process(failed_p, failed_p + failed_o, most))
     harm = lower > guard.margin or (evidence >= -math.log(back) and top >= guard.margin)
     verdict: Verdict = "harm" if harm else "fine" if top < limit else "open"
     factor = None
@@ -125,7 +129,7 @@ def latency(
     """
     size = policy.design_effect
     strata = [
-        {v: (pairs[v][0] / size, pairs[v][1] / size) for v in VARIANTS}
+        {v: _scaled(pairs[v], size) for v in VARIANTS}
         for _, pairs in sorted(window.over.get(metric, {}).items())
     ]
     total = {v: _sum([pairs[v] for pairs in strata]) for v in VARIANTS}
@@ -178,6 +182,53 @@ def latency(
         basis=f"{against}, requests over {edge:g} s",
         factor=factor,
     )
+
+
+def share(
+    name: Part, guard: ShareGuard, window: Window, policy: Policy, step: Step, *, explain: bool
+) -> Evidence:
+    """Share of answers, or of votes, of a kind: the difference of two rates."""
+    pairs = window.shares.get(name, {})
+    seen = {v: pairs.get(v, [0.0, 0.0]) for v in VARIANTS}
+    scaled = {v: _scaled(seen[v], policy.design_effect) for v in VARIANTS}
+    back, ahead = policy.alpha / policy.tests / 2.0, policy.alpha_advance / 2.0
+    limit = guard.margin * step.slack
+
+    def upper(times: float) -> float:
+        (kp, np_), (ko, no) = (tuple(v * times for v in scaled[a]) for a in (PRUNED, ORIGINAL))
+        return upper_rate(kp, np_, ahead) - lower_rate(ko, no, ahead)
+
+    lower = lower_rate(*scaled[PRUNED], back) - upper_rate(*scaled[ORIGINAL], back)
+    top = upper(1.0)
+    verdict: Verdict = "harm" if lower > guard.margin else "fine" if top < limit else "open"
+    none = [v for v in VARIANTS if scaled[v][1] <= 0]
+    factor = None
+    if explain and verdict == "open" and not none:
+        factor = _smallest_factor(lambda times: upper(times) < limit)
+    unit = {"feedback": "votes"}.get(name, "answers")
+    edge = f" of at most {window.edges[name]:g} tokens" if name in window.edges else ""
+    return Evidence(
+        guard=name,
+        verdict=verdict,
+        lower=lower,
+        upper=top,
+        margin=guard.margin,
+        limit=limit,
+        pruned=(seen[PRUNED][0], seen[PRUNED][1]),
+        original=(seen[ORIGINAL][0], seen[ORIGINAL][1]),
+        basis=f"original, {unit}{edge}",
+        factor=factor,
+        needs=f"{unit} of {' and '.join(none)}: none yet" if none and verdict == "open" else "",
+    )
+
+
+def _scaled(pair: Pair, size: float) -> tuple[float, float]:
+    """Counts in independent requests.
+
+    Probes are taken off by their own count, which may be one ahead of the engine's.
+    """
+    trials = max(pair[1], 0.0)
+    return min(max(pair[0], 0.0), trials) / size, trials / size
 
 
 def _sum(pairs: list[tuple[float, float]]) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from moe_serve.errors import UsageError
 
 Metric = Literal["ttft", "tpot"]
+Part = Literal["truncated", "empty", "feedback"]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -26,7 +27,8 @@ class Step(_Part):
     """One share of the traffic, held until the guards say what is needed to leave it."""
 
     weight: float = Field(ge=0.0, lt=100.0)
-    """Percent of requests that the pruned variant answers; 0 for a shadow step."""
+    """Percent of requests that the pruned variant answers; 0 for a shadow step. With neither
+    weight nor shadow, probes alone are asked: what they tell needs no user."""
     shadow: float = Field(default=0.0, ge=0.0, le=100.0)
     """Percent of requests copied to the pruned variant, its answers thrown away. Only with
     ``weight = 0``: beside real traffic it would add load that the guards then measure."""
@@ -45,9 +47,14 @@ class Step(_Part):
 
     @model_validator(mode="after")
     def _one_or_the_other(self) -> Step:
-        if (self.weight > 0.0) == (self.shadow > 0.0):
-            raise ValueError("a step has either a weight or a shadow share")
+        if self.weight > 0.0 and self.shadow > 0.0:
+            raise ValueError("a step has a weight or a shadow share, not both")
         return self
+
+    @property
+    def traffic(self) -> bool:
+        """Whether the pruned variant sees requests of users."""
+        return self.weight > 0.0 or self.shadow > 0.0
 
 
 class ErrorGuard(_Part):
@@ -77,6 +84,35 @@ class LatencyGuard(_Part):
     half of the pruned requests have a counterpart there, ``objective``."""
 
 
+class ShareGuard(_Part):
+    """Share of the answers, or of the votes on them, that are of a kind."""
+
+    margin: Share
+    """Tolerated difference of the shares, pruned - original."""
+
+
+class QualityGuard(_Part):
+    """What probes say of the pruned variant's predictions, beside the original's."""
+
+    kl: Positive = 0.25
+    """Tolerated divergence from the original, nats per token, mean over the probe set (a lower
+    bound of it, from the likeliest tokens; each place counts for 2 nats at most). A quarter: about
+    what dropping half of the experts by a published rule costs a small model."""
+    top1: Share = 0.3
+    """Tolerated share of the places at which the likeliest token is another one."""
+    domain: float = Field(default=3.0, ge=1.0)
+    """No domain's mean divergence may exceed ``kl`` times this: one that is lost must not hide
+    behind the others."""
+
+
+class GarbageGuard(_Part):
+    """Probes whose answer is empty, loops, changes to a foreign script or is broken text."""
+
+    margin: Share = 0.3
+    """Tolerated difference of the shares, pruned - original. Wide: small models loop now and then
+    by chance, a set has few probes, and what is meant is a model that falls apart."""
+
+
 class Guards(_Part):
     """Non-inferiority tests against margins. A guard left out (``ttft = "off"``) is not tested."""
 
@@ -86,6 +122,30 @@ class Guards(_Part):
     tpot: LatencyGuard | Literal["off"] = LatencyGuard(objective=0.1)
     """Time per output token *after the first*, mean of a request
     (``vllm:request_time_per_output_token_seconds``). 0.1 s: faster than people read."""
+    truncated: ShareGuard | Literal["off"] = ShareGuard(margin=0.05)
+    """Answers that ended at a length limit, or because the engine saw them repeat themselves
+    (``vllm:request_success_total``). Five points: a model that has lost its end goes on."""
+    empty: ShareGuard | Literal["off"] = ShareGuard(margin=0.02)
+    """Answers of one token at most, which is what an empty one comes to
+    (``vllm:request_generation_tokens``)."""
+    feedback: ShareGuard | Literal["off"] = "off"
+    """Votes against an answer (``POST /feedback``). Off: without votes it would never pass."""
+    quality: QualityGuard | Literal["off"] = QualityGuard()
+    garbage: GarbageGuard | Literal["off"] = GarbageGuard()
+
+    def shares(self) -> dict[Part, ShareGuard]:
+        """Those in use that compare shares of answers or votes."""
+        found: dict[Part, ShareGuard | Literal["off"]] = {
+            "truncated": self.truncated,
+            "empty": self.empty,
+            "feedback": self.feedback,
+        }
+        return {name: guard for name, guard in found.items() if isinstance(guard, ShareGuard)}
+
+    @property
+    def probed(self) -> int:
+        """Tests that rest on probes."""
+        return 2 * (self.quality != "off") + (self.garbage != "off")
 
     def latency(self) -> dict[Metric, LatencyGuard]:
         """Those in use."""
@@ -95,6 +155,25 @@ class Guards(_Part):
         if isinstance(self.tpot, LatencyGuard):
             found["tpot"] = self.tpot
         return found
+
+
+class Probes(_Part):
+    """Texts that both engines are asked, for the guards ``quality`` and ``garbage``."""
+
+    texts: Path | None = None
+    """Your own, ``.jsonl`` with one ``{"domain": ..., "text": ...}`` a line; relative to the
+    policy. The guards speak of these texts: take some like your traffic."""
+    default: bool = True
+    """Whether the package's own (seven domains, four human languages) are asked too."""
+    interval_seconds: Positive = 10.0
+    """Between probes; never more than one in flight. The default set takes six minutes, less than
+    the first step with users."""
+    top: int = Field(default=20, ge=1)
+    """Log-probabilities compared per token. Twenty: vLLM's own limit (``--max-logprobs``)."""
+    tokens: int = Field(default=64, ge=16)
+    """Generated for ``garbage``: enough for a loop to show."""
+    sha256: str = ""
+    """Of the set; filled in when the rollout starts. A file that then changes is not asked."""
 
 
 class Hard(_Part):
@@ -163,11 +242,12 @@ class Sticky(_Part):
 
 
 def _default_steps() -> tuple[Step, ...]:
-    """1 → 5 → 25 → 50 %, about fivefold each: few steps, and little exposed while little is known.
+    """Probes alone, then 1 → 5 → 25 → 50 %: little exposed while little is known.
 
-    The first two are left with wider margins, the last two with those of the guards.
+    The first two with users are left with wider margins, the last two with those of the guards.
     """
     return (
+        Step(weight=0.0, min_seconds=0.0, max_seconds=3600.0),
         Step(weight=1.0, slack=4.0),
         Step(weight=5.0, slack=2.0, min_requests=500),
         Step(weight=25.0, min_seconds=1800.0, min_requests=1000),
@@ -182,6 +262,7 @@ class Policy(_Part):
     """In order; after the last one everything goes to the pruned variant."""
     guards: Guards = Guards()
     hard: Hard = Hard()
+    probes: Probes = Probes()
     alpha: Share = 0.01
     """Probability that a variant within margins and ratio is ever rolled back by statistics, split
     over steps and guards. One in a hundred: a false alarm costs a day, not users."""
@@ -238,7 +319,9 @@ class Policy(_Part):
         shadows = [step.shadow for step in self.steps if step.weight == 0.0]
         rising = weights[len(shadows) :]
         if any(weights[: len(shadows)]) or rising != sorted(set(rising)):
-            raise ValueError("shadow steps come first, then weights that rise")
+            raise ValueError("steps without weight come first, then weights that rise")
+        if not all(step.traffic for step in self.steps) and not self.guards.probed:
+            raise ValueError("a step without traffic needs the guards quality or garbage")
         if list(self.strata) != sorted(set(self.strata)):
             raise ValueError("strata must rise")
         return self
@@ -246,7 +329,9 @@ class Policy(_Part):
     @property
     def tests(self) -> int:
         """Rolling-back tests of a whole rollout, over which ``alpha`` is split."""
-        return len(self.steps) * (1 + len(self.guards.latency()))
+        each = 1 + len(self.guards.latency()) + len(self.guards.shares())
+        # Results of probes are kept from step to step: one sequence for the whole rollout.
+        return max(1, sum(step.traffic for step in self.steps) * each + self.guards.probed)
 
     def frozen(self, at: float) -> bool:
         """Whether a moment (seconds since the epoch) lies in a freeze window."""
@@ -272,9 +357,18 @@ def load_policy(path: Path) -> Policy:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
         raise UsageError(f"cannot be read ({exc})", where=str(path)) from exc
     try:
-        return Policy.model_validate(values)
+        policy = Policy.model_validate(values)
+        return _beside(policy, path)
     except ValidationError as exc:
         problems = [f"{'.'.join(map(str, e['loc'])) or 'policy'}: {e['msg']}" for e in exc.errors()]
         raise UsageError(
             "; ".join(problems), where=str(path), remedy="leave a field out to get its default"
         ) from exc
+
+
+def _beside(policy: Policy, path: Path) -> Policy:
+    """With the probes' file found from the policy's folder."""
+    if policy.probes.texts is None:
+        return policy
+    texts = (path.absolute().parent / policy.probes.texts).resolve()
+    return policy.model_copy(update={"probes": policy.probes.model_copy(update={"texts": texts})})

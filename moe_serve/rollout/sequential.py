@@ -161,45 +161,77 @@ def bernstein_interval(x: ArrayLike, alpha: float) -> Interval:
     return Interval(max(0.0, float(centre - radius)), min(1.0, float(centre + radius)))
 
 
-def log_capital(x: ArrayLike, mean: ArrayLike, alpha: float) -> Array:
+def log_capital(
+    x: ArrayLike, mean: ArrayLike, alpha: float, population: int | None = None
+) -> Array:
     """Log of the hedged capital that bets against each ``mean`` have grown to, after each value.
 
     Waudby-Smith & Ramdas 2024, Theorem 3, with θ = ½ and truncation c = ½:
     max(½ Π(1 + λ⁺(X-m)), ½ Π(1 - λ⁻(X-m))), λ⁺ ≤ c/m, λ⁻ ≤ c/(1-m).
+
+    Where the values are drawn without replacement from ``population`` many (section 5 there), m is
+    the mean of those not yet drawn, m_t = (N·m - Σ_{i<t} X_i) / (N - t + 1); a mean that asks for
+    an impossible one is bet away at once.
 
     Returns:
         ``[means, values]``.
     """
     x = np.asarray(x, dtype=np.float64)
     m = np.atleast_1d(np.asarray(mean, dtype=np.float64))[:, None]
+    impossible = np.zeros((m.shape[0], x.size), dtype=bool)
+    if population is not None:
+        left = population - np.arange(x.size, dtype=np.float64)
+        m = (population * m - (np.cumsum(x) - x)) / left
+        impossible = np.logical_or.accumulate((m < -1e-9) | (m > 1.0 + 1e-9), axis=1)
+        m = np.clip(m, 0.0, 1.0)
     _, stake = _predictable(x, alpha)
     up = np.minimum(stake, 0.5 / np.maximum(m, 1e-12))
     down = np.minimum(stake, 0.5 / np.maximum(1.0 - m, 1e-12))
     gained = np.cumsum(np.log1p(up * (x - m)), axis=1)
     lost = np.cumsum(np.log1p(-down * (x - m)), axis=1)
-    return np.asarray(np.maximum(gained, lost) - math.log(2.0))
+    return np.asarray(np.where(impossible, np.inf, np.maximum(gained, lost) - math.log(2.0)))
 
 
-def betting_interval(x: ArrayLike, alpha: float, grid: int = 1000) -> Interval:
+def betting_interval(
+    x: ArrayLike, alpha: float, grid: int = 1000, population: int | None = None
+) -> Interval:
     """Hedged-capital confidence sequence for a mean in [0, 1]: means not yet bet away.
 
     The capital against a mean is quasi-convex in it, so what is left is an interval; the ends
     are rounded outwards to the grid.
+
+    Args:
+        x: values in [0, 1].
+        alpha: probability of ever being wrong.
+        grid: steps of the unit interval.
+        population: size of the finite set that the values are drawn from, in random order and
+            without replacement, and whose mean is sought. Once all are seen the mean is known.
     """
     x = np.asarray(x, dtype=np.float64)
     if x.size == 0:
         return Interval(0.0, 1.0)
+    least, most = 0.0, 1.0
+    if population is not None:
+        # What is not yet drawn lies between nothing and everything.
+        least, most = float(x.sum()) / population, 1.0 - float((1.0 - x).sum()) / population
+        if x.size >= population:
+            return Interval(float(x.mean()), float(x.mean()))
     m = np.linspace(0.0, 1.0, grid + 1)
-    left: Any = np.flatnonzero(log_capital(x, m, alpha)[:, -1] < math.log(1.0 / alpha))
+    capital = log_capital(x, m, alpha, population)[:, -1]
+    left: Any = np.flatnonzero(capital < math.log(1.0 / alpha))
     if left.size == 0:
         # Narrower than the grid: around the mean.
-        centre = float(x.mean())
-        return Interval(max(0.0, centre - 1.0 / grid), min(1.0, centre + 1.0 / grid))
-    return Interval(float(m[max(0, left[0] - 1)]), float(m[min(grid, left[-1] + 1)]))
+        centre = min(max(float(x.mean()), least), most)
+        low, high = centre - 1.0 / grid, centre + 1.0 / grid
+    else:
+        low, high = float(m[max(0, left[0] - 1)]), float(m[min(grid, left[-1] + 1)])
+    return Interval(max(low, least), min(high, most))
 
 
-def paired_interval(differences: ArrayLike, alpha: float, bound: float = 1.0) -> Interval:
+def paired_interval(
+    differences: ArrayLike, alpha: float, bound: float = 1.0, population: int | None = None
+) -> Interval:
     """Betting confidence sequence for a mean of paired differences in [-bound, bound]."""
     x = (np.asarray(differences, dtype=np.float64) / bound + 1.0) / 2.0
-    found = betting_interval(x, alpha)
+    found = betting_interval(x, alpha, population=population)
     return Interval(bound * (2.0 * found.lower - 1.0), bound * (2.0 * found.upper - 1.0))

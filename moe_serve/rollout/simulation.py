@@ -15,7 +15,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from moe_serve.rollout.decision import apply, decide
-from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.policy import Policy, QualityGuard, ShareGuard
+from moe_serve.rollout.probing import Result
+from moe_serve.rollout.quality import BOUND, Quality
 from moe_serve.rollout.state import begin
 from moe_serve.rollout.window import ArmReading, Reading, Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
@@ -23,6 +25,8 @@ from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 Fate = Literal["promoted", "rolled_back", "paused", "unfinished"]
 _DAY: Final = 86_400.0
 _START: Final = 1_800_000_000.0
+PROBES: Final = 35
+"""As many as the package's own set has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +51,14 @@ class Scenario:
     """Added by the pruned variant: a regression."""
     more_slow: float = 0.0
     """Added by the pruned variant to the share over each objective."""
+    truncated: float = 0.2
+    """Share of the answers that end at a length limit."""
+    empty: float = 0.005
+    """Share of the answers of one token."""
+    more_truncated: float = 0.0
+    """Added by the pruned variant."""
+    kl: float = 0.05
+    """Divergence of the pruned variant on a probe, nats, mean."""
     onset: float = 0.0
     """Seconds after the start from which the regression is there."""
     interval: float = 60.0
@@ -75,14 +87,15 @@ class Traffic:
         """Equal seeds give equal traffic as long as the split is equal."""
         self._scenario, self._rng = scenario, np.random.default_rng(seed)
         self._phase = float(self._rng.uniform(0.0, 2.0 * math.pi))
-        self._counts = {v: np.zeros(6) for v in VARIANTS}
+        self._counts = {v: np.zeros(8) for v in VARIANTS}
         self.elapsed = 0.0
         self.exposed = self.harmed = 0.0
 
     def next(self, percent: float, shadow: float) -> dict[str, tuple[float, np.ndarray]]:
         """Serve one interval; variant → (concurrency, cumulative counts).
 
-        The counts are requests, failures, and (slow, all) for each of two objectives.
+        The counts are requests, failures, (slow, all) for each of two objectives, and answers
+        that were truncated and empty.
         """
         s, rng = self._scenario, self._rng
         self.elapsed += s.interval
@@ -102,11 +115,26 @@ class Traffic:
             failed = int(rng.binomial(number, fails))
             done = number - failed
             late = rng.binomial(done, slow, size=2)
-            self._counts[variant] += (number, failed, late[0], done, late[1], done)
+            cut = rng.binomial(done, s.truncated + (s.more_truncated if worse else 0.0))
+            none = rng.binomial(done, s.empty)
+            self._counts[variant] += (number, failed, late[0], done, late[1], done, cut, none)
             found[variant] = (load, self._counts[variant])
         self.exposed += to_pruned
         self.harmed += to_pruned * (s.more_failures if harmful else 0.0)
         return found
+
+    def ask(self, probed: Quality, policy: Policy) -> None:
+        """Answer as many probes as fit one interval; those asked again say the same."""
+        left = probed.size - len(probed.results)
+        number = min(left, int(self._scenario.interval / policy.probes.interval_seconds))
+        at = _START + self.elapsed
+        for _ in range(number):
+            # Exponential: some texts lose far more than others.
+            kl = min(float(self._rng.exponential(self._scenario.kl)), BOUND)
+            name = str(len(probed.results))
+            result = Result(domain="all", kl=kl, disagreement=min(kl, 1.0), flaws=("", ""))
+            probed.add(name, result, at)
+        probed.answered = at
 
 
 def play(policy: Policy, scenario: Scenario, seed: int) -> Outcome:
@@ -117,11 +145,13 @@ def play(policy: Policy, scenario: Scenario, seed: int) -> Outcome:
     state = begin(policy, _START)
     percent, shadow = state.target(policy)
     window = Window(began=_START, weight=percent, shadow=shadow)
+    probed = Quality(digest="", domains={"all": PROBES})
     while traffic.elapsed < scenario.limit:
         arms = {v: _reading(policy, *seen) for v, seen in traffic.next(percent, shadow).items()}
         at = _START + traffic.elapsed
         window.add(Reading(at=at, tick=traffic.elapsed, arms=arms), policy)
-        found = decide(window, policy, state, explain=False)
+        traffic.ask(probed, policy)
+        found = decide(window, policy, state, probed=probed, explain=False)
         if found.kind == "hold":
             continue
         state = apply(found, state, policy, at)
@@ -135,12 +165,14 @@ def play(policy: Policy, scenario: Scenario, seed: int) -> Outcome:
 
 
 def _reading(policy: Policy, load: float, counts: np.ndarray) -> ArmReading:
-    requests, failed, *slow = (float(value) for value in counts)
+    requests, failed, *slow, cut, none = (float(value) for value in counts)
     pairs = {"ttft": (slow[0], slow[1]), "tpot": (slow[2], slow[3])}
+    shares = {"truncated": (cut, slow[1]), "empty": (none, slow[1]), "feedback": (0.0, 0.0)}
     return ArmReading(
         requests=requests,
         failed=failed,
         over={metric: pairs[metric] for metric in policy.guards.latency()},
+        shares=shares,
         running=load,
         waiting=0.0,
         healthy=True,
@@ -168,10 +200,10 @@ def play_thresholds(rules: Thresholds, scenario: Scenario, seed: int) -> Outcome
     """One rollout by fixed thresholds on each interval's own counts; no traffic fails a check."""
     traffic = Traffic(scenario, seed)
     percent, failures = rules.step, 0
-    before = np.zeros(6)
+    before = np.zeros(8)
     while traffic.elapsed < scenario.limit:
         counts = traffic.next(percent, 0.0)[PRUNED][1].copy()
-        requests, failed, slow_a, done, slow_b, _ = counts - before
+        requests, failed, slow_a, done, slow_b, *_ = counts - before
         before = counts
         good = (
             requests > 0
@@ -258,6 +290,15 @@ def scenarios(policy: Policy, rate: float = 20.0) -> dict[str, Scenario]:
     if slow := policy.guards.latency():
         margin = max(guard.margin for guard in slow.values())
         found["slowness of twice the margin"] = Scenario(rate=rate, more_slow=2.0 * margin)
+    if isinstance(policy.guards.truncated, ShareGuard):
+        margin = policy.guards.truncated.margin
+        found["truncated answers, twice the margin"] = Scenario(
+            rate=rate, more_truncated=2.0 * margin
+        )
+    if isinstance(policy.guards.quality, QualityGuard):
+        found["divergence of twice the margin"] = Scenario(
+            rate=rate, kl=2.0 * policy.guards.quality.kl
+        )
     return found
 
 

@@ -18,6 +18,11 @@ from moe_serve.rollout.window import ArmReading, Reading
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import VARIANTS
 
+TOKENS: Final = "vllm:request_generation_tokens"
+ENDED: Final = "vllm:request_success_total"
+_CUT_SHORT: Final = ("length", "repetition")
+_WHOLE: Final = "stop"
+"""Reasons for an answer's end; what a client or an error broke off is neither."""
 HISTOGRAMS: Final[Mapping[Metric, str]] = {
     "ttft": "vllm:time_to_first_token_seconds",
     # The mean of a request: single gaps between its tokens are correlated with each other.
@@ -84,9 +89,12 @@ def _arm(
         counts = buckets(samples, HISTOGRAMS[metric])
         if counts and (found := over_edge(counts[0], guard.objective)):
             over[metric], edges[metric] = found
+    requests, failed = _requests(host)
     return ArmReading(
-        **_requests(host),
+        requests=requests,
+        failed=failed,
         over=over,
+        shares=_shares(samples, edges),
         running=total(samples, "vllm:num_requests_running"),
         waiting=total(samples, "vllm:num_requests_waiting"),
         kv_usage=total(samples, "vllm:kv_cache_usage_perc"),
@@ -95,12 +103,26 @@ def _arm(
     )
 
 
-def _requests(host: Host | None) -> dict[str, float | None]:
-    """A request cut off before its headers counts as failed and cut: as one at most."""
+def _shares(samples: list[Any], edges: dict[str, float]) -> dict[str, Over]:
+    """(cut short, answers) and (at most one token, answers)."""
+    found: dict[str, Over] = {}
+    ends = {r: total(samples, ENDED, finished_reason=r) for r in (*_CUT_SHORT, _WHOLE)}
+    if ends["length"] is not None and ends[_WHOLE] is not None:
+        known = {reason: count or 0.0 for reason, count in ends.items()}
+        found["truncated"] = (sum(known[r] for r in _CUT_SHORT), sum(known.values()))
+    counts = buckets(samples, TOKENS)
+    if counts and (longer := over_edge(counts[0], 1.0)):
+        (more, answers), edges["empty"] = longer
+        found["empty"] = (answers - more, answers)
+    return found
+
+
+def _requests(host: Host | None) -> tuple[float | None, float | None]:
+    """(all, failed); one cut off before its headers counts as failed and cut: as one at most."""
     if host is None:
-        return {"requests": None, "failed": None}
+        return None, None
     requests = host.answered + host.failed
-    return {"requests": requests, "failed": min(requests, host.failed + host.cut)}
+    return requests, min(requests, host.failed + host.cut)
 
 
 class PrometheusSources:
@@ -127,6 +149,7 @@ class PrometheusSources:
             counts.sort(key=lambda item: float(item[0]))
             if counts and (found := over_edge(counts, guard.objective)):
                 over[metric], edges[metric] = found
+        shares = self._shares(labels, edges)
         requests = "moe_serve_requests_total"
         age = self._one(f"time() - max(timestamp({requests}{{{labels}}}))")
         fresh = age is not None and age <= _STALE
@@ -137,12 +160,29 @@ class PrometheusSources:
             requests=counted if known else None,
             failed=min(failed or 0.0, counted or 0.0) if known else None,
             over=over,
+            shares=shares,
             # Of one engine: the load that a request meets.
             running=self._one(f"avg(vllm:num_requests_running{{{labels}}})"),
             waiting=self._one(f"sum(vllm:num_requests_waiting{{{labels}}})"),
             kv_usage=self._one(f"min(vllm:kv_cache_usage_perc{{{labels}}})"),
             started=self._one(f"max(process_start_time_seconds{{{labels}}})"),
         )
+
+    def _shares(self, labels: str, edges: dict[str, float]) -> dict[str, Over]:
+        """As :func:`_shares` of one engine."""
+        found: dict[str, Over] = {}
+        rows = self._ask(f"sum by (finished_reason) ({ENDED}{{{labels}}})")
+        ends = {row["metric"].get("finished_reason", ""): value for row, value in rows}
+        if "length" in ends and _WHOLE in ends:
+            cut = sum(ends.get(reason, 0.0) for reason in _CUT_SHORT)
+            found["truncated"] = (cut, cut + ends[_WHOLE])
+        rows = self._ask(f"sum by (le) ({TOKENS}_bucket{{{labels}}})")
+        counts = [(row["metric"]["le"], value) for row, value in rows]
+        counts.sort(key=lambda item: float(item[0]))
+        if counts and (longer := over_edge(counts, 1.0)):
+            (more, answers), edges["empty"] = longer
+            found["empty"] = (answers - more, answers)
+        return found
 
     def _one(self, query: str) -> float | None:
         rows = self._ask(query)

@@ -283,7 +283,8 @@ class Store:
             if state is not None:
                 self._put(db, state)
             if policy is not None:
-                db.execute("UPDATE rollout SET policy = ?", (policy,))
+                # A new rollout has seen nothing yet.
+                db.execute("UPDATE rollout SET policy = ?, seen = '{}'", (policy,))
             audit.append(db, kind, {"at": time.time(), **body})
 
     def saved(self) -> Saved:

@@ -32,6 +32,10 @@ class ArmReading:
     """Of these."""
     over: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     """Metric → (requests over the objective, requests), cumulative, from the engine."""
+    shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Guard → (answers or votes of the kind, all), cumulative."""
+    probes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """What probes have added to the engine's counters, by metric and guard: they are no users."""
     running: float | None = None
     """Requests in the engine now; the stratum."""
     waiting: float | None = None
@@ -82,6 +86,8 @@ class Window:
     """Variant → [failed, requests]."""
     over: dict[str, dict[int, dict[str, Pair]]] = field(default_factory=dict)
     """Metric → stratum → variant → [over the objective, requests]."""
+    shares: dict[str, dict[str, Pair]] = field(default_factory=dict)
+    """Guard → variant → [answers or votes of the kind, all]."""
     edges: dict[str, float] = field(default_factory=dict)
     restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VARIANTS, 0))
     trouble: str = ""
@@ -175,11 +181,13 @@ class Window:
         stratum = bisect_right(policy.strata, load)
         for metric in policy.guards.latency():
             slow, total = self.over.setdefault(metric, {}).setdefault(stratum, _pairs())[variant]
-            (slow_a, total_a), (slow_b, total_b) = a.over[metric], b.over[metric]
-            self.over[metric][stratum][variant] = [
-                slow + slow_b - slow_a,
-                total + total_b - total_a,
-            ]
+            more, all_ = _of_users(metric, a.over[metric], b.over[metric], a, b)
+            self.over[metric][stratum][variant] = [slow + more, total + all_]
+        for name in policy.guards.shares():
+            pair = self.shares.setdefault(name, _pairs())[variant]
+            more, all_ = _of_users(name, a.shares[name], b.shares[name], a, b)
+            pair[0] += more
+            pair[1] += all_
 
     @property
     def requests(self) -> float:
@@ -199,6 +207,7 @@ class Window:
             "version",
             "seconds",
             "failures",
+            "shares",
             "edges",
             "restarts",
             "now",
@@ -226,6 +235,10 @@ def _usable(arm: ArmReading | None, policy: Policy) -> bool:
         if metric not in arm.over:
             return False
         values += arm.over[metric]
+    for name in policy.guards.shares():
+        if name not in arm.shares:
+            return False
+        values += arm.shares[name]
     return all(math.isfinite(value) for value in values)
 
 
@@ -234,9 +247,19 @@ def _went_back(a: ArmReading, b: ArmReading) -> bool:
     pairs = [(a.requests, b.requests), (a.failed, b.failed)]
     for metric in a.over.keys() & b.over.keys():
         pairs += zip(a.over[metric], b.over[metric], strict=True)
+    for name in a.shares.keys() & b.shares.keys():
+        pairs += zip(a.shares[name], b.shares[name], strict=True)
     fell = any((y or 0.0) < (x or 0.0) for x, y in pairs)
     other = a.started is not None and b.started is not None and b.started - a.started > 1.0
     return fell or other
+
+
+def _of_users(
+    name: str, a: tuple[float, float], b: tuple[float, float], was: ArmReading, now: ArmReading
+) -> tuple[float, float]:
+    """Growth of a pair of counters less what probes added to it."""
+    before, after = was.probes.get(name, (0.0, 0.0)), now.probes.get(name, (0.0, 0.0))
+    return b[0] - a[0] - (after[0] - before[0]), b[1] - a[1] - (after[1] - before[1])
 
 
 def _delta(a: float | None, b: float | None) -> float:

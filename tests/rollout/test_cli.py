@@ -15,6 +15,8 @@ from moe_serve.rollout.traffic import move
 from moe_serve.serving.routes import write_split
 from tests.support.stacks import fake_stack
 
+POLICY = '{"steps": [{"weight": 1}]}'
+
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     """``moe-serve rollout ...``."""
@@ -27,7 +29,7 @@ def stack(tmp_path: Path, phase: Any = "canary") -> str:
     fake_stack(tmp_path)
     write_split(tmp_path, 0)
     move(tmp_path, 5, decision="set", reason="")
-    Store(tmp_path).note("prepared", {}, state=State(phase=phase, began=1.0), policy="{}")
+    Store(tmp_path).note("prepared", {}, state=State(phase=phase, began=1.0), policy=POLICY)
     return str(tmp_path)
 
 
@@ -38,7 +40,7 @@ def test_a_rollout_is_paused_resumed_and_rolled_back_with_nobody_alive(tmp_path:
     found = json.loads(run("status", "--state", state, "--json").stdout)
     assert (found["state"], found["pruned_percent"], found["controller"]) == ("paused", 5, None)
     assert "lunch" in found["reason"]
-    # The default policy's first step is 1 %, the file says 5.
+    # The policy's first step is 1 %, the file says 5.
     moved = json.loads(run("resume", "--state", state, "--json").stdout)
     assert moved["pruned_percent"] == 1
     assert run("rollback", "--state", state).returncode == 0

@@ -17,11 +17,23 @@ import pytest
 from moe_serve.errors import Overtaken, RolloutError
 from moe_serve.rollout.commands import pause_rollout, resume_rollout, start_rollout
 from moe_serve.rollout.controller import Controller
-from moe_serve.rollout.policy import ErrorGuard, Guards, Hooks, LatencyGuard, Policy, Step
+from moe_serve.rollout.policy import (
+    ErrorGuard,
+    Guards,
+    Hooks,
+    LatencyGuard,
+    Policy,
+    Probes,
+    QualityGuard,
+    ShareGuard,
+    Step,
+)
+from moe_serve.rollout.prober import prober_of
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move, status
 from moe_serve.serving.routes import read_split, route_file
-from moe_serve.serving.variants import ORIGINAL
+from moe_serve.serving.state import StackState
+from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.proxy import Proxied, proxied
 
 QUICK = {"min_seconds": 0.0, "min_requests": 20, "max_seconds": 3600.0}
@@ -31,6 +43,10 @@ POLICY = Policy(
         errors=ErrorGuard(margin=0.2),
         ttft=LatencyGuard(objective=1.0, margin=0.4),
         tpot=LatencyGuard(objective=0.1, margin=0.4),
+        truncated=ShareGuard(margin=0.4),
+        empty=ShareGuard(margin=0.4),
+        quality="off",
+        garbage="off",
     ),
     strata=(),
     warmup_seconds=0.0,
@@ -218,3 +234,92 @@ def test_nothing_starts_unwatched(proxy: Proxied) -> None:
         start_rollout(proxy.state, POLICY, reason="")
     with begun(proxy), pytest.raises(RolloutError, match="under way"):
         start_rollout(proxy.state, POLICY, reason="")
+
+
+PROBED = POLICY.model_copy(
+    update={
+        "steps": (Step(weight=0.0, min_seconds=0.0), Step(weight=50, **QUICK)),
+        "guards": POLICY.guards.model_copy(
+            update={"quality": QualityGuard(), "ttft": LatencyGuard(objective=1.0, margin=0.4)}
+        ),
+        "probes": Probes(interval_seconds=0.01),
+    }
+)
+
+
+def until(proxy: Proxied, controller: Controller, wanted: str) -> None:
+    """Tick until that phase, without any request of a user."""
+    end = time.monotonic() + 30
+    while phase(proxy)[0] != wanted:
+        assert time.monotonic() < end, status(proxy.state)["decision"]
+        controller.tick()
+        time.sleep(0.05)
+
+
+def test_a_ruined_model_is_rolled_back_before_any_user_meets_it(proxy: Proxied) -> None:
+    """Probes alone tell; the record says so in figures and without a word of their texts."""
+    proxy.pruned.unlike = 4.0
+    with begun(proxy, PROBED) as controller:
+        until(proxy, controller, "rolled_back")
+        last = Store(proxy.state).history()[0]
+        assert (last.actor, last.decision, last.percent_before) == ("controller", "rollback", 0)
+        assert last.reason.startswith("kl: ")
+        told = "".join(p.read_bytes().decode(errors="ignore") for p in proxy.state.glob("*.sq*"))
+        assert controller.tick() is None
+        assert controller._prober is None
+    assert str(proxy.pruned.asked[0]["prompt"])[:20] not in told
+    assert proxy.pruned.asked[0]["priority"] == 1000
+
+
+def test_good_probes_open_the_way_and_are_not_counted_as_users(proxy: Proxied) -> None:
+    """All 35 asked; forty users' requests later each engine's counts are those forty."""
+    with begun(proxy, PROBED) as controller:
+        until(proxy, controller, "canary")
+        assert controller._prober is not None
+        assert len(controller._prober.quality().results) == 35
+        controller.tick()
+        ask(proxy, 40)
+        time.sleep(0.2)
+        controller.tick()
+        window = controller._window
+        assert window is not None
+        answers = sum(n for _, n in window.shares["truncated"].values())
+        # A probe may be on its way, with one of its requests answered.
+        assert abs(answers - 40) <= 2
+        assert sum(n for _, n in window.failures.values()) == 40
+
+
+def test_results_survive_a_controller_and_a_changed_set_is_not_asked(proxy: Proxied) -> None:
+    """The next one goes on; with another file than the rollout began with it says so and waits."""
+    texts = proxy.state / "mine.jsonl"
+    texts.write_text('{"text": "one text"}\n{"text": "another text"}\n')
+    own = PROBED.probes.model_copy(update={"texts": texts, "default": False})
+    with begun(proxy, PROBED.model_copy(update={"probes": own})) as controller:
+        until(proxy, controller, "canary")
+        controller.tick()
+        controller._ask_no_more()
+        Store(proxy.state).release(controller._holder)
+        second = Controller(proxy.state, lambda _: None)
+        second.tick()
+        assert second._prober is not None
+        assert len(second._prober.quality().results) == 2
+        second._ask_no_more()
+        texts.write_text('{"text": "something else"}\n')
+        decision = second.tick()
+        assert decision is not None
+        kl = next(e for e in decision.evidence if e.guard == "kl")
+        assert (kl.verdict, "not those that the rollout began with" in kl.needs) == ("open", True)
+
+
+def test_probes_give_way_while_requests_wait(proxy: Proxied) -> None:
+    """Nine times out of ten; and an engine that does not answer is told in a line without text."""
+    told: list[str] = []
+    prober = prober_of(PROBED, StackState.load(proxy.state), told.append, None)
+    prober.crowded({ORIGINAL: 3.0, PRUNED: 0.0})
+    for _ in range(10):
+        prober.step()
+    assert len(prober.quality().results) == 1
+    proxy.pruned.stop()
+    prober.crowded({ORIGINAL: 0.0, PRUNED: 0.0})
+    with pytest.raises(RolloutError, match=r"pruned engine: no answer to a probe \(ConnectError\)"):
+        prober.step()

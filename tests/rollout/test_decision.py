@@ -13,10 +13,10 @@ from moe_serve.rollout import state as s
 from moe_serve.rollout.policy import Freeze, Hard, Policy, Step
 from moe_serve.rollout.window import ArmReading, Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
-from tests.support.readings import START, Traffic
+from tests.support.readings import EMPTY, START, UNPROBED, Traffic
 
 HALF = Step(weight=50.0, min_seconds=60.0, min_requests=100, max_seconds=3600.0)
-POLICY = Policy(steps=(HALF,))
+POLICY = Policy(steps=(HALF,), guards=UNPROBED)
 CANARY = s.begin(POLICY, START)
 
 
@@ -41,7 +41,7 @@ def test_enough_good_traffic_advances() -> None:
     found = after(60)
     assert (found.kind, found.reason) == ("advance", "fine")
     assert {e.guard: e.verdict for e in found.evidence} == dict.fromkeys(
-        ("errors", "ttft", "tpot"), "fine"
+        ("errors", "ttft", "tpot", "truncated", "empty"), "fine"
     )
 
 
@@ -147,7 +147,8 @@ def test_inconclusive_can_be_resumed_and_evidence_is_kept() -> None:
 
 def test_a_late_verdict_is_still_a_verdict() -> None:
     """All guards passed but a person's gate is shut: waiting past the maximum is no failure."""
-    policy = Policy(steps=(HALF.model_copy(update={"gate": "hand", "max_seconds": 100.0}),))
+    gated = HALF.model_copy(update={"gate": "hand", "max_seconds": 100.0})
+    policy = POLICY.model_copy(update={"steps": (gated,)})
     state = s.begin(policy, START)
     assert after(60, policy=policy, state=state).reason == "gate"
     assert after(60, policy=policy, state=s.resume(state, START)).kind == "advance"
@@ -240,9 +241,7 @@ def test_restarts_hold_and_a_crash_loop_rolls_back() -> None:
     for _ in range(2):
         traffic.serve(PRUNED, 50)
         traffic.read()
-        traffic.arms[PRUNED] = replace(
-            traffic.arms[PRUNED], requests=0.0, over={"ttft": (0, 0), "tpot": (0, 0)}
-        )
+        traffic.arms[PRUNED] = EMPTY
         seen.append(d.decide(traffic.read(), policy, CANARY).kind)
     assert seen == ["hold", "rollback"]
 

@@ -19,11 +19,11 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
-    """Everything has a default; four steps and three guards are twelve tests."""
+    """Everything has a default; four steps of five guards and three tests of probes: 23."""
     policy = load_policy(written(tmp_path, ""))
     assert policy == Policy()
-    assert [step.weight for step in policy.steps] == [1, 5, 25, 50]
-    assert policy.tests == 12
+    assert [step.weight for step in policy.steps] == [0, 1, 5, 25, 50]
+    assert policy.tests == 4 * 5 + 3
 
 
 def test_parts_are_read(tmp_path: Path) -> None:
@@ -61,10 +61,13 @@ def test_parts_are_read(tmp_path: Path) -> None:
     ("text", "says"),
     [
         ("steps = []", "steps"),
-        ("[[steps]]\nweight = 0", "either a weight or a shadow share"),
-        ("[[steps]]\nweight = 5\nshadow = 5", "either a weight or a shadow share"),
+        ("guards.quality = 'off'\nguards.garbage = 'off'", "without traffic needs the guards"),
+        ("[[steps]]\nweight = 5\nshadow = 5", "a weight or a shadow share, not both"),
         ("[[steps]]\nweight = 5\n[[steps]]\nweight = 5", "weights that rise"),
-        ("[[steps]]\nweight = 5\n[[steps]]\nweight = 0\nshadow = 1", "shadow steps come first"),
+        (
+            "[[steps]]\nweight = 5\n[[steps]]\nweight = 0\nshadow = 1",
+            "without weight come first",
+        ),
         ("alhpa = 0.1", "alhpa"),
         ("alpha = 1.5", "alpha"),
         ("timezone = 'Mars/Olympus'", "no time zone 'Mars/Olympus'"),

@@ -45,9 +45,9 @@ def test_a_histogram_without_edges_or_total_is_none(counts: list[tuple[str, floa
 def test_a_request_fails_once() -> None:
     """Two resets before the headers are failed and cut; three streams cut are cut and answered."""
     resets = Host(answered=0, failed=2, cut=2, healthy=True)
-    assert _requests(resets) == {"requests": 2, "failed": 2}
+    assert _requests(resets) == (2, 2)
     streams = Host(answered=10, failed=0, cut=3, healthy=True)
-    assert _requests(streams) == {"requests": 10, "failed": 3}
+    assert _requests(streams) == (10, 3)
 
 
 def test_a_stack_that_is_gone_is_not_zero(tmp_path: Path) -> None:
@@ -68,8 +68,9 @@ def test_engines_and_proxy_are_read_directly(tmp_path: Path) -> None:
         arm = found.arms[ORIGINAL]
         assert (arm.requests, arm.failed, arm.healthy) == (10, 0, True)
         assert arm.over == {"ttft": (5, 10), "tpot": (5, 10)}
+        assert arm.shares == {"truncated": (10, 10), "empty": (0, 10)}
         assert found.arms[PRUNED].requests == 0
-        assert found.edges == {"ttft": 1.0, "tpot": 0.1}
+        assert found.edges == {"ttft": 1.0, "tpot": 0.1, "empty": 1.0}
 
 
 def prometheus(age: float) -> httpx.Client:
@@ -82,6 +83,9 @@ def prometheus(age: float) -> httpx.Client:
         if 'variant="pruned"' in query:
             if "_bucket" in query:
                 rows = [({"le": "+Inf"}, "8"), ({"le": "0.1"}, "4"), ({"le": "1"}, "6")]
+            elif "finished_reason" in query:
+                ends = {"length": "3", "stop": "5", "abort": "9"}
+                rows = [({"finished_reason": name}, count) for name, count in ends.items()]
             elif query.startswith("time()"):
                 rows = [({}, str(age))]
             elif "answered|failed" in query:
@@ -104,6 +108,8 @@ def test_prometheus_gives_the_same_reading() -> None:
     arm = found.arms[PRUNED]
     assert (arm.requests, arm.failed, arm.running, arm.waiting) == (10, 1, 3.5, None)
     assert arm.over == {"ttft": (2, 8), "tpot": (4, 8)}
+    # Cut short: 3 of 3 + 5; of one token at most: 6 of 8.
+    assert arm.shares == {"truncated": (3, 8), "empty": (6, 8)}
     assert found.arms[ORIGINAL].requests is None
 
 

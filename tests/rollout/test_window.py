@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
-from tests.support.readings import Traffic
+from tests.support.readings import PLAIN, Traffic
 
-POLICY = Policy()
+POLICY = PLAIN
 
 
 def test_warm_up_is_left_out_by_rule() -> None:

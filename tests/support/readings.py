@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.policy import Guards, Policy, Step
 from moe_serve.rollout.window import ArmReading, Reading, Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 START = 1_800_000_000.0
+UNPROBED = Guards(quality="off", garbage="off")
+"""What users' requests alone tell."""
+PLAIN = Policy(steps=(Step(weight=1.0),), guards=UNPROBED)
+"""The default but for its steps, and without probes."""
 EMPTY = ArmReading(
-    requests=0.0, failed=0.0, over={"ttft": (0, 0), "tpot": (0, 0)}, running=1.0, healthy=True
+    requests=0.0,
+    failed=0.0,
+    over={"ttft": (0, 0), "tpot": (0, 0)},
+    shares={"truncated": (0, 0), "empty": (0, 0), "feedback": (0, 0)},
+    running=1.0,
+    healthy=True,
 )
 
 
@@ -39,7 +48,14 @@ class Traffic:
         return self.window
 
     def serve(
-        self, variant: str, requests: float, failed: float = 0, slow: float = 0, load: float = 1.0
+        self,
+        variant: str,
+        requests: float,
+        failed: float = 0,
+        slow: float = 0,
+        load: float = 1.0,
+        *,
+        truncated: float = 0,
     ) -> None:
         """Requests since the last reading; ``slow`` of them over both objectives."""
         arm = self.arms[variant]
@@ -48,6 +64,10 @@ class Traffic:
             requests=(arm.requests or 0) + requests,
             failed=(arm.failed or 0) + failed,
             over={m: (k + slow, n + requests) for m, (k, n) in arm.over.items()},
+            shares={
+                m: (k + (truncated if m == "truncated" else 0), n + requests)
+                for m, (k, n) in arm.shares.items()
+            },
             running=load,
         )
 

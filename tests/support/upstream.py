@@ -25,7 +25,13 @@ class Upstream:
         """Each such request is answered 500; 0: none."""
         self.slow_every = 0
         """Each such request is counted as slower than any objective; 0: none."""
-        self._finished, self._slow = 0, 0
+        self.truncated_every = 1
+        """Each such answer ends at its length; 0: none."""
+        self.unlike = 0.0
+        """Nats by which its log-probabilities are off; with any its likeliest token is another."""
+        self.asked: list[dict[str, object]] = []
+        """Bodies of the requests that asked for ``prompt_logprobs``."""
+        self._finished, self._slow, self._cut, self._short = 0, 0, 0, 0
         self._chunks, self._pause = chunks, pause
         routes = [
             Route("/health", self._health),
@@ -77,21 +83,51 @@ class Upstream:
             counts = {f"{edge}": self._finished - self._slow, "+Inf": self._finished}
             lines += [f'vllm:{name}_seconds_bucket{{le="{e}"}} {n}' for e, n in counts.items()]
             lines += [f"vllm:{name}_seconds_count {self._finished}", f"vllm:{name}_seconds_sum 1"]
+        lines.append("# TYPE vllm:request_success counter")
+        ends = {"length": self._cut, "stop": self._finished - self._cut, "abort": 7}
+        ended = "vllm:request_success_total"
+        lines += [f'{ended}{{finished_reason="{r}"}} {n}' for r, n in ends.items()]
+        lines.append("# TYPE vllm:request_generation_tokens histogram")
+        tokens = {"1.0": self._short, "10.0": self._finished, "+Inf": self._finished}
+        bucket = "vllm:request_generation_tokens_bucket"
+        lines += [f'{bucket}{{le="{edge}"}} {number}' for edge, number in tokens.items()]
         return PlainTextResponse("\n".join(lines) + "\n")
 
+    def _probed(self, asked: dict[str, object]) -> Response:
+        """Two tokens at each of three places, the likelier one first."""
+        self.asked.append(asked)
+        self._cut += 1
+        self._short += 1
+        likely, other = (1, 2) if not self.unlike else (2, 1)
+        high, low = -0.1 - self.unlike, -3.0 - self.unlike
+        place = {str(likely): {"logprob": high, "rank": 1}, str(other): {"logprob": low, "rank": 2}}
+        choice = {"text": "a", "finish_reason": "length", "prompt_logprobs": [None, place, place]}
+        return JSONResponse({"choices": [choice]})
+
     async def _completions(self, request: Request) -> Response:
-        await request.body()
+        raw = await request.body()
         self.started += 1
         if self.fail_every and self.started % self.fail_every == 0:
             return PlainTextResponse("no", status_code=500)
         self._finished += 1
+        asked = json.loads(raw) if raw else {}
+        if "prompt_logprobs" in asked:
+            return self._probed(asked)
+        whole = not self.truncated_every or self._finished % self.truncated_every != 0
+        end = "stop" if whole else "length"
+        self._cut += not whole
         if self.slow_every and self._finished % self.slow_every == 0:
             self._slow += 1
 
         async def events() -> object:
             for number in range(self._chunks):
-                reason = "length" if number == self._chunks - 1 else None
-                choice = {"index": 0, "text": "x", "finish_reason": reason, "logprobs": None}
+                reason = end if number == self._chunks - 1 else None
+                choice = {
+                    "index": 0,
+                    "text": "abcdefghijklmnop"[number % 16],
+                    "finish_reason": reason,
+                    "logprobs": None,
+                }
                 chunk = {
                     "id": "1",
                     "object": "text_completion",

@@ -1,0 +1,224 @@
+"""One probe put to one engine, and what two engines' answers say of each other.
+
+Both engines read the same text and give, for every token of it, the log-probabilities of the
+tokens they think likeliest at that place (``prompt_logprobs``, up to ``top`` of them). From these
+lists follow, per place:
+
+- a **lower bound of KL(original ‖ pruned)** in nats. With p, q the two distributions, S the tokens
+  that both list, T those that only the original lists, e the smallest probability that pruned
+  lists among its ``top``:
+  Σ_S p·log(p/q) + Σ_T p·log(p/e) + p_rest·log(p_rest/(1 - Σ_S q)), p_rest = 1 - Σ_S p - Σ_T p.
+  It is a bound because an unlisted token has at most e, and the rest of q at most 1 - Σ_S q. Where
+  both lists cover nearly everything it is the divergence itself. Clipped to [0, ``bound``].
+- **top-1 disagreement**: whether the likeliest tokens differ.
+
+A probe's values are the means over its places. A log-probability that is no number counts as the
+worst there is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import httpx
+
+from moe_serve.errors import RolloutError
+from moe_serve.rollout.garbage import Flaw, flaw
+from moe_serve.rollout.probes import Probe
+
+_LOW: Final = 1_000
+"""vLLM's ``priority``: lower is earlier, users have 0."""
+_PROMPT: Final = 0.6
+"""Share of a probe's characters that are given for it to be gone on with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What an engine expects at one place of a text."""
+
+    listed: Mapping[int, float]
+    """Token → log-probability: the ``top`` likeliest, and the token that stands there."""
+    least: float
+    """Smallest of the ``top``: no token that is not listed has more."""
+    first: int
+    """The likeliest token."""
+
+    @property
+    def sound(self) -> bool:
+        """Whether all are numbers."""
+        return all(math.isfinite(value) for value in self.listed.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heard:
+    """One engine's answer to one probe."""
+
+    places: tuple[Place, ...]
+    flaw: Flaw
+    """Of the text it generated."""
+    waits: tuple[float, float]
+    """Seconds to the answer of the first request, and to the first token of the second."""
+    pace: float
+    """Seconds per token after the first, of the second request."""
+    generated: int
+    """Its tokens."""
+    truncated: int
+    """How many of the two requests ended at their limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What one probe says of the pruned variant."""
+
+    domain: str
+    kl: float
+    """Nats, mean over places; see the module's docstring."""
+    disagreement: float
+    """Share of the places."""
+    flaws: tuple[Flaw, Flaw]
+    """Of the original's and of the pruned variant's text."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For the store."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Result:
+        """Back from the store."""
+        return cls(**{**value, "flaws": tuple(value["flaws"])})
+
+
+class NoPriority(Exception):
+    """The engine refuses a priority (0.32 ignores it where it has no use for one)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """One to ask."""
+
+    name: str
+    url: str
+    model: str
+    """The name it serves under."""
+
+    def ask(
+        self, client: httpx.Client, probe: Probe, *, top: int, tokens: int, priority: bool
+    ) -> Heard:
+        """Two requests: log-probabilities of the text, then a greedy continuation of its beginning.
+
+        Raises:
+            NoPriority: asked with a priority that it doesn't know.
+            RolloutError: it doesn't answer as it should; nothing of the text is in the message.
+        """
+        common: dict[str, Any] = {"model": self.model, "temperature": 0.0}
+        if priority:
+            common["priority"] = _LOW
+        try:
+            began = time.monotonic()
+            answer = client.post(
+                f"{self.url}/v1/completions",
+                json={**common, "prompt": probe.text, "max_tokens": 1, "prompt_logprobs": top},
+            )
+            self._check(answer.status_code, answer.text)
+            wait = time.monotonic() - began
+            choice = answer.json()["choices"][0]
+            places = tuple(_place(entry, top) for entry in choice["prompt_logprobs"] if entry)
+            prompt = probe.text[: math.ceil(_PROMPT * len(probe.text))]
+            body = {**common, "prompt": prompt, "max_tokens": tokens, "stream": True}
+            text, arrivals, reason = self._generate(client, body)
+        except httpx.HTTPError as exc:
+            raise RolloutError(
+                f"no answer to a probe ({type(exc).__name__})", where=self.name
+            ) from exc
+        except (ValueError, KeyError, TypeError, IndexError) as exc:
+            raise RolloutError("an answer to a probe has not the form", where=self.name) from exc
+        if not places:
+            raise RolloutError("gives no prompt_logprobs", where=self.name)
+        count = len(arrivals)
+        return Heard(
+            places=places,
+            flaw=flaw(text, probe.text),
+            waits=(wait, arrivals[0]),
+            pace=(arrivals[-1] - arrivals[0]) / max(1, count - 1),
+            generated=count,
+            truncated=(choice["finish_reason"] == "length") + (reason == "length"),
+        )
+
+    def _check(self, status: int, text: str) -> None:
+        if status == httpx.codes.BAD_REQUEST and "priorit" in text.lower():
+            raise NoPriority
+        if status != httpx.codes.OK:
+            raise RolloutError(f"status {status} to a probe", where=self.name)
+
+    def _generate(
+        self, client: httpx.Client, body: Mapping[str, Any]
+    ) -> tuple[str, list[float], str | None]:
+        """The text, when each of its tokens arrived, and why it ended."""
+        pieces, arrivals, reason = [], [], None
+        began = time.monotonic()
+        with client.stream("POST", f"{self.url}/v1/completions", json=body) as answer:
+            if answer.status_code != httpx.codes.OK:
+                self._check(answer.status_code, answer.read().decode(errors="replace"))
+            for line in answer.iter_lines():
+                data = line.removeprefix("data:").strip()
+                if not data or data == "[DONE]":
+                    continue
+                choice = json.loads(data)["choices"][0]
+                arrivals.append(time.monotonic() - began)
+                pieces.append(choice["text"])
+                reason = choice["finish_reason"] or reason
+        return "".join(pieces), arrivals, reason
+
+
+def _place(entry: Mapping[str, Mapping[str, Any]], top: int) -> Place:
+    """From vLLM's token → {logprob, rank}; what is no number becomes NaN."""
+    values = {int(token): _number(found["logprob"]) for token, found in entry.items()}
+    ranked = sorted(values.values(), reverse=True)[:top]
+    return Place(values, ranked[-1], max(values, key=lambda token: values[token]))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def divergence(p: Place, q: Place, bound: float) -> float:
+    """The bound of KL(p ‖ q) at one place that the module's docstring gives."""
+    if not (p.sound and q.sound):
+        return bound
+    total, listed, shared = 0.0, 0.0, 0.0
+    for token, value in p.listed.items():
+        mass = math.exp(value)
+        listed += mass
+        other = q.listed.get(token)
+        total += mass * (value - (q.least if other is None else other))
+        shared += 0.0 if other is None else math.exp(other)
+    if (rest := 1.0 - listed) > 1e-9:
+        total += rest * math.log(rest / max(1.0 - shared, 1e-12))
+    return min(max(total, 0.0), bound)
+
+
+def compare(domain: str, original: Heard, pruned: Heard, bound: float) -> Result:
+    """What two answers to the same probe say.
+
+    Raises:
+        RolloutError: the engines did not read the same tokens.
+    """
+    if len(original.places) != len(pruned.places):
+        raise RolloutError(
+            f"one probe has {len(original.places)} tokens and {len(pruned.places)}",
+            where="probes",
+            remedy="both variants need the same tokenizer",
+        )
+    pairs = list(zip(original.places, pruned.places, strict=True))
+    differ = [p.first != q.first or not q.sound for p, q in pairs]
+    return Result(
+        domain=domain,
+        kl=math.fsum(divergence(p, q, bound) for p, q in pairs) / len(pairs),
+        disagreement=sum(differ) / len(pairs),
+        flaws=(original.flaw, pruned.flaw),
+    )
