@@ -133,7 +133,8 @@ def test_it_survives_the_store_and_holds_no_text() -> None:
     found = probed(7, flaw="loop")
     again = Quality.from_json(json.loads(json.dumps(found.to_json())))
     assert again.to_json() == found.to_json()
-    assert again.by_domain()["code"] == (3, pytest.approx(0.05), pytest.approx(0.9))
+    number, kl, agreement = again.by_domain()["code"]
+    assert (number, kl, agreement) == pytest.approx((3, 0.05, 0.9))
 
 
 def shares(guards: Guards) -> Iterator[tuple[Traffic, Policy]]:
