@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -116,7 +117,8 @@ class Controller:
         policy, sources = self._of(saved.policy)
         window = self._evidence(saved, split)
         probed = self._probed(saved, policy)
-        reading = self._complete(sources.read(policy))
+        with self._prober.quiet() if self._prober is not None else nullcontext():
+            reading = self._complete(sources.read(policy))
         lost = "" if split is not None else "the route file can't be read"
         window.add(reading, policy, lost=lost)
         decision = decide(window, policy, saved.state, probed=probed)

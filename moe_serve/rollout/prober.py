@@ -12,7 +12,8 @@ import hashlib
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -29,6 +30,8 @@ from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 _PATIENCE: Final = 60.0
 """Seconds for one request."""
+_QUIET: Final = 0.5
+"""Seconds that a reading waits for a probe to end."""
 _WAYS: Final = 9
 """Probes left out in a row because requests wait; one then goes, or nothing would ever be known."""
 
@@ -99,6 +102,7 @@ class Prober:
         self._crowded, self._gave_way = False, 0
         self._round: list[str] = []
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._flight = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="prober")
         self._client = httpx.Client(timeout=_PATIENCE)
 
@@ -109,6 +113,20 @@ class Prober:
     def stop(self) -> None:
         """End; a probe in flight is not waited for."""
         self._stop.set()
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """No probe in flight, so that engines' counters and :meth:`counted` are of one moment.
+
+        One that hangs is not waited for: the reading is then off by its two requests, until the
+        next one.
+        """
+        free = self._flight.acquire(timeout=_QUIET)
+        try:
+            yield
+        finally:
+            if free:
+                self._flight.release()
 
     def quality(self) -> Quality:
         """The results so far; no later one changes what is returned."""
@@ -154,7 +172,8 @@ class Prober:
             return
         self._gave_way = 0
         probe = self._probes[self._next()]
-        heard = {variant: self._ask(variant, probe) for variant in VARIANTS}
+        with self._flight:
+            heard = {variant: self._ask(variant, probe) for variant in VARIANTS}
         result = compare(probe.domain, heard[ORIGINAL], heard[PRUNED], BOUND)
         with self._lock:
             self._quality.add(probe.id, result, time.time())
