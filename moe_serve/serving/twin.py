@@ -17,10 +17,11 @@ import httpx
 from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.formats import ROUTER_MASK
 from moe_serve.checkpoint.source import open_checkpoint
-from moe_serve.errors import ServingError, UsageError
+from moe_serve.errors import ServingError
 from moe_serve.progress import Progress
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
 from moe_serve.serving.process import free_port
+from moe_serve.serving.reference import forced_logprobs
 
 BOUND: Final = 1e-4
 """Largest difference of a log-probability, in nats, that rounding in FP32 explains."""
@@ -46,32 +47,31 @@ class Agreement:
 def compare_with_twin(folder: Path, progress: Progress) -> Agreement:
     """Serve ``folder`` and then its tied form, both in FP32, and compare their answers.
 
-    The tied form is written to a temporary directory (``TMPDIR``), of the original's size.
+    The tied form is written to a temporary directory (``TMPDIR``), of the original's size. Where
+    layers drop different numbers of experts, stock vLLM can't serve it: then its log-probabilities
+    of the compact engine's tokens are computed here, with the mask that says what is dropped.
 
     Args:
         folder: a compact checkpoint.
         progress: told about the engines.
 
     Raises:
-        UsageError: it is not compact, or stock vLLM can't serve its twin.
+        UsageError: it is not compact.
         ServingError: an engine did not start or did not answer.
     """
     checkpoint = open_checkpoint(folder)
     prompts = _prompts(checkpoint.shape.vocabulary)
     with tempfile.TemporaryDirectory(prefix="moe-serve-") as temporary:
         twin = export(folder, Path(temporary) / "tied", "tied", progress)
-        if (twin / ROUTER_MASK).exists():
-            raise UsageError(
-                "its layers drop different numbers of experts, which stock vLLM can't be told",
-                where=str(folder),
-                remedy="verify without --engine",
-            )
         progress.start("ask engines", 2)
-        answers = []
-        for name, model in (("compact", folder), ("tied", twin)):
-            answers.append(_ask(name, model, prompts))
-            progress.advance()
-    return difference(*answers)
+        ours = _ask("compact", folder, prompts)
+        progress.advance()
+        if (twin / ROUTER_MASK).exists():
+            theirs = _forced(twin, prompts, ours)
+        else:
+            theirs = _ask("tied", twin, prompts)
+        progress.advance()
+    return difference(ours, theirs)
 
 
 def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> Agreement:
@@ -91,6 +91,13 @@ def _prompts(vocabulary: int) -> list[list[int]]:
     """The same ids every time; what they say does not matter."""
     rng = random.Random(0)
     return [[rng.randrange(vocabulary) for _ in range(length)] for length in _LENGTHS]
+
+
+def _forced(twin: Path, prompts: list[list[int]], rows: list[Row]) -> list[Row]:
+    """The same tokens as in ``rows``, with the log-probabilities that the tied form gives them."""
+    texts = [[p[0], *(token for token, _ in row)] for p, row in zip(prompts, rows, strict=True)]
+    found = forced_logprobs(twin, texts)
+    return [list(zip(t[1:], values, strict=True)) for t, values in zip(texts, found, strict=True)]
 
 
 def _ask(name: str, model: Path, prompts: list[list[int]]) -> list[Row]:
