@@ -1,9 +1,11 @@
 """What blocks cost an engine: ``python -m benchmarks.serving.overhead [--clock wall]``.
 
-All engines are in one process and take turns on the same prompts; a ratio is that of one turn, and
-what is printed is the median over the turns, the ends in brackets. Prefill is the step that takes
-all prompts, decode the steps after it. The default clock is the processor time of the process,
-which other work on the machine changes less; ``--clock wall`` for an idle machine or a GPU.
+All engines are in one process and take turns on the same prompts, in random order; a ratio is that
+of one turn, and what is printed is the median over the turns, the ends in brackets. Where an engine
+got its memory changes its speed too: those that should be equal are there twice and count together,
+and the last row, of two engines for one checkpoint, says how far that goes. Prefill is the step
+that takes all prompts, decode the steps after it. The default clock is the process's processor
+time, which other work on the machine changes less; ``--clock wall`` for an idle machine or a GPU.
 
 In FP32 a native checkpoint and a compact one of the same experts must generate the same tokens. In
 BF16 their routers, with more rows in one than in the other, round differently.
@@ -137,6 +139,8 @@ def make_models(root: Path, dtype: torch.dtype) -> dict[str, Path]:
         make_twins(source, folder, root / f"{folder.name}-tied", table)
         models[name] = folder
     models["native"] = make_native(models["whole"], root / "native")
+    for name in ("whole", "native", "original"):
+        models[f"{name} again"] = models[name]
     return models
 
 
@@ -191,9 +195,9 @@ def take_turns(
     for engine in engines.values():
         answer(engine, prompts, clock)
     taken: dict[str, list[Turn]] = {name: [] for name in names}
-    for number in range(turns):
+    for _ in range(turns):
         # Nobody always follows the same one.
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+        for name in rng.sample(names, len(names)):
             taken[name].append(answer(engines[name], prompts, clock))
     for engine in engines.values():
         engine.llm_engine.engine_core.shutdown()
@@ -232,15 +236,26 @@ def speed_table(turns: dict[str, list[Turn]]) -> list[str]:
         label = f"half the bytes, {each} blocks of {WIDTH // 2 // each} each"
         rows.append((label, f"even {each}", "original"))
     rows += [(f"the same, {each} blocks against 1", f"even {each}", "even 1") for each in (2, 4, 8)]
+    rows.append(("(the original itself)", "original again", "original alone"))
     lines = ["| compact | against | prefill tokens/s | decode tokens/s |", "|---|---|---|---|"]
     for label, name, reference in rows:
-        pairs = list(zip(turns[reference], turns[name], strict=True))
+        ours, theirs = seconds(turns, name), seconds(turns, reference)
         cells = [
-            told([theirs.prefill / ours.prefill for theirs, ours in pairs]),
-            told([theirs.decode / ours.decode for theirs, ours in pairs]),
+            told([b / a for a, b in zip(x, y, strict=True)])
+            for x, y in zip(ours, theirs, strict=True)
         ]
         lines.append(f"| {label} | {reference} | {cells[0]} | {cells[1]} |")
     return lines
+
+
+def seconds(turns: dict[str, list[Turn]], name: str) -> tuple[list[float], list[float]]:
+    """Of prefill and decode in each turn; the mean of both engines where there are two."""
+    names = [name, f"{name} again"] if f"{name} again" in turns else [name.removesuffix(" alone")]
+    both = list(zip(*(turns[n] for n in names), strict=True))
+    return (
+        [statistics.mean(t.prefill for t in turn) for turn in both],
+        [statistics.mean(t.decode for t in turn) for turn in both],
+    )
 
 
 def load_table(root: Path, loads: int, clock: Clock, dtype: str) -> list[str]:
