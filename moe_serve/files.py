@@ -72,11 +72,19 @@ def writing(path: Path) -> Iterator[None]:
         ) from exc
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old or the new content, never a part."""
+def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Write a file so that a reader sees the old or the new content, never a part.
+
+    ``mode`` is what the umask leaves of it; 0o600 keeps others out from the first byte on.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
+
+    def private(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
     with writing(path):
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "wb", opener=private) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -32,7 +32,7 @@ class Watched:
     """One engine to report on."""
 
     variant: str
-    pid: int
+    pid: int | None
     weight_bytes: int
     """Of the checkpoint it serves."""
     kv_bytes_per_token: int

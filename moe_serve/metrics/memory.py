@@ -10,15 +10,17 @@ import psutil
 import pynvml
 
 
-def process_tree(pid: int) -> list[int]:
-    """A process and all it started that still run."""
+def process_tree(pid: int | None) -> list[int]:
+    """A process and all it started that still run; ``None``: one on another machine."""
+    if pid is None:
+        return []
     with suppress(psutil.NoSuchProcess):
         root = psutil.Process(pid)
         return [pid, *(child.pid for child in root.children(recursive=True))]
     return []
 
 
-def resident_bytes(pid: int) -> int | None:
+def resident_bytes(pid: int | None) -> int | None:
     """Resident memory of a process tree, ``None`` when it is gone.
 
     Pages shared between its processes count once per process.

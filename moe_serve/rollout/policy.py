@@ -6,12 +6,13 @@ import hashlib
 import tomllib
 from datetime import datetime, time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe_serve.errors import UsageError
+from moe_serve.serving.keys import KEY_HEADER
 
 Metric = Literal["ttft", "tpot"]
 Part = Literal["truncated", "empty", "feedback"]
@@ -231,14 +232,20 @@ class Prometheus(_Part):
 class Sticky(_Part):
     """What keeps a user on one variant; the proxy hashes it, a ramp moves users one way only."""
 
-    by: Literal["header", "cookie"]
-    """A header for API clients, a cookie for browsers."""
-    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    by: Literal["header", "cookie", "key"]
+    """A header for API clients, a cookie for browsers, or the API key that the proxy asks for."""
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9_-]{0,64}$")
     """Of the header or cookie. Requests without it are split at random; the cookie is set."""
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if (self.by == "key") == bool(self.name):
+            raise ValueError("name the header or cookie; a key needs no name")
+        return self
 
     def __str__(self) -> str:
         """As the route file has it."""
-        return f"{self.by}:{self.name}"
+        return f"header:{KEY_HEADER}" if self.by == "key" else f"{self.by}:{self.name}"
 
 
 def _default_steps() -> tuple[Step, ...]:

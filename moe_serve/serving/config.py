@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from moe_serve.errors import UsageError
+from moe_serve.serving.listener import MAX_REQUEST_BYTES, Edge
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
 
@@ -30,6 +40,25 @@ class StackConfig(BaseModel):
     """Directory for routes, logs and the database; kept over restarts."""
     policy: Path | None = None
     """Policy of automatic rollouts; with one a controller watches, and ``rollout start`` begins."""
+    original_url: str | None = None
+    """``http://host:port`` of an engine that runs already, elsewhere; none is started then, and
+    ``original`` is only read for its configuration."""
+    pruned_url: str | None = None
+    """The same for the pruned model's."""
+    tls_certificate: Path | None = None
+    """PEM chain of the OpenAI endpoint; with one it speaks TLS only. Read again when replaced."""
+    tls_key: Path | None = None
+    """PEM private key of the certificate."""
+    max_request_bytes: int = Field(default=MAX_REQUEST_BYTES, ge=1024)
+    """Larger requests are refused with 413."""
+    max_connections: int = Field(default=20_000, ge=1)
+    """Client connections at a time; more are closed."""
+    requests_per_second: int = Field(default=0, ge=0)
+    """Of all clients whose key has no limit of its own, together; 0: no limit."""
+    variant_header: bool = True
+    """Whether clients may choose a variant by the header ``x-moe-serve-variant``."""
+    access_log: bool = False
+    """Whether the proxy writes a line for each request: no query, headers, or body."""
     model: str | None = None
     """The public model name; by default the original's directory name."""
     engine_args: tuple[str, ...] = ()
@@ -48,6 +77,45 @@ class StackConfig(BaseModel):
     def models(self) -> dict[str, Path]:
         """Variant → checkpoint."""
         return {ORIGINAL: self.original, PRUNED: self.pruned}
+
+    def urls(self) -> dict[str, str | None]:
+        """Variant → address of an engine that runs already."""
+        return {ORIGINAL: self.original_url, PRUNED: self.pruned_url}
+
+    @field_validator("original_url", "pruned_url")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if parts.scheme != "http" or not parts.hostname or not parts.port or parts.path.strip("/"):
+            raise ValueError("give it as http://host:port")
+        return f"http://{parts.netloc}"
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Self:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together")
+        for file in (self.tls_certificate, self.tls_key):
+            if file is not None and not file.is_file():
+                raise ValueError(f"{file} is no file")
+        return self
+
+    def edge(self) -> Edge:
+        """What clients meet."""
+        return Edge(
+            host=self.host,
+            port=self.port,
+            certificate=str(self.tls_certificate.absolute()) if self.tls_certificate else "",
+            private_key=str(self.tls_key.absolute()) if self.tls_key else "",
+            max_request_bytes=self.max_request_bytes,
+            max_connections=self.max_connections,
+            requests_per_second=self.requests_per_second,
+            pin_allowed=self.variant_header,
+            access_log=str(self.state.absolute() / "logs" / "access.log")
+            if self.access_log
+            else "",
+        )
 
     def arguments(self, variant: str) -> tuple[str, ...]:
         """Extra engine arguments of a variant."""

@@ -118,7 +118,12 @@ def is_ready(spec: EngineSpec, child: Child) -> bool:
             where=child.name,
             remedy=f"the whole log is {child.log}",
         )
+    return answers(spec.url)
+
+
+def answers(url: str) -> bool:
+    """Whether an engine at ``url`` says that it is well."""
     try:
-        return httpx.get(f"{spec.url}/health", timeout=2.0).status_code == 200
+        return httpx.get(f"{url}/health", timeout=2.0).status_code == 200
     except httpx.HTTPError:
         return False

@@ -7,17 +7,18 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.errors import RolloutError, ServingError
-from moe_serve.serving.routes import NAME, ROUTES, WITH_FALLBACK, route_file
+from moe_serve.serving.listener import Edge, address, listener_file, watched
+from moe_serve.serving.routes import NAME, WITH_FALLBACK
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
-MAX_REQUEST_BYTES: Final = 16 * 1024**2
 KEEP_ALIVE_SECONDS: Final = 60
 """How long an engine keeps an idle connection; the proxy gives it up after half of that."""
-_MAX_HEADERS_KB: Final = 64
+_HEAP_BYTES: Final = 2 * 1024**3
 
 
 def binary() -> str:
@@ -37,95 +38,89 @@ def binary() -> str:
     return found
 
 
+def command(config: Path) -> list[str]:
+    """How Envoy is started.
+
+    A connection under a listener that was replaced is closed after its present request, so that a
+    key that was removed gets at most one more answer; a stream may last another hour.
+    """
+    return [
+        binary(),
+        *("-c", str(config), "--use-dynamic-base-id", "--log-level", "warning"),
+        *("--drain-strategy", "immediate", "--drain-time-s", "3600"),
+    ]
+
+
 def bootstrap(
-    state: Path, *, port: int, host: str, admin_port: int, engines: dict[str, int]
+    state: Path, edge: Edge, *, admin_port: int, engines: dict[str, str]
 ) -> dict[str, Any]:
-    """The configuration Envoy starts with.
+    """The configuration Envoy starts with; routes and listener are files that it watches.
 
     Args:
         state: the stack's state directory.
-        port: where clients connect.
-        host: the address to listen on.
+        edge: what clients meet.
         admin_port: on loopback.
-        engines: variant → loopback port.
+        engines: variant → ``host:port``.
     """
-    clusters = [_cluster(variant, engines[variant]) for variant in (ORIGINAL, PRUNED)]
+    clusters = [_cluster(variant, engines[variant], edge) for variant in (ORIGINAL, PRUNED)]
     return {
         "node": {"id": NAME, "cluster": NAME},
-        "admin": {"address": _address("127.0.0.1", admin_port)},
-        "static_resources": {
-            "listeners": [_listener(state, host, port)],
-            "clusters": [*clusters, _fallback()],
-        },
+        "admin": {"address": address("127.0.0.1", admin_port)},
+        "dynamic_resources": {"lds_config": watched(listener_file(state))},
+        "static_resources": {"clusters": [*clusters, _fallback()]},
+        "overload_manager": _overload(edge),
     }
 
 
-def _address(host: str, port: int) -> dict[str, Any]:
-    return {"socket_address": {"address": host, "port_value": port}}
-
-
-def _listener(state: Path, host: str, port: int) -> dict[str, Any]:
-    extension = "type.googleapis.com/envoy.extensions.filters"
-    manager = {
-        "@type": f"{extension}.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "ingress",
-        "rds": {
-            "route_config_name": NAME,
-            "config_source": {
-                "resource_api_version": "V3",
-                "path_config_source": {
-                    "path": str(route_file(state)),
-                    "watched_directory": {"path": str(state / ROUTES)},
-                },
-            },
-        },
-        "stream_idle_timeout": "600s",
-        "request_headers_timeout": "10s",
-        "drain_timeout": "5s",
-        "max_request_headers_kb": _MAX_HEADERS_KB,
-        "use_remote_address": True,
-        "server_header_transformation": "PASS_THROUGH",
-        "http_filters": [
-            {
-                "name": "envoy.filters.http.buffer",
-                "typed_config": {
-                    "@type": f"{extension}.http.buffer.v3.Buffer",
-                    "max_request_bytes": MAX_REQUEST_BYTES,
-                },
-            },
-            {
-                "name": "envoy.filters.http.router",
-                "typed_config": {"@type": f"{extension}.http.router.v3.Router"},
-            },
-        ],
-    }
+def _overload(edge: Edge) -> dict[str, Any]:
+    """Under pressure: first no new requests, with an answer that says so, and never a crash."""
+    kind = "type.googleapis.com/envoy.extensions.resource_monitors"
+    heap = "envoy.resource_monitors.fixed_heap"
+    connections = "envoy.resource_monitors.global_downstream_max_connections"
     return {
-        "name": NAME,
-        "address": _address(host, port),
-        "per_connection_buffer_limit_bytes": MAX_REQUEST_BYTES,
-        "filter_chains": [
+        "refresh_interval": "0.25s",
+        "resource_monitors": [
             {
-                "filters": [
-                    {
-                        "name": "envoy.filters.network.http_connection_manager",
-                        "typed_config": manager,
-                    }
-                ]
+                "name": heap,
+                "typed_config": {
+                    "@type": f"{kind}.fixed_heap.v3.FixedHeapConfig",
+                    "max_heap_size_bytes": _HEAP_BYTES,
+                },
+            },
+            {
+                "name": connections,
+                "typed_config": {
+                    "@type": f"{kind}.downstream_connections.v3.DownstreamConnectionsConfig",
+                    "max_active_downstream_connections": edge.max_connections,
+                },
+            },
+        ],
+        "actions": [
+            {
+                "name": action,
+                "triggers": [{"name": heap, "threshold": {"value": threshold}}],
             }
+            for action, threshold in (
+                ("envoy.overload_actions.shrink_heap", 0.85),
+                ("envoy.overload_actions.disable_http_keepalive", 0.9),
+                ("envoy.overload_actions.stop_accepting_requests", 0.95),
+            )
         ],
     }
 
 
-def _cluster(variant: str, port: int) -> dict[str, Any]:
+def _cluster(variant: str, engine: str, edge: Edge) -> dict[str, Any]:
+    host, _, port = engine.rpartition(":")
     endpoint = {
-        "endpoint": {"address": _address("127.0.0.1", port)},
+        "endpoint": {"address": address(host, int(port))},
         "metadata": {"filter_metadata": {"moe_serve": {"variant": variant}}},
     }
     return {
         "name": variant,
-        "type": "STATIC",
+        # A name is looked up, and again when its address changes.
+        "type": "STRICT_DNS",
         "connect_timeout": "2s",
-        "per_connection_buffer_limit_bytes": MAX_REQUEST_BYTES,
+        "per_connection_buffer_limit_bytes": edge.max_request_bytes,
         # One engine is all there is: with panic routing an unhealthy one would still get traffic.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "load_assignment": {
@@ -224,19 +219,35 @@ class Admin:
         versions = [c.get("version_info") for c in dump.get("configs", [])]
         return versions[0] if versions else None
 
+    def listener_version(self) -> str | None:
+        """Version of the listener in force.
+
+        From the statistics: the dump keeps the version of a listener whose filters alone changed.
+        """
+        name = "listener_manager.lds.version_text"
+        text = self.request("GET", f"/stats?filter={name}&type=TextReadouts")
+        return text.partition(": ")[2].strip().strip('"') or None
+
     def confirm(self, version: str, timeout: float = 5.0) -> float:
-        """Wait until ``version`` is in force; return the seconds it took.
+        """Wait until the routes of ``version`` are in force; return the seconds it took.
 
         Raises:
-            RolloutError: it did not come into force in time.
+            RolloutError: they did not come into force in time.
         """
+        return self._wait(version, self.route_version, timeout)
+
+    def confirm_listener(self, version: str, timeout: float = 5.0) -> float:
+        """The same for the listener."""
+        return self._wait(version, self.listener_version, timeout)
+
+    def _wait(self, version: str, present: Callable[[], str | None], timeout: float) -> float:
         began = time.monotonic()
         while time.monotonic() - began < timeout:
-            if self.route_version() == version:
+            if present() == version:
                 return time.monotonic() - began
             time.sleep(0.005)
         raise RolloutError(
-            f"Envoy has not taken the new routes after {timeout:g} s",
+            f"Envoy has not taken the new configuration after {timeout:g} s",
             where=self._address,
             remedy="look at envoy.log in the state directory",
         )

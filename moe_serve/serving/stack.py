@@ -15,7 +15,8 @@ from moe_serve.errors import RolloutError, ServingError
 from moe_serve.files import write_atomic
 from moe_serve.serving import envoy
 from moe_serve.serving.config import StackConfig
-from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
+from moe_serve.serving.engine import EngineSpec, answers, has_gpu, is_ready
+from moe_serve.serving.listener import put_listener
 from moe_serve.serving.process import Child, free_port, port_is_free, start
 from moe_serve.serving.routes import put_split, read_split, route_file, write_split
 from moe_serve.serving.state import EngineState, StackState
@@ -89,23 +90,19 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
             )
     stack = Stack(config=config, folder=folder)
     try:
-        specs = _engines(stack, tell)
+        engines = _engines(stack, tell)
         admin_port = free_port()
-        proxy = _envoy(stack, specs, admin_port)
+        proxy = _envoy(stack, engines, admin_port)
         control_url = f"http://127.0.0.1:{config.control_port}"
         stack.state = StackState(
             pid=os.getpid(),
-            endpoint=f"http://{config.host}:{config.port}/v1",
+            endpoint=f"{'https' if config.tls_certificate else 'http'}://{config.host}:{config.port}/v1",
             control=control_url,
             admin=f"127.0.0.1:{admin_port}",
             envoy_pid=proxy.pid,
             served_model=config.served_model,
-            engines={
-                spec.variant: EngineState(
-                    url=spec.url, pid=child.pid, model=str(spec.model.absolute()), log=str(spec.log)
-                )
-                for spec, child in specs
-            },
+            engines=engines,
+            edge=config.edge(),
             policy=str(config.policy.absolute()) if config.policy is not None else None,
         )
         stack.state.save(folder)
@@ -116,12 +113,17 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
     return stack
 
 
-def _engines(stack: Stack, tell: Tell) -> list[tuple[EngineSpec, Child]]:
-    """Start both engines side by side; return when both answer."""
+def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:
+    """Start the engines that do not run yet, side by side; return when all answer."""
     config = stack.config
     gpu = has_gpu()
-    started = []
+    engines: dict[str, EngineState] = {}
+    started: list[tuple[EngineSpec, Child]] = []
     for variant in VARIANTS:
+        model = config.models()[variant].absolute()
+        if (url := config.urls()[variant]) is not None:
+            engines[variant] = EngineState(url=url, model=str(model))
+            continue
         log = stack.folder / "logs" / f"{variant}.log"
         log.unlink(missing_ok=True)
         spec = EngineSpec(
@@ -136,7 +138,17 @@ def _engines(stack: Stack, tell: Tell) -> list[tuple[EngineSpec, Child]]:
         child = spec.launch(gpu=gpu)
         stack.children.append(child)
         started.append((spec, child))
+        engines[variant] = EngineState(
+            url=spec.url, model=str(model), pid=child.pid, log=str(spec.log)
+        )
         tell(f"{variant} engine: starting (log {log})")
+    _await_started(started, config.ready_seconds, tell)
+    _await_elsewhere(engines, config.ready_seconds, tell)
+    return engines
+
+
+def _await_started(started: list[tuple[EngineSpec, Child]], seconds: float, tell: Tell) -> None:
+    """Until all answer, or one has ended."""
     began = time.monotonic()
     waiting = dict(started)
     while waiting:
@@ -144,18 +156,34 @@ def _engines(stack: Stack, tell: Tell) -> list[tuple[EngineSpec, Child]]:
             if is_ready(spec, child):
                 tell(f"{spec.variant} engine: ready after {time.monotonic() - began:.0f} s")
                 del waiting[spec]
-        if waiting and time.monotonic() - began > config.ready_seconds:
+        if waiting and time.monotonic() - began > seconds:
             spec, child = next(iter(waiting.items()))
             raise ServingError(
-                f"not ready after {config.ready_seconds:g} s; its log ends:\n{child.tail()}\n",
+                f"not ready after {seconds:g} s; its log ends:\n{child.tail()}\n",
                 where=child.name,
                 remedy=f"the whole log is {spec.log}; raise ready_seconds for a large model",
             )
         time.sleep(_POLL)
-    return started
 
 
-def _envoy(stack: Stack, specs: list[tuple[EngineSpec, Child]], admin_port: int) -> Child:
+def _await_elsewhere(engines: dict[str, EngineState], seconds: float, tell: Tell) -> None:
+    """Until engines that were not started here answer."""
+    until = time.monotonic() + seconds
+    for variant, engine in engines.items():
+        if engine.pid is not None:
+            continue
+        tell(f"{variant} engine: waiting for {engine.url}")
+        while not answers(engine.url):
+            if time.monotonic() > until:
+                raise ServingError(
+                    f"does not answer after {seconds:g} s",
+                    where=engine.url,
+                    remedy=f"start it, or correct {variant}_url",
+                )
+            time.sleep(_POLL)
+
+
+def _envoy(stack: Stack, engines: dict[str, EngineState], admin_port: int) -> Child:
     """Start the proxy with the split that is on disk, or everything on the original."""
     folder, config = stack.folder, stack.config
     if route_file(folder).exists():
@@ -163,19 +191,20 @@ def _envoy(stack: Stack, specs: list[tuple[EngineSpec, Child]], admin_port: int)
         put_split(folder, read_split(folder))
     else:
         write_split(folder, 0.0)
+    put_listener(folder, config.edge())
     bootstrap = envoy.bootstrap(
         folder,
-        port=config.port,
-        host=config.host,
+        config.edge(),
         admin_port=admin_port,
-        engines={spec.variant: spec.port for spec, _ in specs},
+        engines={
+            variant: engine.url.removeprefix("http://") for variant, engine in engines.items()
+        },
     )
     path = folder / "envoy.json"
     write_atomic(path, json.dumps(bootstrap, indent=1).encode())
     log = folder / "logs" / "envoy.log"
     log.unlink(missing_ok=True)
-    command = [envoy.binary(), "-c", str(path), "--use-dynamic-base-id", "--log-level", "warning"]
-    child = start("envoy", [*command, "--concurrency", "2"], log)
+    child = start("envoy", [*envoy.command(path), "--concurrency", "2"], log)
     stack.children.append(child)
     _wait(child, lambda: envoy.Admin(f"127.0.0.1:{admin_port}").ready(), 30.0)
     return child

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from moe_serve.errors import RolloutError
 from moe_serve.files import read_json, write_json
+from moe_serve.serving.listener import Edge
 
 STACK: Final = "stack.json"
 
@@ -17,9 +18,10 @@ class EngineState:
     """One engine."""
 
     url: str
-    pid: int
     model: str
-    log: str
+    pid: int | None = None
+    """``None`` where it was not started here."""
+    log: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +36,8 @@ class StackState:
     envoy_pid: int
     served_model: str
     engines: dict[str, EngineState]
+    edge: Edge | None = None
+    """What clients meet; commands that change keys write it again."""
     policy: str | None = None
     """File of the rollout's policy, where ``up`` was given one."""
 
@@ -57,4 +61,5 @@ class StackState:
             )
         value: dict[str, Any] = read_json(path)
         engines = {name: EngineState(**engine) for name, engine in value.pop("engines").items()}
-        return cls(engines=engines, **value)
+        edge = value.pop("edge", None)
+        return cls(engines=engines, edge=Edge(**edge) if edge else None, **value)

@@ -14,7 +14,7 @@ import pytest
 from moe_serve.demo.clients import Load
 from moe_serve.metrics.sources import Endpoints
 from moe_serve.rollout.traffic import move, status
-from moe_serve.serving.envoy import MAX_REQUEST_BYTES
+from moe_serve.serving.listener import MAX_REQUEST_BYTES
 from moe_serve.serving.routes import read_split, route_file, write_split
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
 from tests.support.proxy import Proxied, proxied

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe_serve.serving import envoy
+from moe_serve.serving.listener import Edge, put_listener
 from moe_serve.serving.process import Child, free_port, start
 from moe_serve.serving.routes import write_split
 from moe_serve.serving.state import EngineState, StackState
@@ -30,21 +32,27 @@ class Proxied:
 
 
 @contextmanager
-def proxied(state: Path, *, chunks: int = 20, pause: float = 0.05) -> Iterator[Proxied]:
-    """Start two upstreams and Envoy; everything on the original."""
+def proxied(
+    state: Path, *, chunks: int = 20, pause: float = 0.05, **settings: Any
+) -> Iterator[Proxied]:
+    """Start two upstreams and Envoy; everything on the original. ``settings`` are the edge's."""
     ports = {ORIGINAL: free_port(), PRUNED: free_port()}
     port, admin_port = free_port(), free_port()
     write_split(state, 0.0)
+    edge = Edge(port=port, **settings)
+    put_listener(state, edge)
     config = envoy.bootstrap(
-        state, port=port, host="127.0.0.1", admin_port=admin_port, engines=ports
+        state,
+        edge,
+        admin_port=admin_port,
+        engines={name: f"127.0.0.1:{at}" for name, at in ports.items()},
     )
     (state / "envoy.json").write_text(json.dumps(config))
-    command = [envoy.binary(), "-c", str(state / "envoy.json"), "--use-dynamic-base-id"]
     with (
         Upstream(ORIGINAL, ports[ORIGINAL], chunks=chunks, pause=pause) as original,
         Upstream(PRUNED, ports[PRUNED], chunks=chunks, pause=pause) as pruned,
     ):
-        child = start("envoy", [*command, "--log-level", "warning"], state / "envoy.log")
+        child = start("envoy", envoy.command(state / "envoy.json"), state / "envoy.log")
         try:
             admin = envoy.Admin(f"127.0.0.1:{admin_port}")
             until = time.monotonic() + 30
@@ -52,7 +60,8 @@ def proxied(state: Path, *, chunks: int = 20, pause: float = 0.05) -> Iterator[P
                 assert child.exit_code is None, child.tail()
                 assert time.monotonic() < until, child.tail()
                 time.sleep(0.05)
-            endpoint = f"http://127.0.0.1:{port}/v1"
+            scheme = "https" if edge.certificate else "http"
+            endpoint = f"{scheme}://127.0.0.1:{port}/v1"
             StackState(
                 pid=child.pid,
                 endpoint=endpoint,
@@ -60,6 +69,7 @@ def proxied(state: Path, *, chunks: int = 20, pause: float = 0.05) -> Iterator[P
                 admin=f"127.0.0.1:{admin_port}",
                 envoy_pid=child.pid,
                 served_model=ORIGINAL,
+                edge=edge,
                 engines={
                     name: EngineState(
                         url=f"http://127.0.0.1:{p}", pid=child.pid, model="none", log="none"

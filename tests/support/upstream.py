@@ -32,6 +32,10 @@ class Upstream:
         self.asked: list[dict[str, object]] = []
         """Bodies of the requests that asked for ``prompt_logprobs``."""
         self._finished, self._slow, self._cut, self._short = 0, 0, 0, 0
+        self.headers: dict[str, str] = {}
+        """Of the last completion asked for."""
+        self._open = asyncio.Event()
+        self._open.set()
         self._chunks, self._pause = chunks, pause
         routes = [
             Route("/health", self._health),
@@ -68,7 +72,12 @@ class Upstream:
         self._server.should_exit = True
         self._thread.join(10)
 
+    def hang(self) -> None:
+        """Take requests from now on, and answer none."""
+        self._open.clear()
+
     async def _health(self, _request: Request) -> Response:
+        await self._open.wait()
         return PlainTextResponse("ok")
 
     async def _models(self, _request: Request) -> Response:
@@ -106,7 +115,9 @@ class Upstream:
 
     async def _completions(self, request: Request) -> Response:
         raw = await request.body()
+        self.headers = dict(request.headers)
         self.started += 1
+        await self._open.wait()
         if self.fail_every and self.started % self.fail_every == 0:
             return PlainTextResponse("no", status_code=500)
         self._finished += 1
