@@ -92,7 +92,7 @@ def test_each_key_has_its_own_limit(proxy: Proxied) -> None:
 def test_a_key_keeps_its_variant(proxy: Proxied) -> None:
     """Sticky by key: twelve keys, each always answered by the same; at half, both answer some."""
     move(proxy.state, 50, decision="set", reason="", sticky=str(Sticky(by="key")))
-    found = []
+    found: list[str] = []
     for number in range(12):
         key = add(proxy, f"user-{number}")
         answers = {ask(proxy, key).headers[HEADER] for _ in range(4)}
