@@ -1,13 +1,15 @@
-"""``python -m moe_serve.serving.guard [--yield] -- COMMAND…``: become a guarded command.
+"""``python -m moe_serve.serving.guard [OPTION]… -- COMMAND…``: become a guarded command.
 
 It dies with its parent: a stack that is killed outright must not leave engines behind that hold
-the GPU. With ``--yield`` it leaves the processor to others who want it.
+the GPU, not even one that hangs and hears no SIGTERM. With ``--yield`` it leaves the processor to
+others who want it; ``--grace=S`` sets the seconds it has to end by itself.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 import time
@@ -17,18 +19,40 @@ from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
 _NICE: Final = 10
+_GRACE: Final = 20.0
 
 
 def main() -> None:
-    """Ask the kernel for SIGTERM on the parent's death, then exec."""
+    """Ask the kernel for SIGTERM on the parent's death, leave a watcher for what follows, exec."""
+    options, command = _split(sys.argv[1:])
     parent = os.getppid()
+    ended = [os.pidfd_open(parent), os.pidfd_open(os.getpid())]
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit("the parent is gone already")
-    options, command = _split(sys.argv[1:])
+    grace = next((float(o.partition("=")[2]) for o in options if o.startswith("--grace=")), _GRACE)
+    if os.fork() == 0:
+        _watch(*ended, grace)
+        os._exit(0)
     if "--yield" in options:
         _yield_processor()
     os.execvp(command[0], command)  # noqa: S606 - no shell is what we want
+
+
+def _watch(parent: int, command: int, grace: float) -> None:
+    """End the command's whole group ``grace`` seconds after the parent, if it is still there.
+
+    Both are known by their pidfd, so that another process with the same number is not meant.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    either = select.poll()
+    either.register(parent, select.POLLIN)
+    either.register(command, select.POLLIN)
+    if any(fd == command for fd, _ in either.poll()):
+        return
+    either.unregister(parent)
+    if not either.poll(grace * 1000):
+        os.killpg(0, signal.SIGKILL)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -63,12 +63,19 @@ def start(
     environment: Mapping[str, str] | None = None,
     *,
     yielding: bool = False,
+    grace: float = 20.0,
 ) -> Child:
     """Start a command in its own group; it ends when this process does.
 
-    A ``yielding`` one leaves the processor to the others when they want it.
+    Args:
+        name: for messages.
+        command: what to run.
+        log: file for its output.
+        environment: variables to add.
+        yielding: leave the processor to the others when they want it.
+        grace: seconds it has to end by itself after this process was killed.
     """
-    options = ["--yield"] if yielding else []
+    options = [f"--grace={grace:g}", *(["--yield"] if yielding else [])]
     with log.open("ab") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "moe_serve.serving.guard", *options, "--", *command],

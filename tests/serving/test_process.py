@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from moe_serve.serving.process import Child, start
 
@@ -56,18 +57,25 @@ def test_a_stubborn_child_is_killed_after_its_grace(tmp_path: Path) -> None:
     assert child.exit_code == -signal.SIGKILL
 
 
-def test_a_child_dies_with_its_parent(tmp_path: Path) -> None:
-    """Even when the parent is killed outright."""
-    code = (
-        "import sys, time\nfrom pathlib import Path\nfrom moe_serve.serving.process import start\n"
-        f"print(start('c', {SLEEP!r}, Path({str(tmp_path / 'log')!r})).pid, flush=True)\n"
-        "time.sleep(60)"
+STUBBORN = "import signal; signal.signal(15, signal.SIG_IGN); "
+
+
+@pytest.mark.parametrize("code", ["", STUBBORN], ids=["willing", "deaf"])
+def test_a_child_dies_with_its_parent(tmp_path: Path, code: str) -> None:
+    """Even when the parent is killed outright, and even one that hears no SIGTERM."""
+    sleep = (sys.executable, "-c", code + SLEEP[-1])
+    script = (
+        "import time\nfrom pathlib import Path\nfrom moe_serve.serving.process import start\n"
+        f"child = start('c', {sleep!r}, Path({str(tmp_path / 'log')!r}), grace=0.5)\n"
+        "print(child.pid, flush=True)\ntime.sleep(60)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     child = psutil.Process(int(parent.stdout.readline()))
     wait_for_words(tmp_path / "log")
+    family = [child, *child.children(recursive=True)]
+    assert len(family) == 2, "the child and the one who watches it"
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs([child], timeout=10)
-    assert alive == [] or alive[0].status() == psutil.STATUS_ZOMBIE
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
