@@ -26,13 +26,13 @@ def main() -> None:
     """Ask the kernel for SIGTERM on the parent's death, leave a watcher for what follows, exec."""
     options, command = _split(sys.argv[1:])
     parent = os.getppid()
-    ended = [os.pidfd_open(parent), os.pidfd_open(os.getpid())]
+    theirs, ours = os.pidfd_open(parent), os.pidfd_open(os.getpid())
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit("the parent is gone already")
     grace = next((float(o.partition("=")[2]) for o in options if o.startswith("--grace=")), _GRACE)
     if os.fork() == 0:
-        _watch(*ended, grace)
+        _watch(theirs, ours, grace)
         os._exit(0)
     if "--yield" in options:
         _yield_processor()
