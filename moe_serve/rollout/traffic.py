@@ -1,7 +1,7 @@
 """Changing the split: intent on record, then the route file, then Envoy's word that it holds.
 
-Needs nothing but the state directory: the control process may be dead, the record locked. Then
-the traffic still moves and the gap in the record is said.
+Needs nothing but the state directory: the control process may be dead, the record locked, the disk
+full. Then the traffic still moves and the gap in the record is said.
 """
 
 from __future__ import annotations
@@ -16,11 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from moe_serve.errors import Overtaken, RolloutError
+from moe_serve.errors import OutputError, Overtaken, RolloutError
 from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Store
 from moe_serve.serving.envoy import Admin
-from moe_serve.serving.routes import Split, new_split, put_split, read_split, route_file
+from moe_serve.serving.routes import (
+    Split,
+    new_split,
+    put_spare,
+    put_split,
+    read_split,
+    route_file,
+)
 from moe_serve.serving.state import StackState
 
 Decision = Literal["set", "start", "advance", "resume", "promote", "rollback"]
@@ -122,7 +129,13 @@ def move(
             if basis is not None and decision != "rollback":
                 raise
             warnings.append(f"not recorded: {exc}")
-        put_split(state, split)
+        try:
+            put_split(state, split)
+        except OutputError as exc:
+            if decision != "rollback":
+                raise
+            split, change = put_spare(state), 0
+            warnings.append(f"the spare routes are in force: {exc}")
         written_at, began = time.time(), time.monotonic()
         effective = None
         try:

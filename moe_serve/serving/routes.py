@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.errors import RolloutError
-from moe_serve.files import write_atomic
+from moe_serve.errors import OutputError, RolloutError
+from moe_serve.files import write_atomic, writing
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
 
 TOTAL: Final = 10_000
 ROUTES: Final = "routes"
 """The watched folder inside the state directory."""
 FILE: Final = "routes.json"
+SPARE: Final = "spare-routes.json"
+"""Beside the watched folder: what a rollback puts in force where nothing can be written."""
 NAME: Final = "moe_serve"
 PATHS: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health")
 """What clients may reach; engines have control paths that must stay closed."""
@@ -91,6 +94,33 @@ def put_split(state: Path, split: Split) -> None:
     path = route_file(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, split.encode())
+    _keep_spare(state)
+
+
+def put_spare(state: Path) -> Split:
+    """Put the spare in force: everything on the original, by a rename alone.
+
+    For a disk that takes no new byte.
+
+    Raises:
+        OutputError: there is none, or even a rename fails.
+    """
+    path = route_file(state)
+    with writing(path):
+        (state / SPARE).replace(path)
+    return read_split(state)
+
+
+def _keep_spare(state: Path) -> None:
+    """See that there is one, in today's layout; where it can't be written it is done without."""
+    path = state / SPARE
+    with suppress(OSError, ValueError, KeyError):
+        found = path.read_bytes()
+        version = str(json.loads(found)["version_info"])
+        if found == Split(pruned=0, version=version).encode():
+            return
+    with suppress(OutputError):
+        write_atomic(path, new_split(0.0).encode())
 
 
 def write_split(state: Path, percent: float) -> Split:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from moe_serve import files
 from moe_serve.errors import RolloutError
-from moe_serve.rollout import traffic
+from moe_serve.rollout.commands import pause_rollout, resume_rollout, start_rollout
+from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.recovery import recover
-from moe_serve.rollout.state import State
+from moe_serve.rollout.state import State, enter, roll_back
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import Basis, Decision, move, status
+from moe_serve.serving import routes
 from moe_serve.serving.envoy import Admin
-from moe_serve.serving.routes import put_split, read_split, route_file, write_split
+from moe_serve.serving.routes import new_split, read_split, route_file, write_split
 from tests.support.stacks import fake_stack
 
 BEFORE = State(phase="canary", step=0, began=1.0)
 AFTER = State(phase="canary", step=1, began=2.0)
-POINTS = ("intend-before", "intend-after", "put-before", "put-after", "confirm", "written-before",
-          "written-after", "confirmed-before", "confirmed-after")  # fmt: skip
 
 
 class Killed(BaseException):
@@ -40,68 +44,197 @@ def prepared(state: Path) -> None:
     store.note("prepared", {}, state=BEFORE)
 
 
-def arm(monkeypatch: pytest.MonkeyPatch, point: str) -> None:
-    """Die at a point of the next move; Envoy answers by what is on disk."""
-    where, _, when = point.partition("-")
+class Deaths:
+    """Counts the boundaries between durable writes, and dies at one of them.
 
-    def deadly(function: object) -> object:
-        def run(*args: object, **named: object) -> object:
-            if when == "before":
-                raise Killed
-            result = function(*args, **named)  # type: ignore[operator]  # any of the five
-            if when == "after":
-                raise Killed
-            return result
+    A boundary is before and after each transaction, before and after the rename of a file, and
+    after its content is on disk: whatever writes is counted, so a new write is tried too.
+    """
 
-        return run
+    def __init__(self, patch: pytest.MonkeyPatch, state: Path, at: int | None = None) -> None:
+        self.passed, self._at = 0, at
+        writing, atomic = Store._writing, files.write_atomic
 
-    def confirm(_admin: Admin, _version: str) -> float:
-        if where == "confirm":
+        @contextmanager
+        def transaction(store: Store) -> Iterator[sqlite3.Connection]:
+            self.boundary()
+            with writing(store) as db:
+                yield db
+                # Before its commit: nothing of it is there afterwards.
+                self.boundary()
+            self.boundary()
+
+        def file(path: Path, data: bytes) -> None:
+            self.boundary()
+            path.with_name(f".{path.name}.tmp").write_bytes(data)
+            self.boundary()
+            atomic(path, data)
+            self.boundary()
+
+        patch.setattr(Store, "_writing", transaction)
+        patch.setattr(routes, "write_atomic", file)
+        # Envoy answers by what is on disk.
+        patch.setattr(Admin, "confirm", lambda *_: 0.0)
+        patch.setattr(Admin, "route_version", lambda _: read_split(state).version)
+
+    def boundary(self) -> None:
+        """The next one."""
+        self.passed += 1
+        if self.passed - 1 == self._at:
             raise Killed
-        return 0.0
-
-    monkeypatch.setattr(Admin, "confirm", confirm)
-    if where == "put":
-        monkeypatch.setattr(traffic, "put_split", deadly(put_split))
-    elif where != "confirm":
-        name = where
-        monkeypatch.setattr(Store, name, deadly(getattr(Store, name)))
 
 
-def advance(state: Path, decision: Decision, percent: float, becomes: State) -> None:
+POLICY = Policy(
+    steps=(Step(weight=0, min_seconds=0), Step(weight=0, shadow=5), Step(weight=5), Step(weight=25))
+)
+Place = tuple[float, float, str, int]
+"""Percent, copies, phase, step."""
+
+
+def found(state: Path) -> Place:
+    """What traffic and record say."""
+    split, saved = read_split(state), Store(state).saved().state
+    return split.percent, split.shadow_percent, saved.phase, saved.step
+
+
+def stand(state: Path, step: int | None, *, paused: bool = False) -> None:
+    """A rollout at a step of the policy, on record, written and confirmed; or none yet."""
+    fake_stack(state)
+    write_split(state, 0)
+    store = Store(state)
+    store.lease("someone", 600.0)
+    move(state, 0, decision="set", reason="")
+    if step is not None:
+        becomes = enter(State(), POLICY, step, 1.0)
+        store.note("policy", {}, state=becomes, policy=POLICY.model_dump_json())
+        percent, shadow = becomes.target(POLICY)
+        basis = Basis(state=becomes, revision=store.saved().revision)
+        move(state, percent, shadow=shadow, decision="advance", reason="", basis=basis)
+    if paused:
+        pause_rollout(state, reason="lunch")
+
+
+def act(state: Path, decision: Decision, becomes: State) -> None:
     """As the controller does."""
+    percent, shadow = becomes.target(POLICY)
     basis = Basis(state=becomes, revision=Store(state).saved().revision)
-    move(state, percent, decision=decision, reason="test", basis=basis)
+    move(state, percent, shadow=shadow, decision=decision, reason="test", basis=basis)
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("decision", ["advance", "rollback"])
-def test_every_point_of_death(
-    point: str, decision: Decision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def onwards(state: Path) -> None:
+    """To the next step, or to the end of them."""
+    present = Store(state).saved().state
+    act(state, "advance", enter(present, POLICY, present.step + 1, 2.0))
+
+
+def back(state: Path) -> None:
+    """By a guard."""
+    act(state, "rollback", roll_back(Store(state).saved().state, "harm", 2.0))
+
+
+def by_hand(decision: Decision, percent: float) -> Callable[[Path], None]:
+    """A person's move."""
+    return lambda state: void(move(state, percent, decision=decision, reason="", actor="me"))
+
+
+def void(_value: object) -> None:
+    """Nothing."""
+
+
+def edited(percent: int) -> Callable[[Path], None]:
+    """Someone wrote the file; that it is noticed is what may be interrupted."""
+
+    def edit(state: Path) -> None:
+        if read_split(state).percent != percent:
+            text = new_split(percent).encode()
+            route_file(state).write_bytes(text)
+        recover(state)
+
+    return edit
+
+
+TRANSITIONS: dict[str, tuple[int | None, bool, Callable[[Path], None]]] = {
+    "start": (None, False, lambda s: void(start_rollout(s, POLICY, reason="", actor="me"))),
+    "probes to shadow": (0, False, onwards),
+    "shadow to canary": (1, False, onwards),
+    "canary to canary": (2, False, onwards),
+    "canary to promoted": (3, False, onwards),
+    "rollback from probes": (0, False, back),
+    "rollback from shadow": (1, False, back),
+    "rollback from canary": (3, False, back),
+    "rollback from promoted": (4, False, back),
+    "rollback from paused": (2, True, back),
+    "pause": (2, False, lambda s: pause_rollout(s, reason="")),
+    "resume": (2, True, lambda s: void(resume_rollout(s, reason=""))),
+    "set by hand": (2, False, by_hand("set", 40)),
+    "promoted by hand": (2, False, by_hand("promote", 100)),
+    "rolled back by hand": (2, False, by_hand("rollback", 0)),
+    "rolled back by hand, paused": (2, True, by_hand("rollback", 0)),
+    "edited": (2, False, edited(40)),
+    "edited to nothing": (2, False, edited(0)),
+}
+
+
+@pytest.mark.parametrize("name", TRANSITIONS)
+def test_every_death_in_every_transition(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Afterwards the file, the record and the state agree, and a rollback is never lost."""
-    prepared(tmp_path)
-    percent = 25.0 if decision == "advance" else 0.0
-    becomes = AFTER if decision == "advance" else State(phase="rolled_back", step=0, began=2.0)
+    """Killed at each boundary: the state is the one before or after, and traffic agrees with it.
+
+    The record has no gap, what is on disk is confirmed, a second recovery finds nothing, and a
+    rollback that was once on record is never lost. The recovery itself is killed likewise.
+    """
+    step, paused, action = TRANSITIONS[name]
+
+    def placed(number: int) -> Path:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        stand(folder, step, paused=paused)
+        return folder
+
     with monkeypatch.context() as patch:
-        arm(patch, point)
-        with pytest.raises(Killed):
-            advance(tmp_path, decision, percent, becomes)
-        patch.undo()
-        patch.setattr(Admin, "route_version", lambda _: read_split(tmp_path).version)
-        recover(tmp_path)
-        again = recover(tmp_path)
-    assert again == ()
-    on_disk = read_split(tmp_path).percent
-    saved = Store(tmp_path).saved().state
-    last = next(c for c in Store(tmp_path).history() if c.abandoned_at is None)
-    assert (last.percent_after, last.version) == (on_disk, read_split(tmp_path).version)
-    assert last.confirmed_at is not None
-    intended = point != "intend-before"
-    reached = intended and (decision == "rollback" or point not in ("intend-after", "put-before"))
-    assert on_disk == (percent if reached else 5.0)
-    assert saved == (becomes if reached else BEFORE)
-    assert Store(tmp_path).verify().problems == ()
+        whole = placed(-1)
+        deaths = Deaths(patch, whole)
+        before = found(whole)
+        action(whole)
+        after, number = found(whole), deaths.passed
+    assert before != after
+    assert number >= 3
+    seen = set()
+    for at in range(number):
+        state = placed(at)
+        with monkeypatch.context() as patch:
+            Deaths(patch, state, at)
+            with pytest.raises(Killed):
+                action(state)
+        known = [c for c in Store(state).history() if c.decision == "rollback"]
+        mended(state, monkeypatch)
+        place = found(state)
+        assert place in (before, after), at
+        if known:
+            assert place == after
+        seen.add(place)
+        last = next(c for c in Store(state).history() if c.abandoned_at is None)
+        split = read_split(state)
+        assert (last.version, last.percent_after) == (split.version, split.percent)
+        assert last.confirmed_at is not None
+        assert Store(state).verify().problems == ()
+    # An edit by hand is there before anyone can be interrupted.
+    assert seen == ({after} if name.startswith("edited") else {before, after})
+
+
+def mended(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recover, killed after ever more of its own writes until it gets through; twice."""
+    for at in range(100):
+        with monkeypatch.context() as patch:
+            Deaths(patch, state, at)
+            try:
+                recover(state)
+            except Killed:
+                continue
+            assert recover(state) == ()
+            return
+    pytest.fail("recovery does not end")
 
 
 SCRIPT = """

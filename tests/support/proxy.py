@@ -30,6 +30,26 @@ class Proxied:
     pruned: Upstream
     child: Child
 
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Another Envoy with the same configuration, after the first has ended."""
+        child = _envoy(self.state, self.admin)
+        try:
+            yield
+        finally:
+            child.stop(5)
+
+
+def _envoy(state: Path, admin: envoy.Admin) -> Child:
+    """Start it, and wait until it serves."""
+    child = start("envoy", envoy.command(state / "envoy.json"), state / "envoy.log")
+    until = time.monotonic() + 30
+    while not admin.ready():
+        assert child.exit_code is None, child.tail()
+        assert time.monotonic() < until, child.tail()
+        time.sleep(0.05)
+    return child
+
 
 @contextmanager
 def proxied(
@@ -52,14 +72,9 @@ def proxied(
         Upstream(ORIGINAL, ports[ORIGINAL], chunks=chunks, pause=pause) as original,
         Upstream(PRUNED, ports[PRUNED], chunks=chunks, pause=pause) as pruned,
     ):
-        child = start("envoy", envoy.command(state / "envoy.json"), state / "envoy.log")
+        admin = envoy.Admin(f"127.0.0.1:{admin_port}")
+        child = _envoy(state, admin)
         try:
-            admin = envoy.Admin(f"127.0.0.1:{admin_port}")
-            until = time.monotonic() + 30
-            while not admin.ready():
-                assert child.exit_code is None, child.tail()
-                assert time.monotonic() < until, child.tail()
-                time.sleep(0.05)
             scheme = "https" if edge.certificate else "http"
             endpoint = f"{scheme}://127.0.0.1:{port}/v1"
             StackState(

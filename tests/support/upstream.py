@@ -84,7 +84,8 @@ class Upstream:
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
 
     async def _metrics(self, _request: Request) -> Response:
-        """As an engine has them: two histograms and three gauges."""
+        """As an engine has them: histograms, counters and gauges."""
+        await self._open.wait()
         lines = ["vllm:num_requests_running 1", "vllm:num_requests_waiting 0"]
         lines += ["vllm:kv_cache_usage_perc 0.1"]
         for name, edge in (("time_to_first_token", 1.0), ("request_time_per_output_token", 0.1)):
