@@ -17,6 +17,7 @@ from moe_serve.rollout.probes import load_probes
 from moe_serve.serving.config import load_stack_config
 from moe_serve.serving.stack import Stack, bring_up
 from moe_serve.serving.state import StackState
+from moe_serve.serving.token import token_file
 
 
 class _Stopped(BaseException):
@@ -28,7 +29,13 @@ def up_command(
     original: Annotated[Path | None, typer.Option(help="The original checkpoint.")] = None,
     pruned: Annotated[Path | None, typer.Option(help="The pruned checkpoint.")] = None,
     port: Annotated[int | None, typer.Option(help="Of the OpenAI endpoint.")] = None,
-    control_port: Annotated[int | None, typer.Option(help="Of API and metrics.")] = None,
+    control_port: Annotated[int | None, typer.Option(help="Of page, API and metrics.")] = None,
+    control_host: Annotated[
+        str | None, typer.Option(help="Address of page, API and metrics; loopback by default.")
+    ] = None,
+    control_name: Annotated[
+        list[str] | None, typer.Option(help="A host name they answer to. Repeatable.")
+    ] = None,
     state: Annotated[Path | None, typer.Option(help="Directory for routes and logs.")] = None,
     policy: Annotated[
         Path | None, typer.Option(help="policy.toml: watch, and decide once rollout start is told.")
@@ -47,6 +54,8 @@ def up_command(
             "pruned": pruned,
             "port": port,
             "control_port": control_port,
+            "control_host": control_host,
+            "control_names": tuple(control_name) if control_name else None,
             "state": state,
             "policy": policy,
             "model": model,
@@ -90,6 +99,7 @@ def _announce(stack: Stack, *, as_json: bool) -> None:
                 "endpoint": state.endpoint,
                 "control": state.control,
                 "metrics": f"{state.control}/metrics",
+                "token_file": str(token_file(stack.folder)),
                 "engines": {name: engine.url for name, engine in state.engines.items()},
                 "envoy": {"pid": state.envoy_pid, "admin": f"http://{state.admin}"},
                 "state": str(stack.folder),
@@ -97,7 +107,8 @@ def _announce(stack: Stack, *, as_json: bool) -> None:
         )
         return
     out.print(f"OpenAI endpoint  {state.endpoint}   (model {state.served_model})")
-    out.print(f"control, metrics {state.control}   {state.control}/metrics")
+    out.print(f"page, API        {state.control}   (metrics {state.control}/metrics)")
+    out.print(f"their token      is in {token_file(stack.folder)}", soft_wrap=True)
     out.print(f"move traffic     moe-serve rollout set 50 --state {stack.folder}")
     if state.policy is not None:
         out.print(f"automatic        moe-serve rollout start --state {stack.folder}")

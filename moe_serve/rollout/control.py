@@ -1,234 +1,140 @@
-"""The control process: ``/metrics``, a small API, the engines' own metrics.
+"""The control process: API, page, ``/metrics``, the engines' own metrics, and the controller.
 
-``python -m moe_serve.rollout.control --state DIR --port P``; on loopback.
+``python -m moe_serve.rollout.control --state DIR --port P``; on loopback unless told otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import asyncio
 import time
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import httpx
 import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse, Response
 
+from moe_serve import __version__
 from moe_serve.errors import MoeServeError
-from moe_serve.families.kv import kv_bytes_per_token
-from moe_serve.files import read_json
-from moe_serve.metrics.exporter import Exporter, Watched
-from moe_serve.metrics.sources import Endpoints, Source
-from moe_serve.rollout import controller
+from moe_serve.metrics.exporter import Exporter
+from moe_serve.rollout import api, controller
+from moe_serve.rollout.access import Access, Bound, problem
+from moe_serve.rollout.events import Feed
+from moe_serve.rollout.exports import exporter
 from moe_serve.rollout.feedback import Votes, feedback_route
-from moe_serve.rollout.quality import Quality
-from moe_serve.rollout.store import Store
-from moe_serve.rollout.traffic import DECISIONS, move, status
-from moe_serve.serving.routes import read_split
+from moe_serve.rollout.vitals import Watch
 from moe_serve.serving.state import StackState
+from moe_serve.serving.token import read_token
 
-_MAX_BODY: Final = 10_000
-_ACTOR: Final = "api"
+_LOOK: Final = 5.0
+"""Seconds between looks at the engines, so that a page has rates when it is opened."""
 
 
-def application(state: Path, votes: Votes | None = None) -> Starlette:
+def application(state: Path, bound: Bound | None = None, votes: Votes | None = None) -> FastAPI:
     """The ASGI application of one stack.
 
     Args:
-        state: its directory.
+        state: its directory, with a token in it.
+        bound: where it listens; by default loopback.
         votes: where feedback is counted; the controller reads it.
+
+    Raises:
+        MoeServeError: there is no stack or no token.
     """
     stack, votes = StackState.load(state), votes or Votes()
+    collector = exporter(state, stack, votes)
+    watch, feed = Watch(collector), Feed(state)
+
+    @asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        looking = asyncio.create_task(_keep_looking(watch))
+        yield
+        looking.cancel()
+        with suppress(asyncio.CancelledError):
+            await looking
+
+    app = FastAPI(
+        title="moe_serve control",
+        version=__version__,
+        description="Where traffic goes between a model and its pruned copy, and why.",
+        lifespan=lifespan,
+        openapi_url="/api/openapi.json",
+        # Their pages load scripts from elsewhere.
+        docs_url=None,
+        redoc_url=None,
+        exception_handlers={
+            MoeServeError: _failed,
+            HTTPException: _not_served,
+            RequestValidationError: _not_valid,
+        },
+    )
+    app.include_router(api.routes(state, watch, feed))
+    app.router.routes.append(feedback_route(votes))
+    _plain(app, stack, collector)
+    app.add_middleware(Access, token=read_token(state), bound=bound or Bound())
+    return app
+
+
+def _plain(app: FastAPI, stack: StackState, collector: Exporter) -> None:
+    """What machines ask for: metrics and health."""
     registry = CollectorRegistry()
-    registry.register(exporter(state, stack, votes))
+    registry.register(collector)
 
-    async def metrics(_request: Request) -> Response:
-        text = await run_in_threadpool(generate_latest, registry)
-        return Response(text, media_type=CONTENT_TYPE_LATEST)
+    @app.get("/metrics", include_in_schema=False)
+    def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def engine_metrics(request: Request) -> Response:
-        engine = stack.engines.get(request.path_params["variant"])
+    @app.get("/engines/{variant}/metrics", include_in_schema=False)
+    def engine_metrics(variant: str) -> Response:
+        engine = stack.engines.get(variant)
         if engine is None:
-            return _problem(404, f"no engine {request.path_params['variant']!r}")
+            return problem(404, f"no engine {variant!r}")
         try:
-            async with httpx.AsyncClient(timeout=5.0) as client:
-                answer = await client.get(f"{engine.url}/metrics")
+            answer = httpx.get(f"{engine.url}/metrics", timeout=5.0)
         except httpx.HTTPError as exc:
-            return _problem(502, f"the engine does not answer ({type(exc).__name__})")
+            return problem(502, f"the engine does not answer ({type(exc).__name__})")
         return Response(
             answer.content, answer.status_code, media_type=answer.headers.get("content-type")
         )
 
-    async def healthz(_request: Request) -> Response:
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> Response:
         return PlainTextResponse("ok")
 
-    async def get_status(_request: Request) -> Response:
-        return JSONResponse(await run_in_threadpool(status, state))
 
-    async def history(_request: Request) -> Response:
-        changes = await run_in_threadpool(Store(state).history)
-        return JSONResponse({"changes": [c.to_json() for c in changes]})
-
-    async def weight(request: Request) -> Response:
-        body = await _body(request)
-        percent = body.get("pruned_percent") if body is not None else None
-        if isinstance(percent, bool) or not isinstance(percent, int | float):
-            return _problem(422, 'send {"pruned_percent": 0 to 100}')
-        moved = await run_in_threadpool(
-            lambda: move(state, float(percent), decision="set", reason=_reason(body), actor=_ACTOR)
-        )
-        return JSONResponse(moved.to_json())
-
-    async def rollback(request: Request) -> Response:
-        body = await _body(request)
-        moved = await run_in_threadpool(
-            lambda: move(state, 0.0, decision="rollback", reason=_reason(body), actor=_ACTOR)
-        )
-        return JSONResponse(moved.to_json())
-
-    async def failed(_request: Request, exc: Exception) -> Response:
-        return _problem(409, str(exc))
-
-    return Starlette(
-        routes=[
-            Route("/metrics", metrics),
-            Route("/engines/{variant}/metrics", engine_metrics),
-            Route("/healthz", healthz),
-            Route("/api/status", get_status),
-            Route("/api/history", history),
-            Route("/api/weight", weight, methods=["POST"]),
-            Route("/api/rollback", rollback, methods=["POST"]),
-            feedback_route(votes),
-        ],
-        exception_handlers={MoeServeError: failed},
-    )
+async def _keep_looking(watch: Watch) -> None:
+    while True:
+        with suppress(Exception):
+            # Whatever is wrong shows in /metrics, which asks the same.
+            await run_in_threadpool(watch.look)
+        await asyncio.sleep(_LOOK)
 
 
-def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
-    """The collector of a stack's metrics."""
-
-    def share() -> float | None:
-        try:
-            return read_split(state).percent / 100.0
-        except MoeServeError:
-            return None
-
-    def name() -> str | None:
-        try:
-            return str(status(state)["state"])
-        except MoeServeError:
-            return None
-
-    def decisions() -> dict[tuple[str, str], int]:
-        try:
-            changes = Store(state).history(limit=1_000_000)
-        except MoeServeError:
-            return {}
-        # A person's words may be anything; as a label only whether there were some.
-        # Those never taken are there as zero: a rate needs the sample before the first one.
-        counted: Counter[tuple[str, str]] = Counter()
-        counted.update({(known, "by hand"): 0 for known in DECISIONS})
-        counted.update({(known, "by guards"): 0 for known in ("advance", "rollback")})
-        counted.update(
-            (c.decision, "by guards" if c.actor == controller.ACTOR else "by hand") for c in changes
-        )
-        return dict(counted)
-
-    def guards() -> tuple[int, dict[tuple[str, str], float]] | None:
-        try:
-            saved = Store(state).saved()
-        except MoeServeError:
-            return None
-        if not saved.state.active:
-            return None
-        found = saved.seen.get("decision", {}).get("evidence", [])
-        ends = ("lower", "upper", "margin")
-        return saved.state.step, {(e["guard"], end): e[end] for e in found for end in ends}
-
-    def probed() -> Mapping[str, tuple[int, float, float]]:
-        try:
-            found = Store(state).saved().seen.get("quality")
-        except MoeServeError:
-            return {}
-        return Quality.from_json(found).by_domain() if found is not None else {}
-
-    engines = [
-        Watched(
-            variant=variant,
-            pid=engine.pid,
-            weight_bytes=_weight_bytes(Path(engine.model)),
-            kv_bytes_per_token=kv_bytes_per_token(read_json(Path(engine.model) / "config.json")),
-            source=Source(name=variant, url=f"{engine.url}/metrics"),
-        )
-        for variant, engine in stack.engines.items()
-    ]
-    return Exporter(
-        model=stack.served_model,
-        engines=engines,
-        proxy=Endpoints(name="envoy", url=f"http://{stack.admin}/clusters?format=json"),
-        weight=share,
-        state=name,
-        decisions=decisions,
-        guards=guards,
-        quality=probed,
-        votes=votes.totals,
-        expert_bytes=_expert_bytes(Path(stack.engines["pruned"].model)),
-    )
+async def _failed(_request: Request, exc: Exception) -> Response:
+    return problem(409, str(exc))
 
 
-def _weight_bytes(model: Path) -> int:
-    """Size of the weight files an engine reads."""
-    index = model / "model.safetensors.index.json"
-    if index.exists():
-        return int(read_json(index)["metadata"]["total_size"])
-    return sum(file.stat().st_size for file in model.glob("model*.safetensors"))
+async def _not_served(_request: Request, exc: Exception) -> Response:
+    if not isinstance(exc, HTTPException):
+        raise exc
+    answer = problem(exc.status_code, str(exc.detail))
+    answer.headers.update(exc.headers or {})
+    return answer
 
 
-def _expert_bytes(model: Path) -> dict[tuple[str, str], int]:
-    """Per layer, from a manifest beside the weights if there is one."""
-    path = model / "moe_serve.json"
-    if not path.exists():
-        return {}
-    manifest = read_json(path)
-    config = read_json(model / "config.json")
-    neurons = {i: c["width"] * c["blocks"] for i, c in manifest["layers"].items()}
-    kept = manifest["expert_bytes"]["kept"]
-    if not neurons or not config.get("compact_experts"):
-        return {}
-    per_neuron = kept / sum(neurons.values())
-    original = manifest["expert_bytes"]["original"] // len(neurons)
-    sizes: dict[tuple[str, str], int] = {}
-    for layer, count in neurons.items():
-        sizes[layer, "kept"] = round(per_neuron * count)
-        sizes[layer, "original"] = original
-    return sizes
-
-
-async def _body(request: Request) -> dict[str, Any] | None:
-    raw = await request.body()
-    if len(raw) > _MAX_BODY:
-        return None
-    try:
-        value = json.loads(raw or b"{}")
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _reason(body: dict[str, Any] | None) -> str:
-    return str((body or {}).get("reason", ""))[:500]
-
-
-def _problem(code: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "code": code}}, status_code=code)
+async def _not_valid(_request: Request, exc: Exception) -> Response:
+    if not isinstance(exc, RequestValidationError):
+        raise exc
+    found = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors())
+    return problem(422, "; ".join(found))
 
 
 def main() -> None:
@@ -236,12 +142,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--name", action="append", default=[], help="a host name to answer to")
     parser.add_argument("--watch", action="store_true", help="drive rollouts by their policy")
     options = parser.parse_args()
+    bound = Bound(host=options.host, names=tuple(options.name))
     votes = Votes()
+    app = application(options.state, bound, votes)
     watching = controller.start(options.state, _log, votes) if options.watch else None
     uvicorn.run(
-        application(options.state, votes), host="127.0.0.1", port=options.port, log_level="warning"
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        # Nothing about us, and event streams do not keep a stop waiting.
+        server_header=False,
+        timeout_graceful_shutdown=1,
+        limit_concurrency=256,
     )
     if watching is not None:
         thread, stop = watching

@@ -27,6 +27,7 @@ from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.recovery import recover
 from moe_serve.rollout.sources import Sources, sources_of
 from moe_serve.rollout.store import Saved, Store
+from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import Basis, move
 from moe_serve.rollout.window import Reading, Window
 from moe_serve.serving.routes import Split, read_split
@@ -64,6 +65,7 @@ class Controller:
         self._folder, self._tell = state, tell
         self._make = sources or (lambda policy: sources_of(policy, StackState.load(state)))
         self._store = Store(state)
+        self._trace = Trace(state)
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._policy: tuple[str, Policy, Sources] | None = None
         self._window: Window | None = None
@@ -129,6 +131,11 @@ class Controller:
         self._say(f"{decision.kind} ({decision.reason}): {decision.words}")
         if decision.kind != "hold":
             self._act(decision, saved, policy)
+        try:
+            # After the deed: a picture must not delay it.
+            self._trace.add(window.now, saved.state.step, decision.evidence)
+        except RolloutError as exc:
+            self._tell(str(exc))
         return decision
 
     def _of(self, text: str) -> tuple[Policy, Sources]:

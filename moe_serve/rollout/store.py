@@ -22,6 +22,7 @@ from moe_serve.rollout.state import State
 
 DATABASE: Final = "rollout.sqlite3"
 _VERSION: Final = 2
+_ENDLESS: Final = 2**62
 _SCHEMA: Final = (
     """
 BEGIN IMMEDIATE;
@@ -85,10 +86,24 @@ class Change:
     """When Envoy said it was in force."""
     abandoned_at: float | None
     """When it was found never to have been written, and given up."""
+    evidence: dict[str, Any]
+    """What it rested on: the controller's decision; empty where a person decided."""
 
     def to_json(self) -> dict[str, Any]:
         """For API and CLI."""
         return {name: getattr(self, name) for name in self.__slots__}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Entry:
+    """One line of the audit log."""
+
+    id: int
+    kind: str
+    """``intended``, ``written``, ``confirmed``, ``abandoned``, ``paused``, ``dry-run``, ..."""
+    body: dict[str, Any]
+    change: Change | None
+    """The change that an ``intended`` began, as it stands now."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -332,20 +347,53 @@ class Store:
             row = db.execute("SELECT holder, expires FROM lease").fetchone()
         return str(row[0]) if row is not None and time.time() < row[1] else None
 
-    def history(self, limit: int = 100) -> list[Change]:
-        """The latest changes, newest first."""
+    def history(self, limit: int = 100, before: int | None = None) -> list[Change]:
+        """The latest changes, newest first; with ``before`` only those of a smaller id."""
         columns = ", ".join(Change.__slots__)
         with self._open() as db:
             rows = db.execute(
-                f"SELECT {columns} FROM changes ORDER BY id DESC LIMIT ?",  # noqa: S608 - constant
-                (limit,),
+                f"SELECT {columns} FROM changes WHERE id < ? ORDER BY id DESC LIMIT ?",  # noqa: S608 - constant
+                (_ENDLESS if before is None else before, limit),
             ).fetchall()
-        return [Change(**dict(zip(Change.__slots__, row, strict=True))) for row in rows]
+        return [_change(row) for row in rows]
+
+    def tally(self) -> dict[tuple[str, str], int]:
+        """(decision, actor) → changes on record."""
+        with self._open() as db:
+            rows = db.execute("SELECT decision, actor, count(*) FROM changes GROUP BY 1, 2")
+            return {(decision, actor): count for decision, actor, count in rows}
+
+    def log(self, limit: int = 50, *, after: int | None = None) -> list[Entry]:
+        """Lines of the audit log, newest first; with ``after`` those since, oldest first."""
+        columns = ", ".join(f"c.{name}" for name in Change.__slots__)
+        order = "a.id DESC" if after is None else "a.id"
+        with self._open() as db:
+            rows = db.execute(
+                f"SELECT a.id, a.kind, a.body, {columns} FROM audit a LEFT JOIN changes c"  # noqa: S608 - constant
+                " ON a.kind = 'intended' AND c.id = json_extract(a.body, '$.change')"
+                f" WHERE a.id > ? ORDER BY {order} LIMIT ?",
+                (after or 0, limit),
+            ).fetchall()
+        return [
+            Entry(
+                id=row[0],
+                kind=row[1],
+                body=json.loads(row[2]),
+                change=_change(row[3:]) if row[3] is not None else None,
+            )
+            for row in rows
+        ]
 
     def verify(self) -> audit.Verified:
         """Recompute the chain of the audit log and compare it with the changes."""
         with self._open() as db:
             return audit.verify(db)
+
+
+def _change(row: tuple[Any, ...]) -> Change:
+    """From its columns, in the order of the fields."""
+    values = dict(zip(Change.__slots__, row, strict=True))
+    return Change(**{**values, "evidence": json.loads(values["evidence"])})
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -35,7 +35,12 @@ class StackConfig(BaseModel):
     port: int = Field(default=8000, ge=1, le=65535)
     """Port of the OpenAI endpoint."""
     control_port: int = Field(default=8001, ge=1, le=65535)
-    """Port of API and metrics, on loopback."""
+    """Port of page, API and metrics."""
+    control_host: str = "127.0.0.1"
+    """Address of page, API and metrics. Beyond loopback reading needs the token too; put TLS
+    before it."""
+    control_names: tuple[str, ...] = ()
+    """Host names besides addresses and ``localhost`` under which they may be asked."""
     state: Path = Path("moe-serve-state")
     """Directory for routes, logs and the database; kept over restarts."""
     policy: Path | None = None
@@ -121,6 +126,12 @@ class StackConfig(BaseModel):
         """Extra engine arguments of a variant."""
         own = self.original_args if variant == ORIGINAL else self.pruned_args
         return (*self.engine_args, *own)
+
+    @property
+    def control_url(self) -> str:
+        """Where this machine reaches page, API and metrics."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.control_host, self.control_host)  # noqa: S104 - compared
+        return f"http://{host}:{self.control_port}"
 
     @property
     def served_model(self) -> str:

@@ -20,6 +20,7 @@ from moe_serve.serving.listener import put_listener
 from moe_serve.serving.process import Child, free_port, port_is_free, start
 from moe_serve.serving.routes import put_split, read_split, route_file, write_split
 from moe_serve.serving.state import EngineState, StackState
+from moe_serve.serving.token import make_token
 from moe_serve.serving.variants import VARIANTS
 
 _POLL: Final = 0.25
@@ -82,7 +83,7 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     for name, host, port in (
         ("--port", config.host, config.port),
-        ("--control-port", "127.0.0.1", config.control_port),
+        ("--control-port", config.control_host, config.control_port),
     ):
         if not port_is_free(host, port):
             raise ServingError(
@@ -93,11 +94,11 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
         engines = _engines(stack, tell)
         admin_port = free_port()
         proxy = _envoy(stack, engines, admin_port)
-        control_url = f"http://127.0.0.1:{config.control_port}"
+        make_token(folder)
         stack.state = StackState(
             pid=os.getpid(),
             endpoint=f"{'https' if config.tls_certificate else 'http'}://{config.host}:{config.port}/v1",
-            control=control_url,
+            control=config.control_url,
             admin=f"127.0.0.1:{admin_port}",
             envoy_pid=proxy.pid,
             served_model=config.served_model,
@@ -216,16 +217,19 @@ def _control(stack: Stack, tell: Tell) -> None:
 
     log = stack.folder / "logs" / "control.log"
     log.unlink(missing_ok=True)
-    port = stack.config.control_port
-    command = [sys.executable, "-m", _CONTROL, "--state", str(stack.folder), "--port", str(port)]
-    if stack.config.policy is not None:
+    config = stack.config
+    command = [sys.executable, "-m", _CONTROL, "--state", str(stack.folder)]
+    command += ["--host", config.control_host, "--port", str(config.control_port)]
+    for name in config.control_names:
+        command += ["--name", name]
+    if config.policy is not None:
         command.append("--watch")
     child = start("control", command, log)
     stack.children.append(child)
 
     def answers() -> bool:
         try:
-            return httpx.get(f"http://127.0.0.1:{port}/healthz", timeout=1.0).status_code == 200
+            return httpx.get(f"{config.control_url}/healthz", timeout=1.0).status_code == 200
         except httpx.HTTPError:
             return False
 

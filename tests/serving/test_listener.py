@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -152,7 +153,7 @@ def test_tls_and_a_renewed_certificate(tmp_path: Path) -> None:
     """Plain text is refused; a certificate replaced by renaming is used without a restart."""
     (tmp_path / "tls").mkdir()
     pem, key = certificate(tmp_path / "tls", "first")
-    settings = {"certificate": str(pem), "private_key": str(key)}
+    settings: dict[str, Any] = {"certificate": str(pem), "private_key": str(key)}
     with proxied(tmp_path / "state", chunks=1, pause=0.0, **settings) as proxy:
         trusting = ssl.create_default_context(cafile=str(pem))
         assert httpx.get(f"{proxy.endpoint}/models", verify=trusting).status_code == 200

@@ -53,9 +53,19 @@ def _envoy(state: Path, admin: envoy.Admin) -> Child:
 
 @contextmanager
 def proxied(
-    state: Path, *, chunks: int = 20, pause: float = 0.05, **settings: Any
+    state: Path,
+    *,
+    chunks: int = 20,
+    pause: float = 0.05,
+    model: Path | None = None,
+    served_model: str = ORIGINAL,
+    **settings: Any,
 ) -> Iterator[Proxied]:
-    """Start two upstreams and Envoy; everything on the original. ``settings`` are the edge's."""
+    """Start two upstreams and Envoy; everything on the original.
+
+    With a ``model`` whose files both are said to serve, its control process can be had as well;
+    ``settings`` are the edge's.
+    """
     ports = {ORIGINAL: free_port(), PRUNED: free_port()}
     port, admin_port = free_port(), free_port()
     write_split(state, 0.0)
@@ -83,11 +93,11 @@ def proxied(
                 control="http://127.0.0.1:1",
                 admin=f"127.0.0.1:{admin_port}",
                 envoy_pid=child.pid,
-                served_model=ORIGINAL,
+                served_model=served_model,
                 edge=edge,
                 engines={
                     name: EngineState(
-                        url=f"http://127.0.0.1:{p}", pid=child.pid, model="none", log="none"
+                        url=f"http://127.0.0.1:{p}", pid=child.pid, model=str(model), log="none"
                     )
                     for name, p in ports.items()
                 },

@@ -88,7 +88,10 @@ class Upstream:
         await self._open.wait()
         lines = ["vllm:num_requests_running 1", "vllm:num_requests_waiting 0"]
         lines += ["vllm:kv_cache_usage_perc 0.1"]
-        for name, edge in (("time_to_first_token", 1.0), ("request_time_per_output_token", 0.1)):
+        lines += [f"vllm:{k}_tokens_total {self._finished}" for k in ("prompt", "generation")]
+        lines += ['vllm:cache_config_info{block_size="16",num_gpu_blocks="1000"} 1']
+        edges = {"time_to_first_token": 1.0, "request_time_per_output_token": 0.1}
+        for name, edge in {**edges, "inter_token_latency": 0.1}.items():
             lines.append(f"# TYPE vllm:{name}_seconds histogram")
             counts = {f"{edge}": self._finished - self._slow, "+Inf": self._finished}
             lines += [f'vllm:{name}_seconds_bucket{{le="{e}"}} {n}' for e, n in counts.items()]

@@ -1,0 +1,122 @@
+"""What ``/metrics`` tells of a stack: the exporter, joined to its engines, record and files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_serve.errors import MoeServeError
+from moe_serve.families.kv import kv_bytes_per_token
+from moe_serve.files import read_json
+from moe_serve.metrics.exporter import Exporter, Watched
+from moe_serve.metrics.sources import Endpoints, Source
+from moe_serve.rollout import controller
+from moe_serve.rollout.feedback import Votes
+from moe_serve.rollout.quality import Quality
+from moe_serve.rollout.store import Store
+from moe_serve.rollout.traffic import DECISIONS, status
+from moe_serve.serving.routes import read_split
+from moe_serve.serving.state import StackState
+
+
+def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
+    """The collector of a stack's metrics."""
+
+    def share() -> float | None:
+        try:
+            return read_split(state).percent / 100.0
+        except MoeServeError:
+            return None
+
+    def name() -> str | None:
+        try:
+            return str(status(state)["state"])
+        except MoeServeError:
+            return None
+
+    engines = [
+        Watched(
+            variant=variant,
+            pid=engine.pid,
+            weight_bytes=_weight_bytes(Path(engine.model)),
+            kv_bytes_per_token=kv_bytes_per_token(read_json(Path(engine.model) / "config.json")),
+            source=Source(name=variant, url=f"{engine.url}/metrics"),
+        )
+        for variant, engine in stack.engines.items()
+    ]
+    return Exporter(
+        model=stack.served_model,
+        engines=engines,
+        proxy=Endpoints(name="envoy", url=f"http://{stack.admin}/clusters?format=json"),
+        weight=share,
+        state=name,
+        decisions=lambda: _decisions(state),
+        guards=lambda: _guards(state),
+        quality=lambda: _probed(state),
+        votes=votes.totals,
+        expert_bytes=_expert_bytes(Path(stack.engines["pruned"].model)),
+    )
+
+
+def _decisions(state: Path) -> dict[tuple[str, str], int]:
+    try:
+        changes = Store(state).tally()
+    except MoeServeError:
+        return {}
+    # A person's words may be anything; as a label only whether there were some.
+    # Those never taken are there as zero: a rate needs the sample before the first one.
+    counted: Counter[tuple[str, str]] = Counter()
+    counted.update({(known, "by hand"): 0 for known in DECISIONS})
+    counted.update({(known, "by guards"): 0 for known in ("advance", "rollback")})
+    for (decision, actor), count in changes.items():
+        counted[decision, "by guards" if actor == controller.ACTOR else "by hand"] += count
+    return dict(counted)
+
+
+def _guards(state: Path) -> tuple[int, dict[tuple[str, str], float]] | None:
+    try:
+        saved = Store(state).saved()
+    except MoeServeError:
+        return None
+    if not saved.state.active:
+        return None
+    found = saved.seen.get("decision", {}).get("evidence", [])
+    ends = ("lower", "upper", "margin")
+    return saved.state.step, {(e["guard"], end): e[end] for e in found for end in ends}
+
+
+def _probed(state: Path) -> Mapping[str, tuple[int, float, float]]:
+    try:
+        found = Store(state).saved().seen.get("quality")
+    except MoeServeError:
+        return {}
+    return Quality.from_json(found).by_domain() if found is not None else {}
+
+
+def _weight_bytes(model: Path) -> int:
+    """Size of the weight files an engine reads."""
+    index = model / "model.safetensors.index.json"
+    if index.exists():
+        return int(read_json(index)["metadata"]["total_size"])
+    return sum(file.stat().st_size for file in model.glob("model*.safetensors"))
+
+
+def _expert_bytes(model: Path) -> dict[tuple[str, str], int]:
+    """Per layer, from a manifest beside the weights if there is one."""
+    path = model / "moe_serve.json"
+    if not path.exists():
+        return {}
+    manifest = read_json(path)
+    config = read_json(model / "config.json")
+    neurons = {i: c["width"] * c["blocks"] for i, c in manifest["layers"].items()}
+    kept = manifest["expert_bytes"]["kept"]
+    if not neurons or not config.get("compact_experts"):
+        return {}
+    per_neuron = kept / sum(neurons.values())
+    original = manifest["expert_bytes"]["original"] // len(neurons)
+    sizes: dict[tuple[str, str], int] = {}
+    for layer, count in neurons.items():
+        sizes[layer, "kept"] = round(per_neuron * count)
+        sizes[layer, "original"] = original
+    return sizes
