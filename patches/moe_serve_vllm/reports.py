@@ -44,7 +44,10 @@ class Selections(nn.Module):
         self.register_buffer("counts", torch.zeros(experts, dtype=torch.int64), persistent=False)
 
     def forward(self, ids_TK: torch.Tensor) -> None:
-        """Add a batch. Nothing is read back to the host, so it can be part of a CUDA graph."""
+        """Add a batch. Nothing is read back to the host, so it can be part of a CUDA graph.
+
+        Rows with which vLLM pads a batch to the size of a graph are counted too.
+        """
         index = ids_TK[:: self.every].flatten().long()
         self.counts.scatter_add_(0, index, torch.ones_like(index))
 

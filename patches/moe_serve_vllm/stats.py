@@ -1,7 +1,8 @@
 """Our metrics at the engine's own ``/metrics``.
 
 vLLM imports this in the API server, through the entry-point group ``vllm.stat_logger_plugins``,
-before it starts the engine: so the directory for the workers' reports is made here.
+before it starts the engine: so the directory for the workers' reports is made here. With several
+API servers (``--api-server-count``) vLLM shows its own metrics only.
 """
 
 from __future__ import annotations
