@@ -18,6 +18,7 @@ from moe_serve.serving.variants import ORIGINAL, PRUNED
 
 KEEP_ALIVE_SECONDS: Final = 60
 """How long an engine keeps an idle connection; the proxy gives it up after half of that."""
+_LIMITS: Final = ("max_connections", "max_pending_requests", "max_requests")
 _HEAP_BYTES: Final = 2 * 1024**3
 
 
@@ -157,11 +158,7 @@ def _cluster(variant: str, engine: str, edge: Edge) -> dict[str, Any]:
             "interval": "1s",
             "max_ejection_percent": 100,
         },
-        "circuit_breakers": {
-            "thresholds": [
-                {"max_connections": 10_000, "max_pending_requests": 10_000, "max_requests": 10_000}
-            ]
-        },
+        "circuit_breakers": {"thresholds": [dict.fromkeys(_LIMITS, edge.max_connections)]},
     }
 
 
