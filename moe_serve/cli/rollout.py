@@ -63,7 +63,7 @@ def _show_decision(decision: dict[str, Any]) -> None:
         counts = f"pruned {k:.0f} of {n:.0f}, original {ko:.0f} of {no:.0f}"
         waits = f"; waits for {guard['needs']}" if guard["needs"] else ""
         out.print(
-            f"  {guard['guard']:<10}{guard['verdict']:<6}"
+            f"  {guard['guard']:<15}{guard['verdict']:<6}"
             f"{guard['lower']:+.4f} to {guard['upper']:+.4f}, margin {guard['margin']:g}; "
             f"{guard['said'] or counts} ({guard['basis']}){waits}",
             markup=False,

@@ -128,9 +128,13 @@ class _Figure:
     unit: str
 
 
-_KL_FIGURE: Final = _Figure(guard="kl", value=_kl, least=0.0, most=BOUND, unit="nats")
+_KL_FIGURE: Final = _Figure(guard="quality-kl", value=_kl, least=0.0, most=BOUND, unit="nats")
 _TOP1: Final = _Figure(
-    guard="top1", value=_disagreement, least=0.0, most=1.0, unit="of the likeliest tokens differ"
+    guard="quality-top1",
+    value=_disagreement,
+    least=0.0,
+    most=1.0,
+    unit="of the likeliest tokens differ",
 )
 _GARBAGE: Final = _Figure(
     guard="garbage", value=_garbage, least=-1.0, most=1.0, unit="of the answers, pruned - original"
@@ -213,7 +217,7 @@ def _worst(seen: Quality, limit: float, policy: Policy, now: float) -> Evidence:
         policy,
         now,
         Evidence(
-            guard="domain",
+            guard="quality-domain",
             verdict="harm" if lower > limit else "fine" if upper <= limit else "open",
             lower=lower,
             upper=upper,

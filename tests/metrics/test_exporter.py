@@ -80,6 +80,8 @@ def exporter(engine: str, pid: int) -> Exporter:
         weight=lambda: 0.25,
         state=lambda: "canary",
         decisions=lambda: {("set", "by hand"): 3},
+        quality=lambda: {"japanese": (5, 0.25, 0.75)},
+        votes=lambda: {("pruned", "bad"): 2.0},
     )
 
 
@@ -96,6 +98,16 @@ def test_what_an_engine_says_appears_under_our_names(engine: str) -> None:
     assert found["moe_serve_traffic_weight_ratio", who] == 0.75
     assert found["moe_serve_rollout_state", (("state", "canary"),)] == 1
     assert {name for name, _ in found if name.startswith("moe_serve")}
+
+
+def test_quality_and_votes_appear_by_domain_and_variant(engine: str) -> None:
+    """As probes and people gave them; of the texts nothing but their domain."""
+    found = samples(exporter(engine, os.getpid()))
+    domain = (("domain", "japanese"),)
+    assert found["moe_serve_quality_kl_nats", domain] == 0.25
+    assert found["moe_serve_quality_top1_agreement_ratio", domain] == 0.75
+    assert found["moe_serve_quality_probes", domain] == 5
+    assert found["moe_serve_feedback_total", (("variant", "pruned"), ("verdict", "bad"))] == 2
 
 
 def test_a_silent_engine_is_absent_not_zero(engine: str) -> None:

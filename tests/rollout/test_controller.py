@@ -263,7 +263,7 @@ def test_a_ruined_model_is_rolled_back_before_any_user_meets_it(proxy: Proxied) 
         until(proxy, controller, "rolled_back")
         last = Store(proxy.state).history()[0]
         assert (last.actor, last.decision, last.percent_before) == ("controller", "rollback", 0)
-        assert last.reason.startswith("kl: ")
+        assert last.reason.startswith("quality-kl: ")
         told = "".join(p.read_bytes().decode(errors="ignore") for p in proxy.state.glob("*.sq*"))
         assert controller.tick() is None
         assert controller._prober is None
@@ -307,7 +307,7 @@ def test_results_survive_a_controller_and_a_changed_set_is_not_asked(proxy: Prox
         texts.write_text('{"text": "something else"}\n')
         decision = second.tick()
         assert decision is not None
-        kl = next(e for e in decision.evidence if e.guard == "kl")
+        kl = next(e for e in decision.evidence if e.guard == "quality-kl")
         assert (kl.verdict, "not those that the rollout began with" in kl.needs) == ("open", True)
 
 

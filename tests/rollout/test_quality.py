@@ -88,28 +88,33 @@ def test_good_probes_let_the_first_step_go_without_traffic() -> None:
     """No user has seen anything, and the three guards say fine."""
     found = decided(probed())
     assert (found.kind, found.reason) == ("advance", "fine")
-    assert [e.guard for e in found.evidence] == ["kl", "top1", "domain", "garbage"]
-    assert guard(found, "kl").lower == pytest.approx(0.05)
+    assert [e.guard for e in found.evidence] == [
+        "quality-kl",
+        "quality-top1",
+        "quality-domain",
+        "garbage",
+    ]
+    assert guard(found, "quality-kl").lower == pytest.approx(0.05)
 
 
 def test_what_is_waited_for_is_said() -> None:
     """Nothing, a few, none any more."""
-    assert "kl: a first probe that is answered" in decided(None).words
+    assert "quality-kl: a first probe that is answered" in decided(None).words
     few = probed(6)
     few.trouble = "pruned engine: no answer"
     assert "at most 24 more probes, 240 s at their rate (pruned engine: no" in decided(few).words
     old = decided(probed(), seconds=1000.0)
-    assert (old.kind, guard(old, "kl").verdict) == ("hold", "open")
+    assert (old.kind, guard(old, "quality-kl").verdict) == ("hold", "open")
     assert "none was for" in old.words
 
 
 @pytest.mark.parametrize(
     ("quality", "names"),
     [
-        (probed(8, kl=1.2, differ=0.95), {"kl", "top1"}),
-        (probed(kl=0.3), {"kl"}),
-        (probed(differ=0.31), {"top1"}),
-        (probed(kl=0.01, worst=0.75), {"kl", "domain"}),
+        (probed(8, kl=1.2, differ=0.95), {"quality-kl", "quality-top1"}),
+        (probed(kl=0.3), {"quality-kl"}),
+        (probed(differ=0.31), {"quality-top1"}),
+        (probed(kl=0.01, worst=0.75), {"quality-kl", "quality-domain"}),
         (probed(kl=0.0, worst=0.74), set()),
         (probed(flaw="loop"), {"garbage"}),
     ],
@@ -125,7 +130,7 @@ def test_harm_is_named(quality: Quality, names: set[str]) -> None:
 def test_a_lost_domain_is_seen_before_all_is_asked() -> None:
     """Five of ten Japanese at 2 nats: at least 1 in the mean, whatever the others say."""
     some = probed(15, kl=0.0, worst=2.0)
-    assert guard(decided(some), "domain").verdict == "harm"
+    assert guard(decided(some), "quality-domain").verdict == "harm"
 
 
 def test_it_survives_the_store_and_holds_no_text() -> None:
