@@ -243,6 +243,7 @@ PROBED = POLICY.model_copy(
             update={"quality": QualityGuard(), "ttft": LatencyGuard(objective=1.0, margin=0.4)}
         ),
         "probes": Probes(interval_seconds=0.05),
+        "blind_seconds": 60.0,
     }
 )
 
