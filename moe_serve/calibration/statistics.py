@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import torch
 
@@ -97,15 +96,6 @@ class LayerStatistics:
         """Share of selections [N]; sums to one."""
         count_N = self.count_CN.sum(dim=0)
         return count_N / count_N.sum().clamp(min=1)
-
-    def summary(self) -> dict[str, Any]:
-        """The small part as lists, for reports and ``statistics.json``."""
-        return {
-            "count": self.count_CN.tolist(),
-            "weight": self.weight_CN.tolist(),
-            "weighted_norm": self.weighted_norm_CN.tolist(),
-            "norm": self.norm_CN.tolist(),
-        }
 
 
 class Accumulator:

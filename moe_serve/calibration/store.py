@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -230,6 +231,10 @@ class Statistics:
         if (seen := self._traffic(layer)) is not None:
             found = as_in_traffic(found, found.count_CN.sum(dim=0), seen)
         return found
+
+    def small(self, layer: int, fields: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Some of a layer's sums, as they were added up: unweighted, whatever the balance."""
+        return {field: self._read(_name(layer, field)) for field in fields}
 
     def gradients(self, layer: int) -> LayerGradients:
         """Read one layer's part from the reverse pass."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from moe_serve.checkpoint.formats import LayerBlocks, form_named
@@ -11,6 +12,7 @@ from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import require_space, staged
 from moe_serve.errors import UsageError
+from moe_serve.files import writing
 from moe_serve.progress import Progress
 
 
@@ -59,6 +61,10 @@ def export(source: Path, target: Path, form_name: str, progress: Progress) -> Pa
         write_config(staging.path, form.config)
         form.write_extras(staging.path)
         carry_over(checkpoint, staging.path)
+        for name in ("plan.json", "evidence.json"):
+            if (source / name).exists():
+                with writing(staging.path / name):
+                    shutil.copyfile(source / name, staging.path / name)
         manifest.model_copy(update={"format": form_name}).save(staging.path, progress)
     return target
 

@@ -17,7 +17,7 @@ from moe_serve.families import Family, Projections
 from moe_serve.files import write_json, writing
 
 _NOT_CARRIED: Final = frozenset(
-    {"config.json", "README.md", "moe_serve.json", "plan.json", ".gitattributes"}
+    {"config.json", "README.md", "moe_serve.json", "plan.json", "evidence.json", ".gitattributes"}
 )
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"

@@ -225,6 +225,7 @@ def narrowed_plan(ladder: Ladder, width: int, option: Narrowed) -> LayerPlan:
         "error_added": ladder.path.error_at(width).tolist(),
         "error_if_dropped": ladder.path.error_at(0).tolist(),
         "error_of_drops": option.dropped_error,
+        "removal": ladder.removal(),
         "scores": ladder.scores,
     }
     return LayerPlan(

@@ -8,6 +8,7 @@ over one layer or over the whole model.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,9 @@ from moe_serve.pruning.view import LayerView
 
 _JITTER = 1e-4
 """Of the metric's mean diagonal: directions the loss never felt still count a little."""
+
+_STEPS: Final = 24
+"""Points at which a report draws what an expert's removal costs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +48,16 @@ class Ladder:
         """The layer's least error for every number of blocks."""
         return curve(self.errors(block))
 
+    def removal(self) -> dict[str, list[Any]]:
+        """Error of each expert [N, 25] as more and more of its cheapest neurons go, four digits."""
+        width = self.path.order_NI.shape[1]
+        gone = sorted({width * step // _STEPS for step in range(_STEPS + 1)})
+        error_NG = torch.stack([self.path.error_at(width - count) for count in gone], dim=1)
+        return {
+            "removed": gone,
+            "error": [[float(f"{e:.4g}") for e in r] for r in error_NG.tolist()],
+        }
+
     def plan(self, block: int, counts: list[int]) -> LayerPlan:
         """The layer when expert e keeps ``counts[e]`` blocks."""
         blocks: list[Block] = []
@@ -60,6 +74,7 @@ class Ladder:
             "error_added": chosen_N.tolist(),
             "error_if_dropped": error_NR[:, 0].tolist(),
             "share_of_output_lost": (chosen_N / full_N).tolist(),
+            "removal": self.removal(),
             "scores": self.scores,
         }
         return LayerPlan(width=block, blocks=tuple(blocks), experts=tuple(experts), why=why)

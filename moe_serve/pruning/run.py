@@ -37,6 +37,7 @@ from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
 from moe_serve.pruning.apply import Application, apply_plan
 from moe_serve.pruning.card import model_card
+from moe_serve.pruning.evidence import Evidence
 from moe_serve.pruning.methods import method_named
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.planner import make_plan
@@ -151,6 +152,7 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
                 request, checkpoint, statistics, corpus, rounds, staging, progress
             )
             plan.save(staging.path / PLAN)
+            Evidence.of(checkpoint, statistics or _at_hand(request, checkpoint)).save(staging.path)
         if plan.needs_texts and corpus is None:
             raise UsageError(
                 "this plan re-fits what is kept and needs calibration texts",
@@ -329,6 +331,15 @@ def _calibrated(
             Collection(device=request.device, batch_tokens=request.batch_tokens),
             progress,
         )
+
+
+def _at_hand(request: PruneRequest, checkpoint: Checkpoint) -> Statistics | None:
+    """Statistics that a plan was made from, where they are named beside it."""
+    if request.statistics is None or not request.statistics.exists():
+        return None
+    found = Statistics(request.statistics)
+    found.check(checkpoint)
+    return found
 
 
 def _feels_loss(request: PruneRequest) -> bool:
