@@ -26,6 +26,7 @@ COMMANDS: Final = {
     "export": ("files", "export_command"),
     "verify": ("files", "verify_command"),
     "compare": ("compare", "compare_command"),
+    "report": ("report", "report_command"),
     "up": ("up", "up_command"),
     "keys": ("keys", "keys"),
     "rollout": ("rollout", "rollout"),

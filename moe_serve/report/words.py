@@ -1,0 +1,39 @@
+"""Numbers as people read them; the same in every language."""
+
+from __future__ import annotations
+
+from typing import Final
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def size(count: float) -> str:
+    """Bytes with a binary unit."""
+    unit = 0
+    while abs(count) >= 1024 and unit < len(_UNITS) - 1:
+        count /= 1024
+        unit += 1
+    return f"{count:.0f} {_UNITS[unit]}" if unit == 0 else f"{count:.1f} {_UNITS[unit]}"
+
+
+def percent(share: float) -> str:
+    """With one decimal, without it where it says nothing."""
+    text = f"{100 * share:.1f}"
+    return text.removesuffix(".0") + " %"
+
+
+def number(count: float) -> str:
+    """Thousands set apart."""
+    return f"{count:,.0f}"
+
+
+def short(value: float | None) -> str:
+    """Three digits; nothing where nothing is known."""
+    return "" if value is None else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
