@@ -197,7 +197,7 @@ def _discovery(split: Split) -> dict[str, Any]:
                         "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
                     }
                 ],
-                "routes": [*_routes(split), _nothing_else()],
+                "routes": [*_routes(split), _nothing_else(split.version)],
             }
         ],
     }
@@ -249,9 +249,15 @@ def _patience() -> dict[str, Any]:
     }
 
 
-def _nothing_else() -> dict[str, Any]:
+def _nothing_else(version: str) -> dict[str, Any]:
+    """The last route, which holds the version too.
+
+    Envoy passes over routes that are the same but for their version, and would never say that a
+    split put in force twice is in force.
+    """
     body = {"error": {"message": "no such path here", "type": "not_found", "code": 404}}
     return {
         "match": {"prefix": "/"},
+        "metadata": {"filter_metadata": {"moe_serve": {"version": version}}},
         "direct_response": {"status": 404, "body": {"inline_string": json.dumps(body)}},
     }

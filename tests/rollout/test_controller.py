@@ -265,6 +265,7 @@ def test_a_ruined_model_is_rolled_back_before_any_user_meets_it(proxy: Proxied) 
         last = Store(proxy.state).history()[0]
         assert (last.actor, last.decision, last.percent_before) == ("controller", "rollback", 0)
         assert last.reason.startswith("quality-")
+        assert last.confirmed_at is not None
         told = "".join(p.read_bytes().decode(errors="ignore") for p in proxy.state.glob("*.sq*"))
         assert controller.tick() is None
         assert controller._prober is None
@@ -324,3 +325,19 @@ def test_probes_give_way_while_requests_wait(proxy: Proxied) -> None:
     prober.crowded({ORIGINAL: 0.0, PRUNED: 0.0})
     with pytest.raises(RolloutError, match=r"pruned engine: no answer to a probe \(ConnectError\)"):
         prober.step()
+
+
+def test_an_engine_that_hangs_is_rolled_back_by_what_it_does_not_say(proxy: Proxied) -> None:
+    """It accepts scrapes and probes and answers none: blind, then back; nothing waits for it."""
+    with begun(proxy, PROBED.model_copy(update={"blind_seconds": 2.0})) as controller:
+        proxy.pruned.hang()
+        decisions = []
+        for _ in range(20):
+            decision = controller.tick()
+            assert decision is not None
+            decisions.append((decision.kind, decision.reason))
+            if decision.kind != "hold":
+                break
+        assert decisions[0] == ("hold", "blind")
+        assert decisions[-1] in (("rollback", "blind"), ("rollback", "hard"))
+        assert Store(proxy.state).history()[0].confirmed_at is not None

@@ -71,7 +71,8 @@ def test_streams_end_whole_and_new_ones_go_to_the_original(broken: Any, proxy: P
     """32 in flight: none fails, none is cut off, and within a tenth of a second it is in force."""
     with Load(endpoint=proxy.endpoint, model="m", streams=32, tokens=10) as load, ExitStack() as at:
         load.phase = "before"
-        time.sleep(0.7)
+        while proxy.pruned.started < 64:
+            time.sleep(0.02)
         moved = rollback(proxy, at.enter_context(broken(proxy)))
         load.phase = "after"
         time.sleep(0.7)
@@ -135,3 +136,11 @@ def test_a_pruned_engine_that_accepts_and_never_answers(proxy: Proxied) -> None:
         time.sleep(0.7)
     assert load.failed == 0
     assert {who for _, who in load.outcomes} == {ORIGINAL}
+
+
+def test_the_same_split_again_is_confirmed_too(proxy: Proxied) -> None:
+    """From probes alone to a rollback nothing changes but the version, and Envoy says so."""
+    for _ in range(2):
+        moved = move(proxy.state, 0, decision="rollback", reason="")
+        assert moved.effective_seconds is not None
+        assert proxy.admin.route_version() == moved.version
