@@ -118,7 +118,7 @@ def outcome(send: Send, url: str, seed: int) -> str:
     """How it ended; the same seed asks the same."""
     try:
         return send(url, random.Random(seed))
-    except httpx.HTTPError as exc:
+    except (httpx.HTTPError, ValueError, KeyError) as exc:
         return type(exc).__name__
 
 
