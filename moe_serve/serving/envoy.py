@@ -18,7 +18,7 @@ from moe_serve.serving.variants import ORIGINAL, PRUNED
 
 KEEP_ALIVE_SECONDS: Final = 60
 """How long an engine keeps an idle connection; the proxy gives it up after half of that."""
-_LIMITS: Final = ("max_connections", "max_pending_requests", "max_requests")
+_LIMITS: Final = ("max_connections", "max_pending_requests", "max_requests", "max_retries")
 _HEAP_BYTES: Final = 2 * 1024**3
 
 
@@ -66,9 +66,13 @@ def bootstrap(
     clusters = [_cluster(variant, engines[variant], edge) for variant in (ORIGINAL, PRUNED)]
     return {
         "node": {"id": NAME, "cluster": NAME},
-        "admin": {"address": address("127.0.0.1", admin_port)},
+        "admin": {
+            "address": address("127.0.0.1", admin_port),
+            # Whoever rolls back while clients hold all connections must get in.
+            "ignore_global_conn_limit": True,
+        },
         "dynamic_resources": {"lds_config": watched(listener_file(state))},
-        "static_resources": {"clusters": [*clusters, _fallback()]},
+        "static_resources": {"clusters": [*clusters, _fallback(edge)]},
         "overload_manager": _overload(edge),
     }
 
@@ -105,6 +109,7 @@ def _overload(edge: Edge) -> dict[str, Any]:
                 ("envoy.overload_actions.shrink_heap", 0.85),
                 ("envoy.overload_actions.disable_http_keepalive", 0.9),
                 ("envoy.overload_actions.stop_accepting_requests", 0.95),
+                ("envoy.overload_actions.stop_accepting_connections", 0.98),
             )
         ],
     }
@@ -158,16 +163,22 @@ def _cluster(variant: str, engine: str, edge: Edge) -> dict[str, Any]:
             "interval": "1s",
             "max_ejection_percent": 100,
         },
-        "circuit_breakers": {"thresholds": [dict.fromkeys(_LIMITS, edge.max_connections)]},
+        "circuit_breakers": _breakers(edge),
     }
 
 
-def _fallback() -> dict[str, Any]:
+def _breakers(edge: Edge) -> dict[str, Any]:
+    """No limit below the port's own: where an engine dies all that waited on it is tried again."""
+    return {"thresholds": [dict.fromkeys(_LIMITS, edge.max_connections)]}
+
+
+def _fallback(edge: Edge) -> dict[str, Any]:
     kind = "type.googleapis.com/envoy.extensions.clusters.aggregate.v3.ClusterConfig"
     return {
         "name": WITH_FALLBACK,
         "connect_timeout": "2s",
         "lb_policy": "CLUSTER_PROVIDED",
+        "circuit_breakers": _breakers(edge),
         "cluster_type": {
             "name": "envoy.clusters.aggregate",
             "typed_config": {"@type": kind, "clusters": [PRUNED, ORIGINAL]},

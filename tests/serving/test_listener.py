@@ -7,6 +7,7 @@ import ssl
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from moe_serve.errors import UsageError
+from moe_serve.rollout.traffic import move
 from moe_serve.serving.config import load_stack_config
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
 from tests.support.proxy import Proxied, proxied
@@ -123,6 +125,38 @@ def test_a_hung_engine_is_left(tmp_path: Path) -> None:
             code = _status(proxy, pinned)
         assert code == 503
         assert _status(proxy, {}) == 200
+
+
+def test_all_that_waited_on_an_engine_is_asked_of_the_other(tmp_path: Path) -> None:
+    """The pruned engine dies with 48 requests before their first byte: none fails."""
+    with proxied(tmp_path, chunks=1, pause=0.0) as proxy:
+        move(proxy.state, 100, decision="set", reason="")
+        proxy.pruned.hang()
+        with ThreadPoolExecutor(48) as clients:
+            answers = [clients.submit(_ask, proxy) for _ in range(48)]
+            until = time.monotonic() + 10
+            while proxy.pruned.started < 48:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            proxy.pruned.die()
+            assert [a.result() for a in answers] == [200] * 48
+
+
+def _ask(proxy: Proxied) -> int:
+    return httpx.post(f"{proxy.endpoint}/completions", json=BODY, timeout=30).status_code
+
+
+def test_a_rollback_gets_in_when_clients_hold_every_connection(tmp_path: Path) -> None:
+    """Twenty allowed, twenty held: the split still moves, and it is confirmed."""
+    with proxied(tmp_path, chunks=1, pause=0.0, max_connections=20) as proxy:
+        move(proxy.state, 100, decision="set", reason="")
+        host, port = proxy.endpoint.split("/")[2].split(":")
+        held = [socket.create_connection((host, int(port))) for _ in range(25)]
+        moved = move(proxy.state, 0, decision="rollback", reason="")
+        for connection in held:
+            connection.close()
+        assert moved.effective_seconds is not None
+        assert moved.warnings == ()
 
 
 def _status(proxy: Proxied, headers: dict[str, str]) -> int:

@@ -72,6 +72,15 @@ class Upstream:
         self._server.should_exit = True
         self._thread.join(10)
 
+    def die(self) -> None:
+        """Reset all connections and close the port, as a process that is killed does."""
+        self._loop.call_soon_threadsafe(self._reset)
+        self.stop()
+
+    def _reset(self) -> None:
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
+
     def hang(self) -> None:
         """Take requests from now on, and answer none."""
         self._open.clear()
@@ -119,6 +128,7 @@ class Upstream:
 
     async def _completions(self, request: Request) -> Response:
         raw = await request.body()
+        self._loop = asyncio.get_running_loop()
         self.headers = dict(request.headers)
         self.started += 1
         await self._open.wait()
