@@ -79,7 +79,7 @@ class Upstream:
 
     def _reset(self) -> None:
         for connection in list(self._server.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
 
     def hang(self) -> None:
         """Take requests from now on, and answer none."""
