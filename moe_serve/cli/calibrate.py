@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
 from moe_serve.calibration.group import leads
 from moe_serve.calibration.merge import merge_statistics
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import Statistics
+from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.cli import options
 from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.progress import Silent
+from moe_serve.pruning.coverage import gaps
 from moe_serve.pruning.dryrun import dry_run
+from moe_serve.pruning.evidence import Evidence
 from moe_serve.pruning.request import (
     DEFAULT_BATCH,
     DEFAULT_LENGTH,
@@ -26,6 +31,9 @@ from moe_serve.pruning.request import (
     device_named,
 )
 from moe_serve.pruning.run import PruneRequest, calibrate
+
+_SHOWN: Final = 20
+"""Experts listed; the worst come first."""
 
 
 def calibrate_command(
@@ -54,6 +62,13 @@ def calibrate_command(
     ] = None,
     seed: options.Seed = 0,
     device: options.Device = None,
+    coverage: Annotated[
+        bool,
+        typer.Option(
+            "--coverage",
+            help="Say which experts too few tokens reached, and what would reach them.",
+        ),
+    ] = False,
     show: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -94,7 +109,8 @@ def calibrate_command(
             traffic=tuple(from_traffic or ()),
         )
     if leads():
-        _report(made, as_json=as_json)
+        found = Evidence.of(open_checkpoint(model), made) if coverage else None
+        _report(made, found, as_json=as_json)
 
 
 def merge_command(
@@ -105,12 +121,33 @@ def merge_command(
     """Add up the statistics of all shards: what one machine would have found."""
     with progress_bar() as progress:
         made = merge_statistics(parts, output, progress)
-    _report(made, as_json=as_json)
+    _report(made, None, as_json=as_json)
 
 
-def _report(made: Statistics, *, as_json: bool) -> None:
+def _report(made: Statistics, seen: Evidence | None, *, as_json: bool) -> None:
     if as_json:
-        print_json({"output": str(made.folder), **made.record})
+        covered = {"coverage": [gap.to_json() for gap in gaps(seen)]} if seen else {}
+        print_json({"output": str(made.folder), **made.record, **covered})
         return
     shard = f", shard {made.record['shard']}" if "shard" in made.record else ""
     out.print(f"{made.folder}: statistics of {sum(made.record['tokens'].values())} tokens{shard}")
+    if seen is not None:
+        _show_coverage(seen)
+
+
+def _show_coverage(seen: Evidence) -> None:
+    found = gaps(seen)
+    out.print(
+        f"{len(found)} of {seen.experts * len(seen.moe_layers)} experts were reached by fewer "
+        f"tokens than they have neurons ({seen.width})"
+    )
+    if not found:
+        return
+    table = Table("layer", "expert", "tokens", "reached most by", "tokens of it that would do")
+    for gap in found[:_SHOWN]:
+        more = "" if gap.more is None else f"{gap.more:,} more"
+        kind = escape(gap.domain) if gap.domain else "none of these domains"
+        table.add_row(str(gap.layer), str(gap.expert), f"{gap.tokens:,}", kind, more)
+    out.print(table)
+    if len(found) > _SHOWN:
+        out.print(f"and {len(found) - _SHOWN} more; --json prints all")

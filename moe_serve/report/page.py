@@ -105,7 +105,9 @@ def _layer_view(layer: Layer, facts: Facts, t: Catalogue) -> dict[str, Any]:
         "headline": t(
             "headline",
             share=words.percent(layer.share),
-            counts=", ".join(f"{t('state_' + s)} {counts[s]}" for s in STATES if counts[s]),
+            counts=t("join_list").join(
+                f"{t('state_' + s)} {counts[s]}" for s in STATES if counts[s]
+            ),
         ),
         "cards": [
             _card(expert, strip, t)

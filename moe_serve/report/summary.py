@@ -27,14 +27,14 @@ def done(facts: Facts, t: Catalogue) -> str:
         ),
         t(
             "counts",
-            counts=", ".join(
+            counts=t("join_list").join(
                 f"{t('state_' + s)} {words.number(counts[s])}" for s in STATES if counts[s]
             ),
         ),
     ]
     if facts.manifest.refit:
         sentences.append(t("refit_done"))
-    return " ".join(sentences)
+    return t("join_sentences").join(sentences)
 
 
 def tiles(facts: Facts, t: Catalogue) -> list[dict[str, str]]:
