@@ -31,6 +31,7 @@ from moe_serve.rollout.events import Feed
 from moe_serve.rollout.exports import exporter
 from moe_serve.rollout.feedback import Votes, feedback_route
 from moe_serve.rollout.vitals import Watch
+from moe_serve.rollout.web.page import Page
 from moe_serve.serving.state import StackState
 from moe_serve.serving.token import read_token
 
@@ -77,9 +78,10 @@ def application(state: Path, bound: Bound | None = None, votes: Votes | None = N
         },
     )
     app.include_router(api.routes(state, watch, feed))
-    app.router.routes.append(feedback_route(votes))
+    token = read_token(state)
+    app.router.routes += [feedback_route(votes), *Page(state, watch, token).routes()]
     _plain(app, stack, collector)
-    app.add_middleware(Access, token=read_token(state), bound=bound or Bound())
+    app.add_middleware(Access, token=token, bound=bound or Bound())
     return app
 
 

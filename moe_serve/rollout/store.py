@@ -363,7 +363,9 @@ class Store:
             rows = db.execute("SELECT decision, actor, count(*) FROM changes GROUP BY 1, 2")
             return {(decision, actor): count for decision, actor, count in rows}
 
-    def log(self, limit: int = 50, *, after: int | None = None) -> list[Entry]:
+    def log(
+        self, limit: int = 50, *, after: int | None = None, before: int | None = None
+    ) -> list[Entry]:
         """Lines of the audit log, newest first; with ``after`` those since, oldest first."""
         columns = ", ".join(f"c.{name}" for name in Change.__slots__)
         order = "a.id DESC" if after is None else "a.id"
@@ -371,8 +373,8 @@ class Store:
             rows = db.execute(
                 f"SELECT a.id, a.kind, a.body, {columns} FROM audit a LEFT JOIN changes c"  # noqa: S608 - constant
                 " ON a.kind = 'intended' AND c.id = json_extract(a.body, '$.change')"
-                f" WHERE a.id > ? ORDER BY {order} LIMIT ?",
-                (after or 0, limit),
+                f" WHERE a.id > ? AND a.id < ? ORDER BY {order} LIMIT ?",
+                (after or 0, _ENDLESS if before is None else before, limit),
             ).fetchall()
         return [
             Entry(

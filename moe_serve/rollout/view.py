@@ -14,8 +14,6 @@ from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import status
 from moe_serve.serving.state import StackState
 
-_OVER = ("idle", "rolled_back", "promoted")
-
 
 def look(state: Path) -> schema.Status:
     """Where traffic goes and how the rollout stands.
@@ -33,19 +31,19 @@ def look(state: Path) -> schema.Status:
             "model": StackState.load(state).served_model,
             "steps": [step.model_dump() for step in policy.steps] if policy else [],
             "step_began": saved.state.began,
-            "actions": _actions(found, saved),
+            "actions": _actions(found, saved, policy),
             "last_change": {**last, "evidence": last["evidence"] or None} if last else None,
         }
     )
 
 
-def _actions(found: dict[str, Any], saved: Saved) -> list[schema.Action]:
+def _actions(found: dict[str, Any], saved: Saved, policy: Policy | None) -> list[schema.Action]:
     """What can be done now; a share can be set by hand at any time."""
     actions: list[schema.Action] = ["set"]
     if saved.state.active:
         if saved.state.phase not in ("paused", "promoted"):
             actions.append("pause")
-        if saved.policy is not None and saved.state.phase != "promoted":
+        if policy is not None and _can_resume(saved, policy):
             actions.append("resume")
     elif found["controller"] is not None:
         actions.append("start")
@@ -54,6 +52,13 @@ def _actions(found: dict[str, Any], saved: Saved) -> list[schema.Action]:
     if found["pruned_percent"] > 0.0 or found["shadow_percent"] > 0.0 or saved.state.active:
         actions.append("rollback")
     return actions
+
+
+def _can_resume(saved: Saved, policy: Policy) -> bool:
+    """After a pause; or where a step waits for a person, or will."""
+    if saved.state.phase in ("shadow", "canary"):
+        return policy.steps[saved.state.step].gate == "hand" and not saved.state.released
+    return saved.state.phase == "paused"
 
 
 def history(state: Path, limit: int, before: int | None) -> schema.HistoryPage:

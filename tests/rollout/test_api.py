@@ -92,6 +92,7 @@ def test_a_rollout_by_api(state: Path, client: TestClient) -> None:
     assert told("pause") == ("paused", None)
     assert told("resume") == ("shadow", None)
     assert told("weight", pruned_percent=30) == ("paused", 30.0)
+    assert "resume" in client.get("/api/status").json()["actions"]
     assert told("promote") == ("promoted", 100.0)
     assert told("rollback", reason="enough") == ("rolled_back", 0.0)
     assert read_split(state).percent == 0.0
