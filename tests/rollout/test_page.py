@@ -89,11 +89,14 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     (state / "policy.toml").write_text(POLICY)
     with (
         proxied(state, chunks=1, pause=0.0, model=MODEL, served_model=NAME) as proxy,
+        pytest.MonkeyPatch.context() as patch,
         sync_playwright() as playwright,
     ):
         stack = StackState.load(state)
         object.__setattr__(stack, "policy", str(state / "policy.toml"))
         stack.save(state)
+        # A rollout that begins is seen at once.
+        patch.setattr(controller, "_IDLE", 0.3)
         thread, stop = controller.start(state, lambda _: None)
         browser = playwright.chromium.launch(
             executable_path="/usr/bin/chromium", args=["--no-sandbox"]
@@ -125,6 +128,7 @@ def test_a_person_rolls_out_and_back_while_another_watches(seen: Seen) -> None:
     act("Start")
     expect(state).to_have_text("Canary")
     expect(watching.locator("#share-pruned")).to_have_text("50 %")
+    expect(watching.locator(".guard svg.bar").first).to_be_visible()
     with httpx.Client() as client:
         for _ in range(40):
             client.post(f"{seen.proxy.endpoint}/completions", json={})
@@ -210,8 +214,7 @@ def test_it_reads_without_javascript_and_signed_out(seen: Seen) -> None:
     assert page.locator("#act-rollback").count() == 0
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (390, "light"), (1280, "light")])
 def test_nothing_overflows_or_escapes(width: int, scheme: str, seen: Seen) -> None:
     """Names are text, wherever they stand; everything is within the width; letters stand out."""
     move(seen.proxy.state, 5, decision="set", reason=NAME, actor=NAME)
