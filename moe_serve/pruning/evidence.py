@@ -5,6 +5,7 @@ Statistics are large and are not part of a checkpoint; this is their small part.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Final, Literal
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CheckpointError
-from moe_serve.files import read_json, write_json
+from moe_serve.files import read_json, write_atomic
 from moe_serve.pruning.similarity import cosine
 
 EVIDENCE: Final = "evidence.json"
@@ -29,8 +30,6 @@ class LayerEvidence(_Model):
 
     tokens_CN: tuple[tuple[int, ...], ...]
     """Tokens of each domain that selected the expert."""
-    weight_CN: tuple[tuple[float, ...], ...]
-    """Σ g: router weight received, per domain."""
     cosine_NN: tuple[tuple[int, ...], ...]
     """Cosine of the experts' mean outputs over the tokens that selected them, in hundredths."""
 
@@ -71,8 +70,9 @@ class Evidence(_Model):
         )
 
     def save(self, folder: Path) -> None:
-        """Write atomically."""
-        write_json(folder / EVIDENCE, self.model_dump(mode="json"))
+        """Write atomically, on one line: a number a line would treble it."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        write_atomic(folder / EVIDENCE, (text + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path) -> Evidence:
@@ -100,13 +100,10 @@ class Evidence(_Model):
 
 
 def _layer(statistics: Statistics, index: int) -> LayerEvidence:
-    small = statistics.small(index, ("count_CN", "weight_CN", "output_ND"))
+    small = statistics.small(index, ("count_CN", "output_ND"))
     output_ND = small["output_ND"].double()
     hundredths = (100 * cosine(output_ND, output_ND)).round().to(torch.int64)
     return LayerEvidence(
         tokens_CN=tuple(map(tuple, small["count_CN"].round().to(torch.int64).tolist())),
-        weight_CN=tuple(
-            tuple(round(w, 3) for w in row) for row in small["weight_CN"].double().tolist()
-        ),
         cosine_NN=tuple(map(tuple, hundredths.tolist())),
     )

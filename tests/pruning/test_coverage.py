@@ -19,7 +19,6 @@ def test_a_gap_names_the_domain_that_would_close_it() -> None:
     """Tokens below the width; the rest at the rate of the domain that selects it most."""
     layer = LayerEvidence(
         tokens_CN=((64, 30, 0), (0, 10, 0)),
-        weight_CN=((0.0,) * 3,) * 2,
         cosine_NN=((100,) * 3,) * 3,
     )
     evidence = Evidence(

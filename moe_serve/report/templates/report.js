@@ -34,7 +34,8 @@
       section.hidden = !inLayer.has(section.dataset.layer);
       show(section);
     }
-    status.textContent = status.dataset.text.replace("#", hits.length).replace("#", experts.length);
+    status.textContent = status.dataset.text.replace("#found", hits.length)
+      .replace("#total", experts.length);
   }
   for (const section of layers) {
     section.addEventListener("toggle", () => {
