@@ -127,8 +127,9 @@ def test_metrics_have_the_contracts_names(stack: Running) -> None:
     """Everything in the catalogue that a machine without a GPU can have, with data."""
     text = httpx.get(stack.info["metrics"], timeout=30).text
     families = {f.name: f for f in text_string_to_metric_families(text)}
-    elsewhere = ("moe_serve_rollout_step", "moe_serve_guard_difference")
-    for name in {n for n in CATALOGUE if "gpu" not in n} - {*elsewhere}:
+    elsewhere = {n for n in CATALOGUE if "quality" in n}
+    elsewhere |= {"moe_serve_rollout_step", "moe_serve_guard_difference"}
+    for name in {n for n in CATALOGUE if "gpu" not in n} - elsewhere:
         assert name.removesuffix("_total") in families, name
     memory = {
         (s.labels["variant"], s.labels["kind"]): s.value
@@ -153,7 +154,7 @@ def test_a_rollout_by_policy_counts_what_real_engines_answer(stack: Running) -> 
             found = stack.rollout("status")
             guards = {e["guard"]: e for e in (found["decision"] or {}).get("evidence", ())}
             counted = [guards[g][v][1] for g in guards for v in VARIANTS]
-            if len(counted) == 6 and min(counted) > 0:
+            if len(guards) == 9 and min(counted) > 0:
                 break
             assert time.monotonic() < until, found
     assert (found["state"], found["decision"]["reason"]) == ("canary", "evidence")
@@ -161,6 +162,8 @@ def test_a_rollout_by_policy_counts_what_real_engines_answer(stack: Running) -> 
     text = httpx.get(stack.info["metrics"], timeout=30).text
     assert "moe_serve_rollout_step 0.0" in text
     assert 'moe_serve_guard_difference{bound="lower",guard="tpot"}' in text
+    assert 'moe_serve_quality_kl_nats{domain="' in text
+    assert 'moe_serve_quality_top1_agreement_ratio{domain="' in text
     assert stack.rollout("rollback")["pruned_percent"] == 0
     assert stack.rollout("status")["state"] == "rolled_back"
     assert stack.rollout("history", "--verify")["problems"] == []
