@@ -23,6 +23,7 @@ from moe_serve.calibration.store import (
     StatisticsWriter,
 )
 from moe_serve.calibration.stream import Batch, batches, embed
+from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging, require_space
 from moe_serve.errors import CalibrationError, UsageError
@@ -41,6 +42,8 @@ class Collection:
     batch_tokens: int = 4096
     group: Group = field(default_factory=Group)
     """Who shares the work."""
+    keep_states: bool = False
+    """Whether every layer's hidden states stay in the work folder (:meth:`Trace.kept`)."""
 
 
 def collect(
@@ -105,15 +108,19 @@ def observe(
     decoder = Decoder(checkpoint, settings.device)
     hidden, layers = checkpoint.shape.hidden, decoder.layers
     inputs = LayerInputs.of(sequences, numbers, staging, layers=layers, hidden=hidden)
-    states = [States(staging.work / f"calibrate-{i}.f32", hidden) for i in (0, 1)]
-    if not staging.resumed:
+    trace = (
+        Trace.kept(staging.work, layers=layers, hidden=hidden, tokens=ours.total)
+        if settings.keep_states
+        else Trace.passing(staging.work, layers=layers, hidden=hidden)
+    )
+    if staging.done("calibrate/0") is None:
         kept = inputs.bytes_needed if record.gradients else 0
-        require_space(staging.path, kept + 2 * states[0].size(ours.total))
+        require_space(staging.path, kept + trace.size(ours.total))
     progress.start("calibrate", (2 if record.gradients else 1) * layers)
     forward = _Forward(
         decoder=decoder,
         sequences=ours,
-        states=(states[0], states[1]),
+        states=trace.states,
         sample=_sample(sequences, numbers, record),
         reservoir=record.reservoir,
         inputs=inputs if record.gradients else None,
@@ -135,8 +142,8 @@ def observe(
         writer.close()
     staging.finish(_DONE)
     group.all(mine=True)  # The first process has recorded the end before another forgets its part.
-    for state in states:
-        state.remove()
+    if not settings.keep_states:
+        trace.remove()
     inputs.remove()
     reverse.end()
 
@@ -191,7 +198,8 @@ class _Forward:
 
     decoder: Decoder
     sequences: Sequences
-    states: tuple[States, States]
+    states: tuple[States, ...]
+    """At each layer's entrance, and at the end."""
     sample: dict[int, int]
     """Position among our tokens → row of the reservoir."""
     reservoir: int
@@ -203,7 +211,7 @@ class _Forward:
     def step(self, index: int) -> LayerStatistics | None:
         """Push all tokens through a layer; its statistics, or ``None`` where it is dense."""
         shape, device = self.decoder.checkpoint.shape, self.settings.device
-        before, after = self.states[index % 2], self.states[(index + 1) % 2]
+        before, after = self.states[index : index + 2]
         if index == 0:
             embed(self.decoder, self.sequences, before)
         layer = self.decoder.layer(index, ahead=index + 1)

@@ -122,7 +122,8 @@ class Mixture:
 
     def gated(self, gate_TF: torch.Tensor, up_TF: torch.Tensor) -> torch.Tensor:
         """Neurons from the two projections of the input."""
-        return self.activation(gate_TF) * up_TF
+        active_TF = self.activation(gate_TF)
+        return active_TF * up_TF if active_TF.requires_grad else active_TF.mul_(up_TF)
 
     def activations(
         self, z_TD: torch.Tensor
@@ -132,10 +133,12 @@ class Mixture:
         The weight of a unit is the sum over those of its owners that the token selected; that of a
         shared expert among the units is its scale.
         """
-        weights_TN = self.router(z_TD)
+        weights_NT = self.router(z_TD).T.contiguous()
         for unit in self.units:
-            if unit.owners or self.shared is None:
-                weight_T = weights_TN[:, list(unit.owners)].sum(dim=1)
+            if len(unit.owners) == 1:
+                weight_T = weights_NT[unit.owners[0]]
+            elif unit.owners or self.shared is None:
+                weight_T = weights_NT[list(unit.owners)].sum(dim=0)
             else:
                 weight_T = self.shared.scale(z_TD)[:, 0]
             index = torch.nonzero(weight_T).squeeze(1)
@@ -146,8 +149,8 @@ class Mixture:
         """The layer's output [T, D]."""
         out_TD = self.always(z_TD)
         for unit, index, weight_t, h_tF in self.activations(z_TD):
-            part_tD = (h_tF * weight_t[:, None]) @ unit.down_DF.T
-            out_TD = out_TD.index_add(0, index, part_tD)
+            # The product before the weight, as the calibration pass has it: the same bits.
+            out_TD.index_add_(0, index, (h_tF @ unit.down_DF.T) * weight_t[:, None])
         return out_TD
 
 

@@ -93,6 +93,17 @@ class Sequences:
             corpus=(),
         )
 
+    def cut(self, length: int) -> Sequences:
+        """The same tokens in sequences of at most ``length``; short remainders are left out."""
+        parts = [
+            (part, domain)
+            for tokens, domain in zip(self.tokens, self.domain, strict=True)
+            for start in range(0, len(tokens), length)
+            if len(part := tokens[start : start + length]) >= min(MIN_LENGTH, len(tokens))
+        ]
+        tokens, domain = zip(*parts, strict=True)
+        return replace(self, tokens=tokens, domain=domain)
+
     def share(self, numbers: Iterable[int]) -> Sequences:
         """Some of the sequences; each token keeps the weight it has among all."""
         return replace(self.subset(numbers), corpus=self._corpus())

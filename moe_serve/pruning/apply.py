@@ -11,6 +11,7 @@ from moe_serve.calibration.decoder import Decoder
 from moe_serve.calibration.mixture import read_mixture
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.stream import batches
+from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.formats import Form
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint
@@ -90,7 +91,11 @@ def _stream(app: Application, plan: Plan, sequences: Sequences) -> dict[str, Any
         omega_T=sequences.weights(),
         held_T=held_out(sequences, (plan.refit or Refit()).holdout),
     )
-    walk = Walk(decoder, sequences, tokens, app.staging.work)
+    layers, hidden, work = decoder.layers, app.checkpoint.shape.hidden, app.staging.work
+    trace = Trace.kept(work, layers=layers, hidden=hidden, tokens=sequences.total)
+    if not trace.known:
+        trace = Trace.passing(work, layers=layers, hidden=hidden)
+    walk = Walk(decoder, sequences, tokens, work, trace, first=min(plan.layers, default=layers))
     app.progress.start("apply", decoder.layers)
     for index in range(decoder.layers):
         if app.staging.done(_step(index)) is None:

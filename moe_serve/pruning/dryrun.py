@@ -113,6 +113,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
             inverts=method.neurons is block_obs,
             compares=method.compares,
             alignments=_alignments(method, sizes.shape),
+            keeps=request.statistics is None,
         )
         if corpus is not None and not given:
             if request.selection.objective == WORST:

@@ -15,16 +15,19 @@ from moe_serve.calibration.collect import RESERVOIR
 from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.reverse import GRADIENT_TOKENS
 from moe_serve.calibration.statistics import LayerStatistics
+from moe_serve.calibration.trace import KEPT_BYTES as STATES_BYTES
 from moe_serve.checkpoint.dtypes import itemsize
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.families import Shape
 from moe_serve.pruning.plan import Refit
+from moe_serve.pruning.refit import CHUNK
+from moe_serve.pruning.routed import KEPT_BYTES
 from moe_serve.pruning.trial import TRIAL_TOKENS
 
 _F32: Final = 4
 _F64: Final = 8
-_WALK_STATES: Final = 7
-"""Hidden states per token that a walk with two streams keeps on disk."""
+_WALK_STATES: Final = 5
+"""Hidden states per token that a walk keeps on disk besides the original's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +118,8 @@ class Work:
     alignments: int = 0
     """Pairs of experts in a layer whose neurons are matched."""
     refit: Refit | None = None
+    keeps: bool = False
+    """Whether calibration leaves the original's hidden states to the re-fit, where they fit."""
     trials: int = 0
     """Walks through the model on a few tokens, by which choices are measured."""
     attempts: int = 0
@@ -203,7 +208,7 @@ def calibrate_step(sizes: Sizes, work: Work) -> Step:
     # Attention forward again and backward: 3 forwards. Experts: 5 products instead of 3.
     reverse = some * (3 * _dense(sizes, work) + 5 / 3 * _routed(sizes))
     reverse += some * (6 * shape.vocabulary * shape.hidden + 2 * shape.hidden**2 * sizes.sparse)
-    rows = 2 * work.tokens + ((shape.layers + 3) * some if work.reverse else 0)
+    rows = _original_rows(sizes, work) + ((shape.layers + 3) * some if work.reverse else 0)
     statistics = sizes.statistics_bytes(work.domains, gradients=work.reverse)
     passes = 2 if work.reverse else 1
     read = passes * sizes.decoder_bytes + sizes.embedding_bytes + statistics
@@ -254,9 +259,9 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
 def apply_step(sizes: Sizes, work: Work) -> Step:
     """Copy what stays; with a re-fit, two streams through all layers and a solve in each.
 
-    Every kept neuron's activations are made three times (forward, normal equations, residual).
-    The normal equations of a token cost its k·I·keep reached neurons times S; solving a group S³/3
-    for each candidate of λ and once more.
+    Kept neurons' activations stay in memory while they fit, else they are made three times
+    (forward, normal equations, residual). The normal equations of a token cost its reached neurons
+    of a group squared; solving a group S³/3 for each candidate of λ and once more.
     """
     shape, kept = sizes.shape, int(work.keep * sizes.expert_bytes)
     output = sizes.total_bytes - sizes.expert_bytes + kept
@@ -275,13 +280,16 @@ def apply_step(sizes: Sizes, work: Work) -> Step:
         read=read + sizes.decoder_bytes - sizes.expert_bytes + 2 * sizes.embedding_bytes,
         written=output,
         flops=_streams(sizes, work) + sizes.sparse * _fit(sizes, work, work.refit),
-        memory=memory + matrices + work.batch_tokens * side * _F32,
-        disk=_WALK_STATES * work.tokens * shape.hidden * _F32,
+        memory=memory + matrices + _activations(sizes, work),
+        disk=(_original_rows(sizes, work) + _WALK_STATES * work.tokens) * shape.hidden * _F32,
     )
 
 
 def trial_step(sizes: Sizes, work: Work) -> Step:
-    """Plans tried in memory: both streams per trial, a fit and a forward per layer attempted."""
+    """Plans tried in memory: the original's stream once, the pruned model's in every trial.
+
+    Each layer attempted costs a fit and a forward.
+    """
     refit = work.refit or Refit(ridges=())
     some = replace(work, tokens=min(TRIAL_TOKENS, work.tokens))
     kept = some.tokens * work.keep * _routed(sizes)
@@ -290,14 +298,31 @@ def trial_step(sizes: Sizes, work: Work) -> Step:
     return Step(
         name="try",
         passes=work.trials,
-        flops=work.trials * _streams(sizes, some) + work.attempts * (fits + kept),
+        flops=work.trials * _streams(sizes, replace(some, keeps=True))
+        + _forward(sizes, some)
+        + work.attempts * (fits + kept),
         read=work.trials * (sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes),
         written=0,
         memory=_layer_memory(sizes, work)
         + int(work.keep * sizes.layer_weights) * 2 * _F32
-        + 4 * side * (side + sizes.shape.hidden) * _F64,
-        disk=_WALK_STATES * some.tokens * sizes.shape.hidden * _F32,
+        + 4 * side * (side + sizes.shape.hidden) * _F64
+        + _activations(sizes, some),
+        disk=(sizes.shape.layers + 1 + _WALK_STATES) * some.tokens * sizes.shape.hidden * _F32,
     )
+
+
+def _original_rows(sizes: Sizes, work: Work) -> int:
+    """Hidden states of the original on disk: of every layer, or of two in turn."""
+    rows = (sizes.shape.layers + 1) * work.tokens
+    fits = rows * sizes.shape.hidden * _F32 <= STATES_BYTES
+    return rows if work.keeps and work.refit and fits else 2 * work.tokens
+
+
+def _activations(sizes: Sizes, work: Work) -> int:
+    """Routed activations kept, those of a few batches at work."""
+    row = int(sizes.shape.top_k * sizes.shape.width * work.keep) * _F32
+    chunk = min(work.tokens, max(work.batch_tokens, CHUNK))
+    return min(KEPT_BYTES, work.tokens * row) + 2 * chunk * row
 
 
 def _side(sizes: Sizes, work: Work, refit: Refit) -> int:
@@ -306,9 +331,9 @@ def _side(sizes: Sizes, work: Work, refit: Refit) -> int:
 
 
 def _streams(sizes: Sizes, work: Work) -> float:
-    """The original's forward and the pruned model's."""
-    pruned = _dense(sizes, work) + work.keep * _routed(sizes)
-    return _forward(sizes, work) + work.tokens * pruned
+    """The pruned model's forward, and the original's where its states were not kept."""
+    pruned = work.tokens * (_dense(sizes, work) + work.keep * _routed(sizes))
+    return pruned if work.keeps else pruned + _forward(sizes, work)
 
 
 def _fit(sizes: Sizes, work: Work, refit: Refit) -> float:
@@ -318,7 +343,7 @@ def _fit(sizes: Sizes, work: Work, refit: Refit) -> float:
     groups = -(-max(int(work.keep * shape.experts * shape.width), 1) // side)
     sweeps = refit.sweeps if groups > 1 else 1
     reached = shape.top_k * shape.width * work.keep
-    again = sweeps * work.tokens * reached * (2 * 4 * shape.hidden + side + 4 * shape.hidden)
+    again = sweeps * work.tokens * reached * (2 * 4 * shape.hidden + reached + 4 * shape.hidden)
     solves = len(refit.ridges) + sweeps * groups
     return again + solves * (side**3 / 3 + 2 * side**2 * shape.hidden)
 

@@ -13,21 +13,24 @@ Shape suffixes: T tokens, D hidden size, F neurons of a group.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from moe_serve.calibration.mixture import Mixture, Unit
+from moe_serve.calibration.mixture import Unit
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
 from moe_serve.checkpoint.quantisation import Matrix, Scheme
 from moe_serve.errors import CalibrationError
 from moe_serve.pruning.plan import Refit
 from moe_serve.pruning.rounding import round_neurons
+from moe_serve.pruning.routed import Reached, Routed
 
 _TINY: Final = torch.finfo(torch.float32).tiny
+CHUNK: Final = 16_384
+"""Tokens whose products are summed in FP32; sums of these are FP64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,156 +59,203 @@ class Fitted:
 
 
 class _Normal:
-    """Normal equations of one group over one set of tokens, FP64."""
+    """Normal equations of one group over one set of tokens, FP64, for a change of its weights."""
 
     def __init__(self, neurons: int, hidden: int) -> None:
         self.a_FF = torch.zeros(neurons, neurons, dtype=torch.float64)
+        """Σ ω p pᵀ."""
         self.b_FD = torch.zeros(neurons, hidden, dtype=torch.float64)
+        """Σ ω p eᵀ, e the residual."""
 
     @property
     def mean_diagonal(self) -> float:
         """Σ ω p² per neuron."""
         return float(self.a_FF.diagonal().mean())
 
-    def solve(self, start_FD: torch.Tensor, penalty: float) -> torch.Tensor:
+    def add(
+        self, slots: Sequence[_Slot], reached: Mapping[int, Reached], e_TD: torch.Tensor
+    ) -> None:
+        """Add some tokens: p of each piece times √ω, and √ω e.
+
+        Two pieces meet only in the tokens that reached both. That is about (k/N)² of a dense
+        product; the matrix is symmetric, so half of the pairs are enough.
+        """
+        present = [slot for slot in slots if slot.piece in reached]
+        place_T = torch.empty(len(e_TD), dtype=torch.int64, device=e_TD.device)
+        for number, slot in enumerate(present):
+            index_t, p_tF = reached[slot.piece]
+            self.b_FD[slot.columns] += (p_tF.T @ e_TD[index_t]).double().cpu()
+            self.a_FF[slot.columns, slot.columns] += (p_tF.T @ p_tF).double().cpu()
+            place_T.fill_(-1)
+            place_T[index_t] = torch.arange(len(index_t), device=e_TD.device)
+            for other in present[number + 1 :]:
+                other_t, q_tF = reached[other.piece]
+                place_t = place_T[other_t]
+                both_t = torch.nonzero(place_t >= 0).squeeze(1)
+                if len(both_t):
+                    met_FF = p_tF[place_t[both_t]].T @ q_tF[both_t]
+                    self.a_FF[slot.columns, other.columns] += met_FF.double().cpu()
+
+    def mirror(self, slots: Sequence[_Slot]) -> None:
+        """Fill in the other half."""
+        for slot in slots:
+            after = slice(slot.columns.stop, None)
+            self.a_FF[after, slot.columns] = self.a_FF[slot.columns, after].T
+
+    def solve(self, pull_FD: torch.Tensor, penalty: float) -> torch.Tensor:
+        """The change Δ that minimises Σ ω ‖e - p Δ‖² + penalty · ‖Δ - pull‖²."""
         a_FF = self.a_FF.clone()
         a_FF.diagonal().add_(penalty)
-        b_FD = self.b_FD + penalty * start_FD
-        return torch.cholesky_solve(b_FD, torch.linalg.cholesky(a_FF))
+        torch.linalg.cholesky(a_FF, out=a_FF)
+        return torch.cholesky_solve(self.b_FD + penalty * pull_FD, a_FF)
 
-    def error(self, w_FD: torch.Tensor) -> float:
-        """Squared error up to the constant Σ‖t‖²."""
-        return float(((self.a_FF @ w_FD) * w_FD).sum() - 2 * (self.b_FD * w_FD).sum())
+    def error(self, change_FD: torch.Tensor) -> float:
+        """Squared error with a change, up to what it is without."""
+        return float(((self.a_FF @ change_FD - 2 * self.b_FD) * change_FD).sum())
 
 
 @dataclass(frozen=True, slots=True)
 class _Slot:
-    """Where a unit's neurons lie among the group's columns."""
+    """Where a piece's neurons lie among the group's columns."""
 
-    unit: int
+    piece: int
     columns: slice
 
 
 def refit(
-    mixture: Mixture,
-    inputs: States,
-    residual: States,
-    tokens: FitTokens,
-    settings: Refit,
-    scheme: Scheme,
-    width: int,
+    routed: Routed, residual: States, tokens: FitTokens, settings: Refit, scheme: Scheme
 ) -> Fitted:
     """Fit all down projections of a layer; ``residual`` is updated to what remains.
 
     Args:
-        mixture: the pruned layer.
-        inputs: z, the pruned layer's inputs [T, D].
+        routed: the pruned layer on the tokens, no piece wider than :func:`side_of`.
         residual: E = target - P W₀ [T, D]; on return target - P W.
         tokens: batches and weights.
         settings: candidates and limits.
         scheme: format the down projections are stored in; they are rounded to it.
-        width: b, neurons of a block; no block is cut.
 
     Raises:
         CalibrationError: the normal equations cannot be solved.
     """
-    wide = mixture
-    side = max(settings.side // width, 1) * width
-    mixture = dataclasses.replace(wide, units=_split(wide.units, side))
-    downs = [unit.down_DF.T.clone() for unit in mixture.units]
+    pieces, wholes = routed.pieces, routed.mixture.units
+    downs = [piece.down_DF.T.clone() for piece in pieces]
     stored: dict[int, Matrix] = {}
     before = _mean_square(residual, tokens)
-    groups = list(_groups(mixture.units, side))
+    groups = list(_groups(pieces, settings.side))
     # The only group's matrix has the diagonal; with several, a pass of its own is needed.
-    scale = _mean_diagonal(mixture, inputs, tokens) if len(groups) > 1 else None
+    scale = _mean_diagonal(routed, tokens) if len(groups) > 1 else None
     candidates = settings.ridges
     for _ in range(settings.sweeps if len(groups) > 1 else 1):
         for slots in groups:
-            present_FD = torch.cat([downs[s.unit] for s in slots])
-            start_FD = torch.cat([mixture.units[s.unit].down_DF.T for s in slots])
-            fit, held = _accumulate(mixture, slots, present_FD, inputs, residual, tokens)
+            present_FD = torch.cat([downs[s.piece] for s in slots])
+            start_FD = torch.cat([pieces[s.piece].down_DF.T for s in slots])
+            fit, held = _accumulate(routed, slots, residual, tokens)
             if scale is None:
                 scale = max(fit.mean_diagonal + held.mean_diagonal, _TINY)
-            ridge, w_FD = _best(fit, held, start_FD.double(), candidates, scale)
+            pull_FD = (start_FD - present_FD).double().cpu()
+            ridge, change_FD = _best(fit, held, pull_FD, candidates, scale)
             candidates = (ridge,)
             fit.a_FF.diagonal().add_(ridge * scale)
+            w_FD = present_FD.cpu() + change_FD
             matrices = round_neurons(w_FD, fit.a_FF, scheme, [slot.columns for slot in slots])
             for slot, matrix in zip(slots, matrices, strict=True):
-                stored[slot.unit] = matrix
-                downs[slot.unit] = scheme.dequantise(matrix).T.to(present_FD.device)
-            rounded_FD = torch.cat([downs[slot.unit] for slot in slots])
-            _subtract(mixture, slots, rounded_FD - present_FD, inputs, residual, tokens)
+                stored[slot.piece] = matrix
+                downs[slot.piece] = scheme.dequantise(matrix).T.to(present_FD.device)
+            rounded_FD = torch.cat([downs[slot.piece] for slot in slots])
+            _subtract(routed, slots, rounded_FD - present_FD, residual)
     fitted = [
-        dataclasses.replace(unit, down_DF=down.T.contiguous())
-        for unit, down in zip(mixture.units, downs, strict=True)
+        dataclasses.replace(piece, down_DF=down.T.contiguous())
+        for piece, down in zip(pieces, downs, strict=True)
     ]
     return Fitted(
-        units=_join(fitted, wide.units),
-        stored=_shared_out([stored[i] for i in range(len(fitted))], fitted, wide.units),
+        units=_join(fitted, wholes),
+        stored=_shared_out([stored[i] for i in range(len(fitted))], fitted, wholes),
         ridge=candidates[0],
         error_before=before,
         error_after=_mean_square(residual, tokens),
     )
 
 
+def side_of(settings: Refit, width: int) -> int:
+    """Neurons of a piece at most, whole blocks of ``width``."""
+    return max(settings.side // width, 1) * width
+
+
 def _accumulate(
-    mixture: Mixture,
-    slots: Sequence[_Slot],
-    present_FD: torch.Tensor,
-    inputs: States,
-    residual: States,
-    tokens: FitTokens,
+    routed: Routed, slots: Sequence[_Slot], residual: States, tokens: FitTokens
 ) -> tuple[_Normal, _Normal]:
-    """Normal equations of a group against what the other groups leave."""
-    hidden = present_FD.shape[1]
-    fit, held = _Normal(len(present_FD), hidden), _Normal(len(present_FD), hidden)
-    for batch in tokens.batches:
-        p_TF, reached = _activations(mixture, slots, batch.load_flat(inputs))
-        target_TD = batch.load_flat(residual) + p_TF @ present_FD
-        root_T = tokens.omega_T[batch.tokens].to(p_TF.device).sqrt()[:, None]
-        p_TF, target_TD = p_TF * root_T, target_TD * root_T
-        held_T = tokens.held_T[batch.tokens].to(p_TF.device)
-        for slot, index in reached:
-            for normal, rows in ((fit, index[~held_T[index]]), (held, index[held_T[index]])):
-                # A unit's rows are only the tokens that reached it: k/N of a dense product; the
-                # matrix is symmetric, so its own columns and those after them are enough.
-                first = slot.columns.start
-                p_tF = p_TF[rows, first:]
-                own_tF = p_tF[:, : slot.columns.stop - first]
-                normal.a_FF[slot.columns, first:] += (own_tF.T @ p_tF).double().cpu()
-                normal.b_FD[slot.columns] += (own_tF.T @ target_TD[rows]).double().cpu()
+    """Normal equations of a group against what all pieces leave: of tokens that fit, and held."""
+    neurons, hidden = slots[-1].columns.stop, routed.pieces[0].down_DF.shape[0]
+    fit, held = _Normal(neurons, hidden), _Normal(neurons, hidden)
+    wanted = [slot.piece for slot in slots]
+    for numbers in _chunks(routed.batches):
+        parts: dict[bool, dict[int, list[Reached]]] = {False: {}, True: {}}
+        errors, ahead = [], 0
+        for number in numbers:
+            batch = routed.batches[number]
+            e_TD = batch.load_flat(residual)
+            root_T = tokens.omega_T[batch.tokens].to(e_TD.device).sqrt()
+            held_T = tokens.held_T[batch.tokens].to(e_TD.device)
+            errors.append(e_TD * root_T[:, None])
+            for piece, (index_t, p_tF) in routed.batch(number, wanted):
+                root_t, held_t = root_T[index_t], held_T[index_t]
+                for into, mask_t in ((False, ~held_t), (True, held_t)):
+                    rows = torch.nonzero(mask_t & (root_t > 0.0)).squeeze(1)
+                    if len(rows):
+                        scaled_tF = p_tF[rows] * root_t[rows, None]
+                        part = Reached(index_t[rows] + ahead, scaled_tF)
+                        parts[into].setdefault(piece, []).append(part)
+            ahead += len(e_TD)
+        chunk_TD = torch.cat(errors)
+        for normal, into in ((fit, False), (held, True)):
+            reached = {
+                piece: Reached(
+                    torch.cat([f.index_t for f in found]), torch.cat([f.p_tF for f in found])
+                )
+                for piece, found in parts[into].items()
+            }
+            normal.add(slots, reached, chunk_TD)
     for normal in (fit, held):
-        for slot in slots:
-            after = slice(slot.columns.stop, None)
-            normal.a_FF[after, slot.columns] = normal.a_FF[slot.columns, after].T
+        normal.mirror(slots)
     return fit, held
 
 
+def _chunks(batches: Sequence[Batch]) -> Iterator[list[int]]:
+    """Numbers of consecutive batches of about :data:`CHUNK` tokens."""
+    numbers: list[int] = []
+    size = 0
+    for number, batch in enumerate(batches):
+        numbers.append(number)
+        size += batch.tokens.stop - batch.tokens.start
+        if size >= CHUNK:
+            yield numbers
+            numbers, size = [], 0
+    if numbers:
+        yield numbers
+
+
 def _best(
-    fit: _Normal, held: _Normal, start_FD: torch.Tensor, ridges: Sequence[float], scale: float
+    fit: _Normal, held: _Normal, pull_FD: torch.Tensor, ridges: Sequence[float], scale: float
 ) -> tuple[float, torch.Tensor]:
-    """λ with the least held-out error, and the solution on all tokens with it.
+    """λ with the least held-out error, and the change on all tokens with it.
 
     Args:
-        fit: the tokens that fit.
+        fit: the tokens that fit; all of them on return.
         held: the tokens that choose.
-        start_FD: W₀.
+        pull_FD: W₀ less the present weights.
         ridges: candidates for λ.
         scale: s of all tokens.
     """
-    start_FD = start_FD.cpu()
     try:
         if len(ridges) == 1:
             ridge = ridges[0]
         elif bool(held.a_FF.any()):
-            traces = [float(n.a_FF.diagonal().sum()) for n in (fit, held)]
-            part = scale * traces[0] / sum(traces)
-            ridge = min(ridges, key=lambda r: held.error(fit.solve(start_FD, r * part)))
+            ridge = _least(fit, held, pull_FD, ridges, scale)
         else:
             ridge = max(ridges)  # Nothing was held out: trust few tokens least.
         fit.a_FF += held.a_FF
         fit.b_FD += held.b_FD
-        return ridge, fit.solve(start_FD, ridge * scale)
+        return ridge, fit.solve(pull_FD, ridge * scale)
     except RuntimeError as exc:  # torch.linalg.LinAlgError is one
         raise CalibrationError(
             "the re-fit's normal equations are singular",
@@ -213,44 +263,45 @@ def _best(
         ) from exc
 
 
-def _mean_diagonal(mixture: Mixture, inputs: States, tokens: FitTokens) -> float:
+def _least(
+    fit: _Normal, held: _Normal, pull_FD: torch.Tensor, ridges: Sequence[float], scale: float
+) -> float:
+    """λ of least held-out error, from the greatest down until the error grows again.
+
+    Less λ is more trust in the tokens that fit: held-out error falls while that is earned.
+    """
+    traces = [float(n.a_FF.diagonal().sum()) for n in (fit, held)]
+    part = scale * traces[0] / sum(traces)
+    best, least = max(ridges), float("inf")
+    for ridge in sorted(ridges, reverse=True):
+        error = held.error(fit.solve(pull_FD, ridge * part))
+        if error >= least:
+            break
+        best, least = ridge, error
+    return best
+
+
+def _mean_diagonal(routed: Routed, tokens: FitTokens) -> float:
     """Mean of Σ ω p² over all neurons of the layer: the scale of λ."""
-    total, neurons = 0.0, sum(unit.width for unit in mixture.units)
-    for batch in tokens.batches:
+    total, neurons = 0.0, sum(piece.width for piece in routed.pieces)
+    for number, batch in enumerate(routed.batches):
         omega_T = tokens.omega_T[batch.tokens]
-        for _, index, weight_t, h_tF in mixture.activations(batch.load_flat(inputs)):
-            square_t = (h_tF * weight_t[:, None]).square().sum(dim=1).double().cpu()
-            total += float(square_t @ omega_T[index.cpu()].double())
+        for _, (index_t, p_tF) in routed.batch(number, range(len(routed.pieces))):
+            square_t = p_tF.square().sum(dim=1).double().cpu()
+            total += float(square_t @ omega_T[index_t.cpu()].double())
     return max(total / neurons, _TINY)
 
 
-def _activations(
-    mixture: Mixture, slots: Sequence[_Slot], z_TD: torch.Tensor
-) -> tuple[torch.Tensor, list[tuple[_Slot, torch.Tensor]]]:
-    """P [T, F] of a group, and for each of its units the tokens that reached it."""
-    part = dataclasses.replace(mixture, units=tuple(mixture.units[s.unit] for s in slots))
-    p_TF = z_TD.new_zeros(len(z_TD), slots[-1].columns.stop)
-    reached = []
-    by_unit = {id(mixture.units[s.unit]): s for s in slots}
-    for unit, index, weight_t, h_tF in part.activations(z_TD):
-        slot = by_unit[id(unit)]
-        p_TF[index, slot.columns] = h_tF * weight_t[:, None]
-        reached.append((slot, index))
-    return p_TF, reached
-
-
 def _subtract(
-    mixture: Mixture,
-    slots: Sequence[_Slot],
-    change_FD: torch.Tensor,
-    inputs: States,
-    residual: States,
-    tokens: FitTokens,
+    routed: Routed, slots: Sequence[_Slot], change_FD: torch.Tensor, residual: States
 ) -> None:
     """Take the effect of changed weights out of the residual."""
-    for batch in tokens.batches:
-        p_TF, _ = _activations(mixture, slots, batch.load_flat(inputs))
-        batch.store(residual, batch.load_flat(residual) - p_TF @ change_FD)
+    columns = {slot.piece: slot.columns for slot in slots}
+    for number, batch in enumerate(routed.batches):
+        left_TD = batch.load_flat(residual)
+        for piece, (index_t, p_tF) in routed.batch(number, columns):
+            left_TD.index_add_(0, index_t, p_tF @ change_FD[columns[piece]], alpha=-1)
+        batch.store(residual, left_TD)
 
 
 def _mean_square(residual: States, tokens: FitTokens) -> float:
@@ -274,20 +325,6 @@ def _groups(units: Sequence[Unit], side: int) -> Iterator[list[_Slot]]:
         yield slots
 
 
-def _split(units: Sequence[Unit], side: int) -> tuple[Unit, ...]:
-    """Cut units wider than ``side``; an expert is a sum of its neurons."""
-    return tuple(
-        dataclasses.replace(
-            unit,
-            gate_FD=unit.gate_FD[i : i + side],
-            up_FD=unit.up_FD[i : i + side],
-            down_DF=unit.down_DF[:, i : i + side],
-        )
-        for unit in units
-        for i in range(0, unit.width, side)
-    )
-
-
 def _shared_out(
     stored: Sequence[Matrix], parts: Sequence[Unit], wholes: Sequence[Unit]
 ) -> tuple[tuple[Matrix, ...], ...]:
@@ -304,7 +341,7 @@ def _shared_out(
 
 
 def _join(parts: Sequence[Unit], wholes: Sequence[Unit]) -> tuple[Unit, ...]:
-    """Undo :func:`_split`, keeping the wholes' gate and up matrices."""
+    """Undo :func:`~moe_serve.pruning.routed.cut`, keeping the wholes' gate and up matrices."""
     joined, rest = [], iter(parts)
     for whole in wholes:
         downs: list[torch.Tensor] = []

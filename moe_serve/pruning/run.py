@@ -18,6 +18,7 @@ from moe_serve.calibration.collect import Collection, collect, observe
 from moe_serve.calibration.group import joined, own_device, started
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import CalibrationRecord, Statistics
+from moe_serve.calibration.trace import KEPT_BYTES
 from moe_serve.calibration.traffic import read_traffic
 from moe_serve.checkpoint.formats import Form, form_named
 from moe_serve.checkpoint.hashing import file_sha256
@@ -31,7 +32,7 @@ from moe_serve.checkpoint.manifest import (
 )
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
-from moe_serve.checkpoint.staging import Staging, require_space, staged
+from moe_serve.checkpoint.staging import Staging, free_bytes, require_space, staged
 from moe_serve.errors import PlanError, UsageError
 from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
@@ -54,6 +55,7 @@ from moe_serve.pruning.worst import Game, Round, best
 
 PLAN: Final = "plan.json"
 _STATISTICS: Final = "statistics"
+_STATES: Final = "keep-states"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -328,7 +330,11 @@ def _calibrated(
             replace(corpus.record(checkpoint, request.texts.seed), gradients=_feels_loss(request)),
             folder,
             staging,
-            Collection(device=request.device, batch_tokens=request.batch_tokens),
+            Collection(
+                device=request.device,
+                batch_tokens=request.batch_tokens,
+                keep_states=_keeps_states(request, checkpoint, corpus, staging),
+            ),
             progress,
         )
 
@@ -340,6 +346,21 @@ def _at_hand(request: PruneRequest, checkpoint: Checkpoint) -> Statistics | None
     found = Statistics(request.statistics)
     found.check(checkpoint)
     return found
+
+
+def _keeps_states(
+    request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus, staging: Staging
+) -> bool:
+    """Whether the original's hidden states stay for a re-fit: where there is one, and room."""
+    if (found := staging.done(_STATES)) is None:
+        _, _, refit = request.selection.resolve(checkpoint, texts=True)
+        shape, tokens = checkpoint.shape, corpus.sequences.total
+        needed = (shape.layers + 1) * tokens * shape.hidden * 4
+        room = min(KEPT_BYTES, free_bytes(staging.path) // 3)
+        wanted = refit or request.selection.router_refit or request.selection.heal
+        found = wanted and needed <= room
+        staging.finish(_STATES, found)
+    return bool(found)
 
 
 def _feels_loss(request: PruneRequest) -> bool:

@@ -23,7 +23,9 @@ from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import batches
+from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.errors import CalibrationError
 from moe_serve.progress import Progress, Silent
 from moe_serve.pruning.neurons import loss_root
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
@@ -35,6 +37,11 @@ TRIAL_TOKENS: Final = 16_384
 _MEASURED: Final = 0.25
 """Share of a trial's sequences that measure."""
 _LOGIT_TOKENS: Final = 1024
+_PIECES: Final = 8
+"""Of each domain, at least."""
+_SHORTEST: Final = 128
+"""Tokens of a piece, at least."""
+_STATES: Final = "trial-states"
 
 
 class Measured(NamedTuple):
@@ -74,7 +81,7 @@ class Trial:
     sequences: Sequences
     """All calibration sequences; a trial takes an even share of each domain."""
     folder: Path
-    """For temporary files: seven hidden states per token."""
+    """For files: the hidden states of a walk, the original's of all layers."""
     device: torch.device
     batch_tokens: int
     progress: Progress = field(default_factory=Silent)
@@ -90,10 +97,10 @@ class Trial:
 
         Cost: about three forward passes over :data:`TRIAL_TOKENS` tokens, and the re-fits.
         """
-        sequences = _share(self.sequences, TRIAL_TOKENS)
-        return self.compare(sequences, held_out(sequences, _MEASURED), layers, refit, router)
+        sequences = trial_share(self.sequences)
+        measured_T = held_out(sequences, _MEASURED)
+        return self._compare(sequences, measured_T, layers, refit, router, self._trace(sequences))
 
-    @torch.inference_mode()
     def compare(
         self,
         sequences: Sequences,
@@ -106,7 +113,19 @@ class Trial:
 
         Masked tokens take no part in any fit.
         """
-        with self._ground(sequences, measured_T, refit) as ground:
+        return self._compare(sequences, measured_T, layers, refit, router, None)
+
+    @torch.inference_mode()
+    def _compare(
+        self,
+        sequences: Sequences,
+        measured_T: torch.Tensor,
+        layers: dict[int, LayerPlan],
+        refit: Refit | None,
+        router: RouterFit | None,
+        trace: Trace | None,
+    ) -> Measured:
+        with self._ground(sequences, measured_T, layers, refit, trace) as ground:
             walk, decoder = ground.walk, ground.decoder
             self.progress.start("try a plan", decoder.layers)
             for index in range(decoder.layers):
@@ -116,7 +135,7 @@ class Trial:
                 else:
                     walk.fit(layer, layer.mixture, layers[index], refit, router)
                 self.progress.advance()
-            kl_T = _divergence(decoder.head(), walk.last(), ground.measured_T, self.device)
+            kl_T = _divergence(decoder.head(), walk.last(), measured_T, self.device)
         means = ground.by_domain(kl_T)
         return Measured(ground.balanced(means), max(means[n] for n in ground.parts), means)
 
@@ -139,8 +158,9 @@ class Trial:
             refit: how each option is compensated.
         """
         picks: dict[int, Pick] = {}
-        sequences = _share(self.sequences, TRIAL_TOKENS)
-        with self._ground(sequences, held_out(sequences, _MEASURED), refit) as ground:
+        sequences = trial_share(self.sequences)
+        measured_T, trace = held_out(sequences, _MEASURED), self._trace(sequences)
+        with self._ground(sequences, measured_T, changed, refit, trace) as ground:
             walk, decoder = ground.walk, ground.decoder
             self.progress.start("weigh methods", decoder.layers)
             for index in range(decoder.layers):
@@ -163,11 +183,36 @@ class Trial:
                 picks[index] = Pick(name=taken.name, plan=taken.plan, errors=errors)
         return picks
 
+    def _trace(self, sequences: Sequences) -> Trace:
+        """The original's states, which the first trial leaves to those after it."""
+        shape = self.checkpoint.shape
+        return Trace.kept(
+            self.folder / _STATES,
+            layers=shape.layers,
+            hidden=shape.hidden,
+            tokens=sequences.total,
+        )
+
     @contextmanager
     def _ground(
-        self, sequences: Sequences, measured_T: torch.Tensor, refit: Refit | None
+        self,
+        sequences: Sequences,
+        measured_T: torch.Tensor,
+        changed: Collection[int],
+        refit: Refit | None,
+        trace: Trace | None,
     ) -> Iterator[_Ground]:
-        """A walk over some tokens, of which the measured neither fit nor choose λ."""
+        """A walk over some tokens, of which the measured neither fit nor choose λ.
+
+        Raises:
+            CalibrationError: none are measured.
+        """
+        if not bool(measured_T.any()):
+            raise CalibrationError(
+                "too few to measure on what they were not fitted to",
+                where="texts",
+                remedy="give more --tokens, or choose one method with --method",
+            )
         tokens = FitTokens(
             batches=tuple(batches(sequences, self.batch_tokens, self.device)),
             omega_T=sequences.weights().masked_fill(measured_T, 0.0),
@@ -175,7 +220,11 @@ class Trial:
         )
         decoder = Decoder(self.checkpoint, self.device)
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="trial-") as folder:
-            walk = Walk(decoder, sequences, tokens, Path(folder))
+            place, hidden = Path(folder), self.checkpoint.shape.hidden
+            trace = trace or Trace.passing(place, layers=decoder.layers, hidden=hidden)
+            trace.states[0].path.parent.mkdir(exist_ok=True)
+            first = min(changed, default=decoder.layers)
+            walk = Walk(decoder, sequences, tokens, place, trace, first=first)
             walk.begin()
             yield _Ground(
                 decoder=decoder,
@@ -228,16 +277,22 @@ class _Ground:
         return self.balanced(self.by_domain(torch.cat(found)))
 
 
-def _share(sequences: Sequences, tokens: int) -> Sequences:
-    """About so many tokens, the same share of every domain's sequences, evenly spaced."""
-    every = max(1, round(sequences.total / tokens))
+def trial_share(sequences: Sequences) -> Sequences:
+    """About :data:`TRIAL_TOKENS` tokens, the same share of every domain's sequences, evenly spaced.
+
+    Sequences are cut where a domain would have too few of them for all parts they have to play:
+    fitting, choosing λ, measuring.
+    """
+    length = max(TRIAL_TOKENS // (_PIECES * len(sequences.domains)), _SHORTEST)
+    pieces = sequences.cut(length)
+    every = max(1, round(pieces.total / TRIAL_TOKENS))
     seen: dict[int, int] = {}
     chosen = []
-    for number, domain in enumerate(sequences.domain):
+    for number, domain in enumerate(pieces.domain):
         if seen.setdefault(domain, 0) % every == 0:
             chosen.append(number)
         seen[domain] += 1
-    return sequences.subset(chosen)
+    return pieces.subset(chosen)
 
 
 def _divergence(

@@ -17,6 +17,7 @@ from moe_serve.calibration.mixture import Mixture
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
+from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.formats import LayerBlocks
 from moe_serve.checkpoint.quantisation import Matrix
 from moe_serve.checkpoint.table import LayerTable
@@ -25,7 +26,8 @@ from moe_serve.pruning.constants import ConstantSums, with_constants
 from moe_serve.pruning.heal import apart, heal
 from moe_serve.pruning.joining import join_rows
 from moe_serve.pruning.plan import Heal, LayerPlan, Refit, RouterFit
-from moe_serve.pruning.refit import FitTokens, refit
+from moe_serve.pruning.refit import FitTokens, refit, side_of
+from moe_serve.pruning.routed import Routed
 from moe_serve.pruning.router import fit_rows
 from moe_serve.pruning.shared import shared_down, split_shared, with_shared
 from moe_serve.pruning.split import split_layer
@@ -48,9 +50,25 @@ class Walk:
     """Two streams of hidden states through the layers: the original's and the pruned model's."""
 
     def __init__(
-        self, decoder: Decoder, sequences: Sequences, tokens: FitTokens, folder: Path
+        self,
+        decoder: Decoder,
+        sequences: Sequences,
+        tokens: FitTokens,
+        folder: Path,
+        trace: Trace,
+        *,
+        first: int,
     ) -> None:
-        """Hold the hidden states in files of ``folder``."""
+        """Nothing is computed yet.
+
+        Args:
+            decoder: the original's.
+            sequences: the tokens.
+            tokens: the same as batches, with their part in the fits.
+            folder: holds the pruned model's hidden states in files.
+            trace: the original's hidden states, or where they go.
+            first: the first layer that will be changed: up to it there is one stream.
+        """
         self._decoder = decoder
         self._sequences = sequences
         self._tokens = tokens
@@ -59,36 +77,41 @@ class Walk:
         def states(name: str) -> States:
             return States(folder / f"apply-{name}.f32", hidden)
 
-        self._original = (states("original-0"), states("original-1"))
+        self._trace, self._first = trace, first
         self._pruned = (states("pruned-0"), states("pruned-1"))
         self._inputs, self._target = states("inputs"), states("target")
         self.residual = states("residual")
         self._constants: ConstantSums | None = None
 
     def begin(self) -> None:
-        """Both streams start at the embedding."""
-        embed(self._decoder, self._sequences, self._original[0])
-        embed(self._decoder, self._sequences, self._pruned[0])
+        """The streams start at the embedding."""
+        if not self._trace.known:
+            embed(self._decoder, self._sequences, self._trace.states[0])
 
     def last(self) -> tuple[States, States]:
         """What both streams hold after the last layer: the original's and the pruned model's."""
-        parity = self._decoder.layers % 2
-        return self._original[parity], self._pruned[parity]
+        layers = self._decoder.layers
+        return self._trace.states[layers], self._entrance(layers)
 
     def end(self) -> None:
         """Remove the hidden states."""
-        for states in (
-            *(*self._original, *self._pruned),
-            *(self._inputs, self._target, self.residual),
-        ):
+        for states in (*self._pruned, self._inputs, self._target, self.residual):
             states.remove()
+        self._trace.remove()
+
+    def _entrance(self, index: int) -> States:
+        """The pruned stream where it enters a layer."""
+        return self._trace.states[index] if index <= self._first else self._pruned[index % 2]
 
     def pass_through(self, layer: Layer) -> None:
         """Run an unchanged layer on both streams."""
+        index, original = layer.index, self._trace.states
+        ends = [] if self._trace.known else [(original[index], original[index + 1])]
+        if index >= self._first:
+            ends.append((self._entrance(index), self._entrance(index + 1)))
         for batch in self._tokens.batches:
-            for streams in (self._original, self._pruned):
-                r_BLD, z_BLD = self._attend(layer, batch, streams)
-                after = streams[(layer.index + 1) % 2]
+            for before, after in ends:
+                r_BLD, z_BLD = self._attend(layer, batch, before)
                 batch.store(after, r_BLD + layer.feed_forward(z_BLD))
 
     def fit(
@@ -113,14 +136,20 @@ class Walk:
         only for the experts named here.
         """
         constants = self._constants = ConstantSums(mixture, replaced)
+        before, after = self._trace.states[layer.index : layer.index + 2]
+        own = self._entrance(layer.index)
         for batch in self._tokens.batches:
-            r_BLD, z_BLD = self._attend(layer, batch, self._original)
-            goal_BLD = r_BLD + layer.feed_forward(z_BLD)
-            batch.store(self._original[(layer.index + 1) % 2], goal_BLD)
-            constants.observe(z_BLD.flatten(0, 1), self._tokens.omega_T[batch.tokens])
-            r_BLD, z_BLD = self._attend(layer, batch, self._pruned)
+            ends = None
+            if replaced or not self._trace.known:
+                ends = r_BLD, z_BLD = self._attend(layer, batch, before)
+                constants.observe(z_BLD.flatten(0, 1), self._tokens.omega_T[batch.tokens])
+                if not self._trace.known:
+                    batch.store(after, r_BLD + layer.feed_forward(z_BLD))
+            if ends is None or own is not before:
+                ends = self._attend(layer, batch, own)
+            r_BLD, z_BLD = ends
             batch.store(self._inputs, z_BLD)
-            batch.store(self._target, goal_BLD - r_BLD)
+            batch.store(self._target, batch.load(after) - r_BLD)
 
     def attempt(
         self,
@@ -145,7 +174,15 @@ class Walk:
             source, blocks, table = split_layer(mixture, planned, blocks, schemes[2], dtype)
             rows = source.router.weight_ND.to(dtype)
         pruned = pruned_mixture(source, table, blocks, schemes)
-        self._lack(pruned)
+        shared = shared_down(checkpoint, layer.index, refit_by)
+        side = side_of(refit_by, planned.width) if refit_by is not None else None
+
+        def routed_of(mixture: Mixture) -> Routed:
+            whole = with_shared(mixture) if shared else mixture
+            return Routed(whole, self._inputs, self._tokens.batches, side=side)
+
+        start, routed = pruned, routed_of(pruned)
+        self._lack(routed)
         if planned.constants and self._constants is not None:
             blocks = blocks._replace(constants_RD=self._constants.result(schemes[2]))
             pruned = self._add_constants(pruned, self._constants.replaced, blocks.constants_RD)
@@ -168,16 +205,9 @@ class Walk:
             )
             rows = rows if found_rows is None else found_rows
         if refit_by is not None:
-            shared = shared_down(checkpoint, layer.index, refit_by)
-            fitted = refit(
-                with_shared(pruned) if shared else pruned,
-                self._inputs,
-                self.residual,
-                self._tokens,
-                refit_by,
-                schemes[2],
-                planned.width,
-            )
+            if pruned is not start:
+                routed = routed_of(pruned)
+            fitted = refit(routed, self.residual, self._tokens, refit_by, schemes[2])
             record |= {
                 "ridge": fitted.ridge,
                 "error_before": fitted.error_before,
@@ -223,8 +253,10 @@ class Walk:
         schemes = checkpoint.expert_scheme(layer.index)
         start = pruned
         if refit_by is not None:
-            ends = self._inputs, self.residual, apart(self._tokens)
-            fitted = refit(pruned, *ends, refit_by, schemes[2], table.width)
+            routed = Routed(
+                pruned, self._inputs, self._tokens.batches, side=side_of(refit_by, table.width)
+            )
+            fitted = refit(routed, self.residual, apart(self._tokens), refit_by, schemes[2])
             start = dataclasses.replace(pruned, units=fitted.units)
         healed = heal(start, self._inputs, self._target, self._tokens, by)
         record["heal"] = {"held_out_errors": list(healed.errors)}
@@ -236,24 +268,22 @@ class Walk:
             blocks = with_units(blocks, table, healed.mixture.units, schemes)
             whole = dataclasses.replace(pruned, router=router)
             pruned = pruned_mixture(whole, table, blocks, schemes)
-        self._lack(pruned)
+        self._lack(Routed(pruned, self._inputs, self._tokens.batches))
         return rows, blocks, pruned
 
-    def _lack(self, pruned: Mixture) -> None:
+    def _lack(self, pruned: Routed) -> None:
         """The residual: what a layer's output lacks."""
-        for batch in self._tokens.batches:
-            lacking_TD = batch.load_flat(self._target) - pruned(batch.load_flat(self._inputs))
-            self.residual.write(batch.tokens.start, lacking_TD)
+        for number, batch in enumerate(self._tokens.batches):
+            lacking_TD = batch.load_flat(self._target) - pruned.output(number)
+            batch.store(self.residual, lacking_TD)
 
     def advance(self, layer: Layer) -> None:
         """The pruned stream moves past the layer as it was attempted last."""
         self._constants = None  # It holds experts of the layer.
-        after = (layer.index + 1) % 2
+        goal, after = self._trace.states[layer.index + 1], self._entrance(layer.index + 1)
         for batch in self._tokens.batches:
             # goal - residual is r + P W on the rounded weights: what will be served.
-            batch.store(
-                self._pruned[after], batch.load(self._original[after]) - batch.load(self.residual)
-            )
+            batch.store(after, batch.load(goal) - batch.load(self.residual))
 
     def _add_constants(
         self, pruned: Mixture, replaced: tuple[int, ...], constants_RD: torch.Tensor | None
@@ -268,10 +298,9 @@ class Walk:
         return whole
 
     def _attend(
-        self, layer: Layer, batch: Batch, streams: tuple[States, States]
+        self, layer: Layer, batch: Batch, before: States
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        x_BLD = batch.load(streams[layer.index % 2])
-        r_BLD = layer.attend(x_BLD, self._decoder.rotary(*batch.shape))
+        r_BLD = layer.attend(batch.load(before), self._decoder.rotary(*batch.shape))
         return r_BLD, layer.normed(r_BLD)
 
 

@@ -22,7 +22,7 @@ from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import Selection, TextOptions, load_corpus
 from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.trial import TRIAL_TOKENS, Measured, Trial, _share
+from moe_serve.pruning.trial import Measured, Trial, trial_share
 from moe_serve.pruning.verify import verify
 from moe_serve.pruning.view import LayerView
 from moe_serve.pruning.walk import held_out
@@ -207,7 +207,7 @@ def test_a_trial_says_what_a_comparison_of_the_files_says(root: Path, tmp_path: 
         model=root / "m", output=tmp_path / "out", texts=TextOptions(paths=()), selection=selection
     )
     prune(request, Silent())
-    sequences = _share(corpus.sequences, TRIAL_TOKENS)
+    sequences = trial_share(corpus.sequences)
     measured_T = held_out(sequences, 0.25)
     chosen = [
         number

@@ -12,7 +12,8 @@ from moe_serve.calibration.stream import Batch
 from moe_serve.checkpoint.quantisation.plain import Plain
 from moe_serve.families import Routing
 from moe_serve.pruning.plan import Refit
-from moe_serve.pruning.refit import FitTokens, refit
+from moe_serve.pruning.refit import FitTokens, refit, side_of
+from moe_serve.pruning.routed import Routed
 
 TOKENS, HIDDEN, EXPERTS, WIDTH = 400, 12, 4, 6
 
@@ -60,15 +61,9 @@ def dense(mixture: Mixture, z: torch.Tensor) -> torch.Tensor:
 def run(tmp_path: Path, settings: Refit) -> tuple[torch.Tensor, torch.Tensor, float]:
     """(fitted, dense solution, residual mismatch)."""
     mixture, z, target, tokens = problem(tmp_path)
-    fitted = refit(
-        mixture,
-        States(tmp_path / "z", HIDDEN),
-        States(tmp_path / "e", HIDDEN),
-        tokens,
-        settings,
-        Plain(dtype="F32"),
-        2,
-    )
+    inputs, residual = States(tmp_path / "z", HIDDEN), States(tmp_path / "e", HIDDEN)
+    routed = Routed(mixture, inputs, tokens.batches, side=side_of(settings, 2))
+    fitted = refit(routed, residual, tokens, settings, Plain(dtype="F32"))
     found = torch.cat([u.down_DF for u in fitted.units], dim=1).T.double()
     p = dense(mixture, z)
     start = torch.cat([u.down_DF for u in mixture.units], dim=1).T.double()

@@ -60,6 +60,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "m", "deepseek_v3", dtype=torch.bfloat16)
 
 
+def test_states_kept_or_made_again_give_the_same_bytes(
+    model: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without room for hidden states or activations the re-fit makes them again, bit for bit."""
+    kept = prune(request(model, tmp_path / "kept", texts, method="block-obs"), Silent())
+    monkeypatch.setattr("moe_serve.pruning.run.KEPT_BYTES", 0)
+    monkeypatch.setattr("moe_serve.pruning.routed.KEPT_BYTES", 0)
+    again = prune(request(model, tmp_path / "again", texts, method="block-obs"), Silent())
+    assert kept.manifest.files == again.manifest.files
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_bytes_stay_within_the_budget(
     method: str, model: Path, texts: Path, tmp_path: Path

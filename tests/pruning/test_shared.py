@@ -21,6 +21,7 @@ from moe_serve.progress import Silent
 from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.refit import FitTokens, refit
 from moe_serve.pruning.request import Selection, TextOptions
+from moe_serve.pruning.routed import Routed
 from moe_serve.pruning.run import PruneRequest, prune
 from moe_serve.pruning.shared import undone_if_better, with_shared
 from moe_serve.pruning.verify import verify
@@ -67,8 +68,9 @@ def test_a_loss_that_only_the_shared_expert_can_make_good(gated: bool, tmp_path:
     def fit(wanted: Mixture) -> tuple[Unit, float]:
         States(tmp_path / "z", HIDDEN).write(0, z)
         States(tmp_path / "e", HIDDEN).write(0, 1.5 * mixture.always(z))
-        states = States(tmp_path / "z", HIDDEN), States(tmp_path / "e", HIDDEN)
-        fitted = refit(wanted, *states, tokens, Refit(ridges=(1e-9,)), Plain(dtype="F32"), WIDTH)
+        routed = Routed(wanted, States(tmp_path / "z", HIDDEN), (batch,))
+        residual, settings = States(tmp_path / "e", HIDDEN), Refit(ridges=(1e-9,))
+        fitted = refit(routed, residual, tokens, settings, Plain(dtype="F32"))
         return fitted.units[-1], fitted.error_after / fitted.error_before
 
     _, left = fit(mixture)

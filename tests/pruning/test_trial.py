@@ -1,0 +1,38 @@
+"""Which tokens a trial takes."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moe_serve.calibration.sequences import Sequences
+from moe_serve.pruning.trial import trial_share
+from moe_serve.pruning.walk import held_out
+
+
+def sequences(domains: int, each: int, length: int) -> Sequences:
+    """So many sequences per domain, their tokens numbered."""
+    names = tuple(f"d{n}" for n in range(domains))
+    count = domains * each
+    rows = np.arange(count * length, dtype=np.int64).reshape(count, length)
+    return Sequences(
+        domains=names, tokens=tuple(rows), domain=tuple(np.repeat(range(domains), each).tolist())
+    )
+
+
+def test_long_sequences_are_cut_so_that_every_domain_measures() -> None:
+    """7 domains of 8 x 1,024 tokens: pieces of 16,384 / (8 · 7) = 292, every second one of them."""
+    share = trial_share(sequences(7, 8, 1024))
+    assert max(map(len, share.tokens)) == 292
+    assert 0.8 * 16_384 < share.total < 1.5 * 16_384
+    measured_T = held_out(share, 0.25)
+    assert set(share.token_domains()[measured_T].tolist()) == set(range(7))
+    whole = np.concatenate(share.tokens)
+    assert len(np.unique(whole)) == len(whole)
+
+
+def test_short_sequences_stay_whole() -> None:
+    """2 domains of 100 x 256 tokens: every third of 51,200 / 16,384."""
+    given = sequences(2, 100, 256)
+    share = trial_share(given)
+    assert [len(tokens) for tokens in share.tokens] == [256] * (2 * 34)
+    assert np.array_equal(share.tokens[1], given.tokens[3])
