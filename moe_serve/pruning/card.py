@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Final
 
 from jinja2 import Environment, StrictUndefined
@@ -11,8 +13,16 @@ from moe_serve.checkpoint.manifest import Manifest
 _TEMPLATE: Final = """\
 ---
 library_name: {{ library }}
-base_model: {{ name }}
-tags: [mixture-of-experts, pruned, moe-serve]
+pipeline_tag: text-generation
+license: other
+license_name: as-original
+{% if base -%}
+base_model: {{ base }}
+{% endif -%}
+tags:
+- mixture-of-experts
+- pruned
+- moe-serve
 ---
 # {{ name }}, experts pruned to {{ "%.1f" | format(percent) }} %
 
@@ -69,8 +79,12 @@ Loads in software that supports the original architecture.
 {% endif %}
 ## Calibration
 {% if calibration %}
-{{ calibration.tokens.values() | sum }} tokens from {{ calibration.domains | length }} domains: \
-{{ calibration.tokens.keys() | join(", ") }}.
+{{ "{:,}".format(calibration.tokens.values() | sum) }} tokens from \
+{{ calibration.domains | length }} domains:
+{% for domain, count in calibration.tokens.items() -%}
+{{ domain }} ({{ "{:,}".format(count) }}){{ "." if loop.last else ", " }}
+{%- endfor %}
+
 {% for source in calibration.sources -%}
 - {{ source.name }} (SHA-256 {{ source.sha256 }}, {{ source.documents }} documents\
 {% if source.licences %}, {{ source.licences | join(", ") }}{% endif %})
@@ -78,6 +92,7 @@ Loads in software that supports the original architecture.
 {%- else %}
 None: chosen from the weights alone.
 {% endif %}
+Why each expert was kept, merged or dropped, and the risks: `moe-serve report . -o report.html`.
 Quality has to be measured on your own texts: `moe-serve compare ORIGINAL THIS --texts PATH`.
 """
 
@@ -94,6 +109,7 @@ def model_card(manifest: Manifest, *, served: bool) -> str:
     return environment.from_string(_TEMPLATE).render(
         library="vllm" if manifest.format in {"compact", "substitution"} else "transformers",
         name=manifest.original.name,
+        base=json.dumps(manifest.original.name) if _is_hub_name(manifest.original.name) else None,
         percent=100 * bytes_.kept / bytes_.original,
         version=manifest.moe_serve_version,
         method=manifest.method,
@@ -108,3 +124,8 @@ def model_card(manifest: Manifest, *, served: bool) -> str:
         if manifest.prediction_layers and not manifest.prediction_layers.kept
         else None,
     )
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether the hub takes it for a model's; it rejects metadata that names another."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]{0,95}", name, re.ASCII) is not None
