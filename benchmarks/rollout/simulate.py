@@ -33,7 +33,7 @@ def main() -> None:
         for summary in (summarise(name, "policy", ours), summarise(name, "thresholds", fixed)):
             print(json.dumps(summary.to_json()), flush=True)
         found = summarise(name, "policy", ours)
-        harmful = scenario.more_failures > 0.0 or scenario.more_slow > 0.0
+        harmful = not name.startswith("healthy")
         if (harmful and found.rolled_back < 0.99) or (not harmful and found.rolled_back > 0.01):
             wrong.append(name)
     print(json.dumps({"wrong": wrong, "seconds": round(time.monotonic() - began)}))
