@@ -69,7 +69,7 @@ def _reading(api: APIRouter, state: Path, watch: Watch, feed: Feed) -> None:
     @api.get("/variants")
     def variants() -> schema.Variants:
         """Memory, throughput and latency of both engines; quality per domain where it is probed."""
-        return watch.look()
+        return watch.known()
 
     @api.get(
         "/events",

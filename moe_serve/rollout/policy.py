@@ -214,7 +214,11 @@ class Hooks(_Part):
     """Told of every decision but a hold, as one JSON object. None can delay or prevent it."""
 
     webhook: str | None = Field(default=None, pattern=r"^https?://")
-    """Posted to."""
+    """Posted to; what cannot be delivered is tried again for some minutes."""
+    secret: Path | None = None
+    """File with the key that signs what is posted, as https://www.standardwebhooks.com says:
+    ``webhook-signature`` is an HMAC-SHA256 over id, time and body. A file, because the policy is
+    kept in the record. Without one nothing is signed."""
     command: tuple[str, ...] = ()
     """Started with the object on its standard input; no shell."""
 
@@ -374,8 +378,11 @@ def load_policy(path: Path) -> Policy:
 
 
 def _beside(policy: Policy, path: Path) -> Policy:
-    """With the probes' file found from the policy's folder."""
-    if policy.probes.texts is None:
-        return policy
-    texts = (path.absolute().parent / policy.probes.texts).resolve()
-    return policy.model_copy(update={"probes": policy.probes.model_copy(update={"texts": texts})})
+    """With the files that it names found from its own folder."""
+    folder = path.absolute().parent
+    probes, hooks = policy.probes, policy.hooks
+    if probes.texts is not None:
+        probes = probes.model_copy(update={"texts": (folder / probes.texts).resolve()})
+    if hooks.secret is not None:
+        hooks = hooks.model_copy(update={"secret": (folder / hooks.secret).resolve()})
+    return policy.model_copy(update={"probes": probes, "hooks": hooks})

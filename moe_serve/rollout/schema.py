@@ -164,6 +164,8 @@ class Status(_Told):
     """Why it is paused or rolled back."""
     controller: str | None
     """Who drives it; null: nobody watches."""
+    dry_run: bool
+    """The rollout under way records what it would do, and moves nothing."""
     decision: DecisionOut | None
     pruned_percent: float
     shadow_percent: float

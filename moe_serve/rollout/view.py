@@ -30,6 +30,7 @@ def look(state: Path) -> schema.Status:
             "at": time.time(),
             "model": StackState.load(state).served_model,
             "steps": [step.model_dump() for step in policy.steps] if policy else [],
+            "dry_run": policy is not None and saved.state.active and policy.dry_run,
             "step_began": saved.state.began,
             "actions": _actions(found, saved, policy),
             "last_change": {**last, "evidence": last["evidence"] or None} if last else None,

@@ -20,8 +20,6 @@ from moe_serve.serving.variants import VARIANTS
 
 _SPAN: Final = 300.0
 """Seconds that rates look back."""
-_FRESH: Final = 2.0
-"""Seconds within which a second look is spared."""
 _QUALITY: Final = "moe_serve_quality_"
 
 Key = tuple[str, str, str]
@@ -53,14 +51,20 @@ class Watch:
         self._looks: deque[_Look] = deque()
         self._lock = threading.Lock()
 
-    def look(self) -> schema.Variants:
-        """What is known now; asks the engines unless it just did."""
+    def look(self) -> None:
+        """Ask the engines; takes seconds where one hangs."""
+        now = self._clock()
+        found = _look(self._source.collect(), now)
         with self._lock:
-            now = self._clock()
-            if not self._looks or now - self._looks[-1].tick >= _FRESH:
-                self._looks.append(_look(self._source.collect(), now))
-                while len(self._looks) > 1 and now - self._looks[0].tick > _SPAN:
-                    self._looks.popleft()
+            self._looks.append(found)
+            while len(self._looks) > 1 and now - self._looks[0].tick > _SPAN:
+                self._looks.popleft()
+
+    def known(self) -> schema.Variants:
+        """What is known now. Nobody is asked, so that no engine holds up a page."""
+        with self._lock:
+            if not self._looks:
+                return _NOTHING
             first, last = self._looks[0], self._looks[-1]
         return schema.Variants(
             seconds=last.tick - first.tick,
@@ -150,3 +154,11 @@ def quantile(edges: list[tuple[float, float]], share: float) -> float:
             return low + (edge - low) * (wanted - below) / (count - below)
         low, below = edge, count
     return low
+
+
+_EMPTY: Final = _Look(tick=0.0, values={}, quality={}, answers=frozenset())
+_NOTHING: Final = schema.Variants(
+    seconds=0.0,
+    variants=[_vitals(_EMPTY, _EMPTY, variant) for variant in VARIANTS],
+    quality={},
+)

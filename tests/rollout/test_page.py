@@ -15,12 +15,16 @@ import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from benchmarks.fixtures import MODEL
-from moe_serve.rollout import controller
-from moe_serve.rollout.policy import Policy
+from moe_serve.rollout import control, controller
+from moe_serve.rollout.decision import judge
+from moe_serve.rollout.policy import Guards, Policy, ShareGuard
+from moe_serve.rollout.probing import Result
+from moe_serve.rollout.quality import NOTHING, Quality
 from moe_serve.rollout.schema import PointOut
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move
 from moe_serve.rollout.web import charts, words
+from moe_serve.rollout.window import Window
 from moe_serve.serving.routes import read_split
 from moe_serve.serving.state import StackState
 from moe_serve.serving.token import read_token
@@ -97,6 +101,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
         stack.save(state)
         # A rollout that begins is seen at once.
         patch.setattr(controller, "_IDLE", 0.3)
+        patch.setattr(control, "_LOOK", 0.5)
         thread, stop = controller.start(state, lambda _: None)
         browser = playwright.chromium.launch(
             executable_path="/usr/bin/chromium", args=["--no-sandbox"]
@@ -251,6 +256,20 @@ CONTRAST = """() => {
 """The least contrast of any text with the ground behind it (WCAG 2.2, 1.4.3)."""
 
 
+def test_quality_is_shown_per_domain(seen: Seen) -> None:
+    """As soon as it is known: probes of two domains, one that loses 0.25 nats."""
+    page = seen.open()
+    expect(page.get_by_role("heading", name="Quality")).to_be_hidden()
+    losses = {"code": 0.25, "news<b>": 0.01}
+    found = Quality(digest="d", domains=dict.fromkeys(losses, 1))
+    for name, kl in losses.items():
+        found.add(name, Result(domain=name, kl=kl, disagreement=0.125, flaws=("", "")), 1.0)
+    Store(seen.proxy.state).save_seen({"quality": found.to_json()})
+    expect(page.get_by_role("row", name="code")).to_contain_text("0.2500", timeout=15_000)
+    expect(page.get_by_role("row", name="news<b>")).to_contain_text("87.50 %")
+    assert wrong(page) == []
+
+
 def test_it_speaks_japanese(seen: Seen) -> None:
     """By what the browser accepts; English stays a click away, and is remembered."""
     page = seen.open(locale="ja-JP")
@@ -294,8 +313,10 @@ def test_every_word_is_there_in_both_languages() -> None:
     }
     assert len(used) > 60
     assert used <= catalogue.keys()
-    guards = Policy().guards.latency() | {"errors": 0}
-    assert {f"guard-{name}" for name in guards} <= catalogue.keys()
+    policy = Policy(guards=Guards(feedback=ShareGuard(margin=0.1)))
+    judged = judge(Window(began=0.0, weight=5.0), policy, policy.steps[2], NOTHING, explain=False)
+    assert len(judged) == 10
+    assert {f"guard-{evidence.guard}" for evidence in judged} <= catalogue.keys()
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,14 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     assert policy.tests == 4 * 5 + 3
 
 
+def test_files_are_found_from_the_policys_folder(tmp_path: Path) -> None:
+    """Whatever folder the program runs in; an absolute path stays."""
+    text = '[probes]\ntexts = "mine.jsonl"\n[hooks]\nsecret = "/etc/key"\n'
+    policy = load_policy(written(tmp_path, text))
+    assert policy.probes.texts == tmp_path / "mine.jsonl"
+    assert policy.hooks.secret == Path("/etc/key")
+
+
 def test_parts_are_read(tmp_path: Path) -> None:
     """Steps with gates, a guard left out, freeze windows with times."""
     policy = load_policy(

@@ -43,10 +43,13 @@ def test_rates_are_differences_over_the_time_between() -> None:
     """300 tokens and 100 failures in 10 s: 30 and 40 a second, a quarter failed."""
     made, now = Made(), 0.0
     watch = Watch(made, lambda: now)
-    pruned = watch.look().variants[1]
+    assert [v.answers for v in watch.known().variants] == [False, False]
+    watch.look()
+    pruned = watch.known().variants[1]
     assert (pruned.generated_per_second, pruned.failed_share, pruned.first_token) == (None,) * 3
     made.tokens, made.failed, now = 300.0, 100.0, 10.0
-    found = watch.look()
+    watch.look()
+    found = watch.known()
     original, pruned = found.variants
     assert (original.answers, pruned.answers, found.seconds) == (False, True, 10.0)
     assert original.generated_per_second is None
@@ -65,7 +68,8 @@ def test_an_engine_that_began_anew_has_no_rate() -> None:
     made.tokens = 50.0
     watch.look()
     made.tokens, now = 10.0, 10.0
-    pruned = watch.look().variants[1]
+    watch.look()
+    pruned = watch.known().variants[1]
     assert (pruned.generated_per_second, pruned.first_token) == (None, None)
 
 

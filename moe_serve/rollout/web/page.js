@@ -44,7 +44,8 @@ async function refresh() {
     wanted = false;
     try {
       const answer = await fetch(location.href, { headers: { accept: "text/html" } });
-      if (!answer.ok) continue;
+      if (answer.redirected) location.assign(answer.url); // The session has ended.
+      if (!answer.ok || answer.redirected) continue;
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       newest = Date.now();
       document.title = page.title;
@@ -53,6 +54,11 @@ async function refresh() {
         const text = fresh.outerHTML;
         if (!old || seen.get(fresh.id) === text || beingEdited(old)) continue;
         seen.set(fresh.id, text);
+        if (fresh.dataset.live === "text") {
+          // Only a region that stays in place is read out.
+          old.textContent = fresh.textContent;
+          continue;
+        }
         localise(fresh);
         replace(old, document.adoptNode(fresh));
       }

@@ -96,7 +96,7 @@ class Page:
             return {
                 "problem": "",
                 "before": before,
-                **page(self._state, self._watch.look(), words, before),
+                **page(self._state, self._watch.known(), words, before),
             }
 
         try:

@@ -20,7 +20,7 @@ from moe_serve.rollout.web.words import (
     size,
 )
 
-NATS: Final = frozenset({"kl", "domain"})
+NATS: Final = frozenset({"quality-kl", "quality-domain"})
 """Guards whose differences are nats; the others' are shares."""
 _NOTABLE: Final = frozenset({"intended", "paused", "resumed", "dry-run"})
 _LINES: Final = 20
