@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,74 @@ def test_a_rollout_by_policy_counts_what_real_engines_answer(stack: Running) -> 
     assert stack.rollout("rollback")["pruned_percent"] == 0
     assert stack.rollout("status")["state"] == "rolled_back"
     assert stack.rollout("history", "--verify")["problems"] == []
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Policies that decide within seconds: one probe of each domain, wide margins for traffic."""
+    root = tmp_path_factory.mktemp("rules")
+    own = resources.files("moe_serve.rollout").joinpath("probes.jsonl").read_text(encoding="utf-8")
+    (root / "probes.jsonl").write_text("".join(own.splitlines(keepends=True)[::5]))
+
+    def written(name: str, weights: list[int], more: str) -> Path:
+        step = "min_seconds = 0\nmin_requests = 10\n"
+        steps = [f"[[steps]]\nweight = {weight}\n{step}" for weight in weights]
+        path = root / f"{name}.toml"
+        path.write_text(QUICK + more + "".join(steps))
+        return path
+
+    return written
+
+
+QUICK = """
+warmup_seconds = 0
+interval_seconds = 0.5
+strata = []
+[guards.errors]
+margin = 0.4
+[guards.ttft]
+objective = 1.0
+margin = 0.4
+[guards.tpot]
+objective = 0.1
+margin = 0.4
+[guards.truncated]
+margin = 0.5
+[guards.empty]
+margin = 0.5
+[guards.garbage]
+margin = 0.7
+[probes]
+texts = "probes.jsonl"
+default = false
+tokens = 32
+"""
+
+
+def decided(stack: Running, rules: Path, phase: str, tokens: int = 8) -> dict[str, Any]:
+    """Roll out under load until that phase; return the evidence of the last decision, by guard."""
+    stack.rollout("start", "--policy", str(rules), "--force")
+    with Load(endpoint=stack.endpoint, model="fixture", streams=6, tokens=tokens) as load:
+        until = time.monotonic() + 240  # A guard against hanging; it takes some ten seconds.
+        while (found := stack.rollout("status"))["state"] != phase:
+            assert found["state"] not in ("rolled_back", "paused"), found["last_change"]
+            assert time.monotonic() < until, found["decision"]
+            time.sleep(0.5)
+    assert load.failed == 0
+    with sqlite3.connect(Path(stack.info["state"]) / "rollout.sqlite3") as db:
+        (text,) = db.execute("SELECT evidence FROM changes ORDER BY id DESC").fetchone()
+    db.close()
+    return {guard["guard"]: guard for guard in json.loads(text)["evidence"]}
+
+
+def test_a_healthy_pruned_model_is_promoted(stack: Running, rules: Callable[..., Path]) -> None:
+    """Probes alone, half of the traffic, all of it; each guard has excluded harm."""
+    policy = rules("healthy", [0, 50], "interval_seconds = 0.2\n")
+    found = decided(stack, policy, "promoted")
+    assert {guard["verdict"] for guard in found.values()} == {"fine"}
+    assert {"errors", "ttft", "tpot", "quality-kl", "quality-top1", "garbage"} < found.keys()
+    assert 0.0 < found["quality-kl"]["upper"] < 0.25
+    stack.rollout("rollback")
 
 
 def test_nothing_of_control_is_reachable_from_the_public_port(stack: Running) -> None:
