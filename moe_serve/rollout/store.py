@@ -357,6 +357,12 @@ class Store:
             ).fetchall()
         return [_change(row) for row in rows]
 
+    def began(self) -> float | None:
+        """When the latest rollout by policy began, seconds since the epoch."""
+        with self._open() as db:
+            found = db.execute("SELECT max(at) FROM changes WHERE decision = 'start'").fetchone()[0]
+        return None if found is None else float(found)
+
     def tally(self) -> dict[tuple[str, str], int]:
         """(decision, actor) → changes on record."""
         with self._open() as db:

@@ -97,7 +97,7 @@ def guards(state: Path, most: int) -> schema.Guards:
         RolloutError: the record or the trace can't be read.
     """
     store = Store(state)
-    began = next((c.at for c in store.history(1000) if c.decision == "start"), 0.0)
+    began = store.began() or 0.0
     points = Trace(state).points(began, most)
     evidence = store.saved().seen.get("decision", {}).get("evidence", [])
     present = {e["guard"]: schema.Guard.model_validate(e) for e in evidence}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -18,7 +20,9 @@ from starlette.testclient import TestClient
 
 from benchmarks.fixtures import MODEL
 from moe_serve.errors import ServingError
+from moe_serve.rollout import access
 from moe_serve.rollout.access import HEADERS, MAX_BODY, Bound
+from moe_serve.rollout.commands import start_rollout
 from moe_serve.rollout.control import application
 from moe_serve.rollout.policy import Hooks, Policy
 from moe_serve.rollout.store import Store
@@ -182,14 +186,28 @@ def test_large_and_malformed_bodies_are_refused(state: Path, client: TestClient)
         assert answer.json()["error"]["message"]
 
 
+def test_a_body_that_never_ends_is_given_up(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """408 after the time allowed, while others are answered."""
+    monkeypatch.setattr(access, "_BODY_SECONDS", 0.3)
+    with serving(state) as address, socket.create_connection(_place(address), 10) as slow:
+        head = "POST /api/rollback HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n"
+        head += f"authorization: {bearer(state)['Authorization']}\r\n\r\n"
+        slow.sendall(head.encode() + b'{"reason"')
+        assert httpx.get(f"{address}/api/status").status_code == 200
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+def _place(address: str) -> tuple[str, int]:
+    parts = urlsplit(address)
+    return str(parts.hostname), int(parts.port or 0)
+
+
 def test_the_policys_secrets_are_not_told(tmp_path: Path) -> None:
     """A webhook's address may be one; the policy is neither in events nor in full anywhere."""
     fake_stack(tmp_path, MODEL)
     write_split(tmp_path, 0)
     store = Store(tmp_path)
     store.lease("test", 60.0)
-    from moe_serve.rollout.commands import start_rollout
-
     start_rollout(tmp_path, Policy(hooks=Hooks(webhook=SECRET)), reason="")
     client = TestClient(application(tmp_path), base_url=BASE)
     for path in ("policy", "status", "history", "guards"):
