@@ -9,12 +9,12 @@ let busy = false;
 let newest = 0;
 
 function localise(root) {
-  const form = new Intl.DateTimeFormat(document.documentElement.lang, {
-    dateStyle: "medium",
-    timeStyle: "medium",
-  });
+  const language = document.documentElement.lang;
+  const whole = new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "medium" });
+  const near = new Intl.DateTimeFormat(language, { timeStyle: "medium" });
   for (const time of root.querySelectorAll("time")) {
     time.title = time.textContent;
+    const form = "near" in time.dataset ? near : whole;
     time.textContent = form.format(new Date(time.dateTime));
   }
 }
