@@ -20,10 +20,11 @@ from moe_serve.rollout.decision import judge
 from moe_serve.rollout.policy import Guards, Policy, ShareGuard
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import NOTHING, Quality
-from moe_serve.rollout.schema import PointOut
+from moe_serve.rollout.schema import DecisionOut, PointOut
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move
 from moe_serve.rollout.web import charts, words
+from moe_serve.rollout.web.shown import waits
 from moe_serve.rollout.window import Window
 from moe_serve.serving.routes import read_split
 from moe_serve.serving.state import StackState
@@ -317,6 +318,9 @@ def test_every_word_is_there_in_both_languages() -> None:
     judged = judge(Window(began=0.0, weight=5.0), policy, policy.steps[2], NOTHING, explain=False)
     assert len(judged) == 10
     assert {f"guard-{evidence.guard}" for evidence in judged} <= catalogue.keys()
+    said = {"kind": "hold", "reason": "evidence", "evidence": []}
+    decision = DecisionOut.model_validate({**said, "words": "errors: 3 more; minimum: 5 min"})
+    assert waits(decision, words.Words("ja")) == ["失敗したリクエスト: 3 more", "minimum: 5 min"]
 
 
 @pytest.mark.parametrize(

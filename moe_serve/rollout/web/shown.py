@@ -85,6 +85,16 @@ def figure(guard: str, value: float, words: Words, *, sign: bool = True) -> str:
     return f"{text} nats" if nats else f"{text} {words('points')}"
 
 
+def waits(decision: schema.DecisionOut | None, words: Words) -> list[str]:
+    """What a decision says, one thing each, under the names that the page's guards have."""
+    parts = decision.words.split("; ") if decision is not None else []
+    named = (part.partition(": ") for part in parts)
+    return [
+        f"{words(f'guard-{name}') if words.knows(f'guard-{name}') else name}{colon}{rest}"
+        for name, colon, rest in named
+    ]
+
+
 def cards(found: schema.Guards, words: Words) -> list[GuardCard]:
     """All guards, those of the present step first."""
     return [_card(guard, words) for guard in found.guards]
@@ -250,6 +260,7 @@ def page(state: Path, found: schema.Variants, words: Words, before: int | None) 
     decided, older = lines(state, before, words)
     return {
         "status": status,
+        "waits": waits(status.decision, words),
         "spent": max(0.0, status.at - status.step_began),
         "guards": cards(view.guards(state, 240), words),
         "variants": found,

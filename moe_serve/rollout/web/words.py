@@ -30,6 +30,10 @@ class Words:
         text = found[self.language] if found is not None else key.partition("-")[2] or key
         return text.format(**values) if values else text
 
+    def knows(self, key: str) -> bool:
+        """Whether it has words of its own."""
+        return key in _WORDS
+
     def span(self, seconds: float) -> str:
         """A length of time, in its two largest units at most."""
         days, hours, minutes = (int(seconds // size) for size in (86_400, 3600, 60))
