@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "verify": ("files", "verify_command"),
     "compare": ("compare", "compare_command"),
     "report": ("report", "report_command"),
+    "pilot": ("pilot", "pilot_command"),
     "up": ("up", "up_command"),
     "keys": ("keys", "keys"),
     "rollout": ("rollout", "rollout"),

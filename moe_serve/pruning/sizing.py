@@ -7,6 +7,7 @@ from typing import Final
 
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import PlanError, UsageError
+from moe_serve.families.family import Config
 from moe_serve.families.kv import kv_bytes_per_token
 
 USABLE: Final = 0.85
@@ -67,6 +68,25 @@ def keep_for_memory(checkpoint: Checkpoint, memory: int, kv_tokens: int, gpus: i
             remedy=f"give more than {least / 2**30:.2f} GiB each, or fewer --kv-tokens",
         )
     return min(_LESS_THAN_ALL, room / experts)
+
+
+def gpus_needed(config: Config, weights: int, memory: int, kv_tokens: int) -> int | None:
+    """The least number of GPUs that hold weights and cache; ``None``: 64 do not.
+
+    Powers of two, as tensor parallelism wants them. Vectors and routers, which each GPU holds,
+    count once: they are a thousandth of the weights.
+
+    Args:
+        config: the checkpoint's.
+        weights: bytes of all tensors.
+        memory: bytes of one GPU.
+        kv_tokens: tokens whose keys and values must fit beside the weights.
+    """
+    for gpus in (1, 2, 4, 8, 16, 32, 64):
+        cache = gpus * kv_tokens * kv_bytes_per_token(config, gpus)
+        if weights + cache <= int(memory * USABLE) * gpus:
+            return gpus
+    return None
 
 
 def _on_each(checkpoint: Checkpoint) -> int:

@@ -1,4 +1,4 @@
-"""The report's sentences, one JSON file per language."""
+"""A page's sentences, one JSON file per language."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Catalogue:
     messages: dict[str, str]
 
     @classmethod
-    def of(cls, language: str) -> Catalogue:
-        """Read one.
+    def of(cls, language: str, package: str = "moe_serve.report") -> Catalogue:
+        """Read one; ``package`` is whose sentences they are.
 
         Raises:
             UsageError: there is none for the language.
@@ -30,7 +30,7 @@ class Catalogue:
             raise UsageError(
                 f"no language {language!r}", where="--lang", remedy=f"one of {', '.join(LANGUAGES)}"
             )
-        text = (files("moe_serve.report") / "messages" / f"{language}.json").read_text("utf-8")
+        text = (files(package) / "messages" / f"{language}.json").read_text("utf-8")
         return cls(language, json.loads(text))
 
     def __call__(self, key: str, **values: Any) -> str:

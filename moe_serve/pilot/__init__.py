@@ -1,0 +1,1 @@
+"""The pilot: several prunings measured, and what a decision about them needs, on one page."""

@@ -1,0 +1,215 @@
+"""Making and measuring the options; each is kept, so that a stopped pilot goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from moe_serve.calibration.store import Statistics
+from moe_serve.checkpoint.manifest import MANIFEST
+from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.errors import UsageError
+from moe_serve.evaluation.comparison import Comparison, compare
+from moe_serve.files import read_json, write_json
+from moe_serve.pilot.decision import Baseline, Option
+from moe_serve.pilot.settings import PilotSettings
+from moe_serve.progress import Progress
+from moe_serve.pruning.request import Selection, TextOptions, device_named
+from moe_serve.pruning.run import PruneRequest, calibrate, prune
+from moe_serve.pruning.sizing import gpus_needed
+
+RESULTS: Final = "results"
+STATISTICS: Final = "statistics"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pilot:
+    """All that was measured."""
+
+    settings: PilotSettings
+    baseline: Baseline
+    options: tuple[Option, ...]
+    covered: tuple[str, ...]
+    """Domains that calibration saw."""
+
+
+def run(settings: PilotSettings, progress: Progress) -> Pilot:
+    """Make and measure every option that is not there yet.
+
+    Raises:
+        MoeServeError: an input can't be used, or the folder holds a pilot of other settings.
+    """
+    original = open_checkpoint(settings.model)
+    (settings.output / RESULTS).mkdir(parents=True, exist_ok=True)
+    seconds, covered = _calibrated(settings, progress)
+    options = tuple(
+        _option(settings, original, method, keep, seconds, progress)
+        for method, keep in _tried(settings)
+    )
+    hardware = settings.hardware
+    total = sum(entry.size for entry in original.tensors.values())
+    baseline = Baseline(
+        expert_bytes=sum(original.expert_bytes().values()),
+        total_bytes=total,
+        gpus=gpus_needed(original.config, total, hardware.memory, hardware.kv_tokens),
+    )
+    return Pilot(settings=settings, baseline=baseline, options=options, covered=covered)
+
+
+def _tried(settings: PilotSettings) -> Iterator[tuple[str, float]]:
+    for method in settings.methods:
+        for keep in sorted(settings.keep, reverse=True):
+            yield method, keep
+
+
+def _texts(settings: PilotSettings, paths: tuple[Path, ...]) -> TextOptions:
+    return TextOptions(
+        paths=paths, tokens=settings.tokens, length=settings.sequence_length, seed=settings.seed
+    )
+
+
+def _calibrated(settings: PilotSettings, progress: Progress) -> tuple[float, tuple[str, ...]]:
+    """Gather statistics once for all options; seconds it took, and domains seen."""
+    if not settings.calibration:
+        return 0.0, ()
+    folder, record = settings.output / STATISTICS, settings.output / RESULTS / "calibration.json"
+    wanted = _digest(settings, "calibration")
+    if record.exists():
+        found = _same(record, wanted)
+    else:
+        began = time.monotonic()
+        statistics = calibrate(
+            settings.model,
+            folder,
+            _texts(settings, settings.calibration),
+            device_named(settings.device),
+            settings.batch_tokens,
+            progress,
+        )
+        found = {
+            "settings": wanted,
+            "seconds": time.monotonic() - began,
+            "domains": list(Statistics(statistics.folder).record["domains"]),
+        }
+        write_json(record, found)
+    return float(found["seconds"]), tuple(found["domains"])
+
+
+def _option(
+    settings: PilotSettings,
+    original: Checkpoint,
+    method: str,
+    keep: float,
+    calibration_seconds: float,
+    progress: Progress,
+) -> Option:
+    name = f"{method}-{keep:g}"
+    record = settings.output / RESULTS / f"{name}.json"
+    wanted = _digest(settings, name)
+    if record.exists():
+        found = _same(record, wanted)
+    else:
+        found = {"settings": wanted} | _made(settings, name, method, keep, progress)
+        write_json(record, found)
+    quality, hardware = found["comparison"]["quality"], settings.hardware
+    worst, memory = quality["worst_domain"], found["comparison"]["memory"]
+    return Option(
+        name=name,
+        method=method,
+        keep=keep,
+        folder=str(settings.output / name),
+        expert_bytes=memory["expert_bytes"]["pruned"],
+        total_bytes=memory["total_bytes"]["pruned"],
+        gpus=gpus_needed(
+            original.config, memory["total_bytes"]["pruned"], hardware.memory, hardware.kv_tokens
+        ),
+        mean_kl=quality["mean"]["kl_nats"],
+        worst_kl=worst["kl_nats"],
+        worst_kl_high=quality["domains"][worst["domain"]]["interval"]["high"]["kl_nats"],
+        worst_domain=worst["domain"],
+        perplexity_ratio=quality["mean"]["perplexity_ratio"],
+        top1=quality["mean"]["top1_agreement"],
+        machine_seconds=calibration_seconds + found["seconds"],
+        domains=quality["domains"],
+        overlap=tuple(found["comparison"]["overlap"]),
+    )
+
+
+def _made(
+    settings: PilotSettings, name: str, method: str, keep: float, progress: Progress
+) -> dict[str, Any]:
+    """Prune, unless a run before got that far, and measure."""
+    folder = settings.output / name
+    device = device_named(settings.device)
+    seconds = 0.0
+    if not (folder / MANIFEST).exists():
+        request = PruneRequest(
+            model=settings.model,
+            output=folder,
+            texts=_texts(settings, settings.calibration),
+            selection=Selection(
+                keep=keep, method=method, uniform=settings.format == "native", seed=settings.seed
+            ),
+            form=settings.format,
+            device=device,
+            batch_tokens=settings.batch_tokens,
+            statistics=settings.output / STATISTICS if settings.calibration else None,
+        )
+        seconds = sum(prune(request, progress).seconds.values())
+        write_json(settings.output / RESULTS / f"{name}.pruned.json", {"seconds": seconds})
+    else:
+        seconds = float(read_json(settings.output / RESULTS / f"{name}.pruned.json")["seconds"])
+    found: Comparison = compare(
+        settings.model,
+        folder,
+        _texts(settings, settings.texts),
+        device,
+        settings.batch_tokens,
+        progress,
+        settings.output / "reference",
+    )
+    return {"seconds": seconds, "comparison": found.to_json()}
+
+
+def _digest(settings: PilotSettings, name: str) -> str:
+    """Of everything that a result depends on; prices and tolerances may change at any time."""
+    fixed = settings.model_dump(
+        mode="json",
+        include={
+            "model",
+            "calibration",
+            "texts",
+            "format",
+            "tokens",
+            "sequence_length",
+            "batch_tokens",
+            "seed",
+        },
+    )
+    files = [p for p in (*settings.calibration, *settings.texts) if p.is_file()]
+    fixed |= {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return hashlib.sha256(f"{name} {sorted(fixed.items())}".encode()).hexdigest()
+
+
+def _same(record: Path, wanted: str) -> dict[str, Any]:
+    found = read_json(record)
+    if found.get("settings") != wanted:
+        raise UsageError(
+            "was made with other settings or texts",
+            where=str(record),
+            remedy="choose another output folder in pilot.toml, or remove this one",
+        )
+    return found
+
+
+def to_json(pilot: Pilot) -> dict[str, Any]:
+    """What was measured, for ``--json``."""
+    return {
+        "baseline": asdict(pilot.baseline),
+        "options": [asdict(option) for option in pilot.options],
+        "calibrated_domains": list(pilot.covered),
+    }
