@@ -15,6 +15,7 @@ from fastapi.security import HTTPBearer
 from moe_serve.rollout import schema, view
 from moe_serve.rollout.actions import act
 from moe_serve.rollout.events import MOST, Feed
+from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.vitals import Watch
 
 _ACTOR: Final = "api"
@@ -43,6 +44,23 @@ def routes(state: Path, watch: Watch, feed: Feed) -> APIRouter:
     _reading(api, state, watch, feed)
     _writing(api, state)
     return api
+
+
+def voting(votes: Votes) -> APIRouter:
+    """``/feedback``, for applications: it takes no token where only this machine reaches it."""
+    router = APIRouter(responses=_PROBLEMS)
+
+    @router.post(
+        "/feedback",
+        status_code=204,
+        responses={429: {"model": schema.Problem, "description": "Too many; not counted."}},
+    )
+    def feedback(body: schema.Vote) -> None:
+        """Count a vote on an answer."""
+        if not votes.add(body.variant, good=body.good):
+            raise HTTPException(429, "too many votes; this one was not counted")
+
+    return router
 
 
 def _reading(api: APIRouter, state: Path, watch: Watch, feed: Feed) -> None:

@@ -29,7 +29,7 @@ from moe_serve.rollout import api, controller
 from moe_serve.rollout.access import Access, Bound, problem
 from moe_serve.rollout.events import Feed
 from moe_serve.rollout.exports import exporter
-from moe_serve.rollout.feedback import Votes, feedback_route
+from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.vitals import Watch
 from moe_serve.rollout.web.page import Page
 from moe_serve.serving.state import StackState
@@ -67,6 +67,7 @@ def application(state: Path, bound: Bound | None = None, votes: Votes | None = N
         version=__version__,
         description="Where traffic goes between a model and its pruned copy, and why.",
         lifespan=lifespan,
+        generate_unique_id_function=lambda route: route.name,
         openapi_url="/api/openapi.json",
         # Their pages load scripts from elsewhere.
         docs_url=None,
@@ -79,7 +80,8 @@ def application(state: Path, bound: Bound | None = None, votes: Votes | None = N
     )
     app.include_router(api.routes(state, watch, feed))
     token = read_token(state)
-    app.router.routes += [feedback_route(votes), *Page(state, watch, token).routes()]
+    app.include_router(api.voting(votes))
+    app.router.routes += [*Page(state, watch, token).routes()]
     _plain(app, stack, collector)
     app.add_middleware(Access, token=token, bound=bound or Bound())
     return app

@@ -6,24 +6,17 @@ taken at a bounded rate: a flood neither fills anything nor is counted in full.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
-
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from typing import Final
 
 from moe_serve.serving.variants import VARIANTS
 
 _PER_SECOND: Final = 50.0
 _BURST: Final = 200.0
 """Votes taken at once after a quiet time."""
-_LONGEST: Final = 1_000
-"""Bytes of a vote."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,33 +59,3 @@ class Votes:
         with self._lock:
             against, number = self.counts[variant]
         return float(against), float(number)
-
-
-def feedback_route(votes: Votes) -> Route:
-    """``POST /feedback`` with ``{"variant": "pruned", "good": false}``: 204, 422, or 429.
-
-    The variant is what the response header ``x-moe-serve-variant`` said.
-    """
-
-    async def feedback(request: Request) -> Response:
-        raw = b""
-        async for part in request.stream():
-            raw += part
-            if len(raw) > _LONGEST:
-                return _problem(413, "a vote is a few dozen bytes")
-        try:
-            body: Any = json.loads(raw)
-        except ValueError:
-            body = None
-        match body:
-            case {"variant": "original" | "pruned" as variant, "good": bool(good)}:
-                if votes.add(variant, good=good):
-                    return Response(status_code=204)
-                return _problem(429, "too many votes; this one was not counted")
-        return _problem(422, 'send {"variant": "original" or "pruned", "good": true or false}')
-
-    return Route("/feedback", feedback, methods=["POST"])
-
-
-def _problem(code: int, message: str) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "code": code}}, status_code=code)

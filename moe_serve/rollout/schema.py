@@ -46,6 +46,14 @@ class Weight(Reason):
     pruned_percent: Annotated[float, Field(ge=0.0, le=100.0)]
 
 
+class Vote(_Given):
+    """What somebody thought of an answer."""
+
+    variant: Literal["original", "pruned"]
+    """As the answer's header ``x-moe-serve-variant`` said."""
+    good: bool
+
+
 class Moved(_Told):
     """A change of the split that is on disk."""
 

@@ -24,11 +24,13 @@ from moe_serve.rollout import access
 from moe_serve.rollout.access import HEADERS, MAX_BODY, Bound
 from moe_serve.rollout.commands import start_rollout
 from moe_serve.rollout.control import application
+from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.policy import Hooks, Policy
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move
 from moe_serve.serving.routes import read_split, write_split
 from moe_serve.serving.token import make_token, new_session, read_token, session_name, token_file
+from moe_serve.serving.variants import PRUNED
 from tests.support.control import serving
 from tests.support.stacks import fake_stack
 
@@ -64,7 +66,7 @@ def test_it_does_what_its_openapi_says(state: Path) -> None:
     schema = schemathesis.openapi.from_asgi("/api/openapi.json", app)
     found = list(schema.get_all_operations())
     operations = [operation.ok() for operation in found if isinstance(operation, Ok)]
-    assert len(operations) == 12
+    assert len(operations) == 13
     for operation in operations:
         if operation.path == "/api/events":
             continue  # a stream without end; it has tests of its own
@@ -139,10 +141,34 @@ def test_who_may_not_write(headers: dict[str, str], state: Path, client: TestCli
     assert read_split(state) == before
 
 
-def test_votes_need_no_token_on_this_machine(client: TestClient) -> None:
-    """Unless another site's page sends them."""
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"variant": "pruned", "good": False}, 204),
+        ({"variant": "other", "good": False}, 422),
+        ({"variant": "pruned", "good": 1}, 422),
+        ({"variant": "pruned"}, 422),
+        (["pruned"], 422),
+        ({"variant": "pruned", "good": True, "more": ""}, 422),
+    ],
+)
+def test_a_vote_is_counted_or_refused(body: object, status: int, state: Path) -> None:
+    """Nothing is converted or left out."""
+    votes = Votes()
+    client = TestClient(application(state, votes=votes), base_url=BASE)
+    assert client.post("/feedback", json=body).status_code == status
+    assert votes.totals()[PRUNED, "bad"] == (status == 204)
+
+
+def test_votes_need_no_token_on_this_machine(state: Path) -> None:
+    """Unless another site's page sends them; a flood is told so."""
+    votes = Votes(clock=lambda: 0.0)
+    client = TestClient(application(state, votes=votes), base_url=BASE)
     vote = {"variant": "pruned", "good": True}
     assert client.post("/feedback", json=vote).status_code == 204
+    while votes.add(PRUNED, good=True):
+        pass
+    assert client.post("/feedback", json=vote).status_code == 429
     sent = {"origin": "https://elsewhere.example"}
     assert client.post("/feedback", json=vote, headers=sent).status_code == 403
 

@@ -8,12 +8,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from starlette.applications import Starlette
-from starlette.testclient import TestClient
 
 from moe_serve.rollout import decision as d
 from moe_serve.rollout import sequential as sq
-from moe_serve.rollout.feedback import Votes, feedback_route
+from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.garbage import Flaw
 from moe_serve.rollout.guards import Evidence
 from moe_serve.rollout.policy import Guards, Policy, ShareGuard, Step
@@ -195,23 +193,3 @@ def test_votes_are_counted_at_a_bounded_rate() -> None:
     now = 1.0
     assert sum(votes.add(ORIGINAL, good=True) for _ in range(300)) == 50
     assert (votes.counted(PRUNED), votes.counted(ORIGINAL)) == ((200, 200), (0, 50))
-
-
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
-        ({"variant": "pruned", "good": False}, 204),
-        ({"variant": "other", "good": False}, 422),
-        ({"variant": "pruned", "good": 1}, 422),
-        ({"variant": "pruned"}, 422),
-        (["pruned"], 422),
-        ({"variant": "pruned", "good": True, "more": "x" * 2000}, 413),
-    ],
-)
-def test_the_feedback_route(body: object, status: int) -> None:
-    """Counted, or refused and not counted."""
-    votes = Votes()
-    client = TestClient(Starlette(routes=[feedback_route(votes)]))
-    assert client.post("/feedback", json=body).status_code == status
-    assert votes.totals()[PRUNED, "bad"] == (status == 204)
-    assert client.post("/feedback", content=b"\xff{").status_code == 422
