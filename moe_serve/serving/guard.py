@@ -20,6 +20,8 @@ from typing import Final
 _PR_SET_PDEATHSIG: Final = 1
 _NICE: Final = 10
 _GRACE: Final = 20.0
+_LAST: Final = 1.0
+"""Seconds that what a command started has after it."""
 
 
 def main() -> None:
@@ -40,19 +42,21 @@ def main() -> None:
 
 
 def _watch(parent: int, command: int, grace: float) -> None:
-    """End the command's whole group ``grace`` seconds after the parent, if it is still there.
+    """End the command's whole group at most ``grace`` seconds after the parent.
 
-    Both are known by their pidfd, so that another process with the same number is not meant.
+    Also where the command itself has ended: what it started may have not. Both are known by their
+    pidfd, so that another process with the same number is not meant.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     either = select.poll()
     either.register(parent, select.POLLIN)
     either.register(command, select.POLLIN)
-    if any(fd == command for fd, _ in either.poll()):
+    if parent not in [fd for fd, _ in either.poll()]:
         return
     either.unregister(parent)
-    if not either.poll(grace * 1000):
-        os.killpg(0, signal.SIGKILL)
+    either.poll(grace * 1000)
+    time.sleep(_LAST)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -60,7 +60,13 @@ def test_a_stubborn_child_is_killed_after_its_grace(tmp_path: Path) -> None:
 STUBBORN = "import signal; signal.signal(15, signal.SIG_IGN); "
 
 
-@pytest.mark.parametrize("code", ["", STUBBORN], ids=["willing", "deaf"])
+ORPHANS = (
+    "import os, signal, time\nif os.fork() == 0:\n signal.signal(15, signal.SIG_IGN)\n"
+    " time.sleep(60)\n"
+)
+
+
+@pytest.mark.parametrize("code", ["", STUBBORN, ORPHANS], ids=["willing", "deaf", "with children"])
 def test_a_child_dies_with_its_parent(tmp_path: Path, code: str) -> None:
     """Even when the parent is killed outright, and even one that hears no SIGTERM."""
     sleep = (sys.executable, "-c", code + SLEEP[-1])
@@ -74,7 +80,7 @@ def test_a_child_dies_with_its_parent(tmp_path: Path, code: str) -> None:
     child = psutil.Process(int(parent.stdout.readline()))
     wait_for_words(tmp_path / "log")
     family = [child, *child.children(recursive=True)]
-    assert len(family) == 2, "the child and the one who watches it"
+    assert len(family) == (3 if code == ORPHANS else 2), "itself, its own, and the one who watches"
     parent.kill()
     parent.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
