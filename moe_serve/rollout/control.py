@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -154,20 +156,25 @@ def main() -> None:
     votes = Votes()
     app = application(options.state, bound, votes)
     watching = controller.start(options.state, _log, votes) if options.watch else None
-    uvicorn.run(
-        app,
-        host=options.host,
-        port=options.port,
-        log_level="warning",
-        # Nothing about us, and event streams do not keep a stop waiting.
-        server_header=False,
-        timeout_graceful_shutdown=1,
-        limit_concurrency=256,
-    )
-    if watching is not None:
-        thread, stop = watching
-        stop.set()
-        thread.join(5.0)
+    # uvicorn hands a signal on once it has stopped; the default would end us before the lease is
+    # given back.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        uvicorn.run(
+            app,
+            host=options.host,
+            port=options.port,
+            log_level="warning",
+            # Nothing about us, and event streams do not keep a stop waiting.
+            server_header=False,
+            timeout_graceful_shutdown=1,
+            limit_concurrency=256,
+        )
+    finally:
+        if watching is not None:
+            thread, stop = watching
+            stop.set()
+            thread.join(5.0)
 
 
 def _log(line: str) -> None:
