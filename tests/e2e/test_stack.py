@@ -106,6 +106,14 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     log.close()
 
 
+MARK = "A sentence that nobody else would write: zanzibar vermilion."
+
+
+def token(stack: Running) -> dict[str, str]:
+    """The header that may write."""
+    return {"authorization": f"Bearer {Path(stack.info['token_file']).read_text().strip()}"}
+
+
 def test_both_variants_answer_the_openai_client(stack: Running) -> None:
     """Models, completions, chat, streams; the pruned model answers as itself."""
     with client(stack.endpoint) as openai:
@@ -166,8 +174,12 @@ def test_a_rollout_by_policy_counts_what_real_engines_answer(stack: Running) -> 
     assert 'moe_serve_guard_difference{bound="lower",guard="tpot"}' in text
     assert 'moe_serve_quality_kl_nats{domain="' in text
     assert 'moe_serve_quality_top1_agreement_ratio{domain="' in text
-    assert stack.rollout("rollback")["pruned_percent"] == 0
+    url = f"{stack.info['control']}/api/rollback"
+    assert httpx.post(url, json={}).status_code == 401
+    answer = httpx.post(url, json={"reason": "seen enough"}, headers=token(stack))
+    assert answer.json()["moved"]["effective_seconds"] < 0.5
     assert stack.rollout("status")["state"] == "rolled_back"
+    assert "Rolled back" in httpx.get(stack.info["control"]).text
     assert stack.rollout("history", "--verify")["problems"] == []
 
 
@@ -240,10 +252,13 @@ def test_a_healthy_pruned_model_is_promoted(stack: Running, rules: Callable[...,
 
 
 def test_nothing_of_control_is_reachable_from_the_public_port(stack: Running) -> None:
-    """Neither our API nor the engines' own control paths."""
+    """Neither page and API nor the engines' own control paths, whatever one brings along."""
     base = stack.endpoint.removesuffix("/v1")
-    for path in ("/metrics", "/api/status", "/tokenize", "/pause", "/load", "/docs"):
-        assert httpx.get(base + path).status_code == 404
+    ours = ("/", "/login", "/static/page.js", "/metrics", "/api/status", "/api/events")
+    for path in (*ours, "/tokenize", "/pause", "/load", "/docs", "/engines/pruned/metrics"):
+        assert httpx.get(base + path, headers=token(stack)).status_code == 404
+    for path in ("/api/rollback", "/act/rollback", "/login", "/feedback", "/v1/../api/rollback"):
+        assert httpx.post(base + path, json={}, headers=token(stack)).status_code == 404
 
 
 def test_bad_requests_get_the_engines_answer(stack: Running) -> None:
@@ -290,7 +305,7 @@ def test_sigterm_lets_streams_end(stack: Running) -> None:
     def stream(openai: OpenAI) -> None:
         answer = openai.completions.create(
             model="fixture",
-            prompt="x",
+            prompt=MARK,
             max_tokens=300,
             stream=True,
             extra_body={"ignore_eos": True},
@@ -309,6 +324,15 @@ def test_sigterm_lets_streams_end(stack: Running) -> None:
     assert stack.process.wait(90) == 0
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
+    # Neither the token nor a prompt is in any log or record; that the files are read is shown by
+    # what must be there.
+    secret = token(stack)["authorization"].removeprefix("Bearer ").encode()
+    state = Path(stack.info["state"])
+    files = [f for f in [*state.rglob("*"), state.parent / "up.log"] if f.is_file()]
+    text = {f: f.read_bytes() for f in files if f != Path(stack.info["token_file"])}
+    assert any(b"seen enough" in found for found in text.values())
+    for word in (secret, MARK.encode(), b"zanzibar"):
+        assert [f.name for f, found in text.items() if word in found] == []
 
 
 def test_a_failing_engine_is_named_with_its_log(tmp_path: Path) -> None:
