@@ -29,7 +29,8 @@ from moe_serve.progress import Silent
 from moe_serve.pruning.request import Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, prune
 from moe_serve.serving.process import free_port
-from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
+from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED, VARIANTS
+from tests.support.prometheus import query, scraping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +153,41 @@ def test_metrics_have_the_contracts_names(stack: Running) -> None:
     for variant in VARIANTS:
         url = f"{stack.info['control']}/engines/{variant}/metrics"
         assert "vllm:generation_tokens_total" in httpx.get(url, timeout=10).text
+
+
+def test_every_panel_has_data(stack: Running, tmp_path: Path) -> None:
+    """A real Prometheus on the shipped configuration, both variants busy.
+
+    No query comes back empty but those about GPUs, and the requests it counts are those sent.
+    """
+    boards = [
+        json.loads(file.read_text())
+        for file in (Path(__file__).parents[2] / "deploy" / "grafana").glob("*.json")
+    ]
+    expressions = {
+        target["expr"] for board in boards for p in board["panels"] for target in p["targets"]
+    }
+    body = {"model": "fixture", "prompt": "def main(", "max_tokens": 4}
+
+    def counts(prometheus: str) -> dict[str, float]:
+        rows = query(prometheus, 'sum by (variant) (moe_serve_requests_total{outcome="answered"})')
+        return {row["metric"]["variant"]: float(row["value"][1]) for row in rows}
+
+    with scraping(stack.info["control"], tmp_path / "prometheus") as prometheus:
+        until = time.monotonic() + 60
+        while not (before := counts(prometheus)):
+            assert time.monotonic() < until
+            time.sleep(0.5)
+        for variant in VARIANTS * 15:
+            url = f"{stack.endpoint}/completions"
+            httpx.post(url, json=body, headers={HEADER: variant}, timeout=60).raise_for_status()
+        while empty := [e for e in expressions if "gpu" not in e and not query(prometheus, e)]:
+            assert time.monotonic() < until, empty
+            time.sleep(0.5)
+        # Health checks and probes are none of theirs.
+        while (after := counts(prometheus)) != {v: before[v] + 15 for v in VARIANTS}:
+            assert time.monotonic() < until, (before, after)
+            time.sleep(0.5)
 
 
 def test_a_rollout_by_policy_counts_what_real_engines_answer(stack: Running) -> None:
