@@ -12,6 +12,7 @@ from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.evaluation.comparison import Comparison, compare
+from moe_serve.files import write_atomic
 from moe_serve.pruning.request import (
     DEFAULT_BATCH,
     DEFAULT_LENGTH,
@@ -19,6 +20,8 @@ from moe_serve.pruning.request import (
     TextOptions,
     device_named,
 )
+from moe_serve.report.catalogue import Catalogue
+from moe_serve.report.compared import comparison_page
 
 
 def compare_command(
@@ -32,9 +35,12 @@ def compare_command(
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
     seed: options.Seed = 0,
     device: options.Device = None,
+    html: Annotated[Path | None, typer.Option(help="Also write a page of the figures.")] = None,
+    lang: Annotated[str, typer.Option(help="The page's language: en or ja.")] = "en",
     as_json: options.Json = False,
 ) -> None:
     """Measure what pruning cost: KL, perplexity and top-1 agreement per domain; memory."""
+    Catalogue.of(lang)  # A wrong name must not cost a measurement.
     options_ = TextOptions(paths=tuple(texts), tokens=tokens, length=length, seed=seed)
     with progress_bar() as progress:
         found = compare(original, pruned, options_, device_named(device), batch_tokens, progress)
@@ -42,6 +48,8 @@ def compare_command(
         err.print(
             f"warning: {name} was used to calibrate {pruned}; measure on other texts", markup=False
         )
+    if html is not None:
+        write_atomic(html, comparison_page(found.to_json(), lang).encode())
     if as_json:
         print_json(found.to_json())
     else:
@@ -55,9 +63,10 @@ def compare_command(
 
 
 def quality_table(found: Comparison) -> Table:
-    """Per domain, then the mean."""
+    """Per domain, the one that loses most first; then the mean."""
     table = Table("domain", "KL, nats (95 %)", "perplexity ratio", "top-1 agreement", "tokens")
-    for name, quality in found.domains.items():
+    for name in found.ordered:
+        quality = found.domains[name]
         figures = quality.figures
         interval = f"{quality.low.kl_nats:.4f}-{quality.high.kl_nats:.4f}"
         table.add_row(

@@ -44,7 +44,12 @@ class Comparison:
     @property
     def worst(self) -> str:
         """The domain with the largest KL."""
-        return max(self.domains, key=lambda name: self.domains[name].figures.kl_nats)
+        return self.ordered[0]
+
+    @property
+    def ordered(self) -> list[str]:
+        """Domains, the one that loses most first; equal ones by name."""
+        return sorted(self.domains, key=lambda name: (-self.domains[name].figures.kl_nats, name))
 
     def to_json(self) -> dict[str, Any]:
         """The contract's shape."""

@@ -1,0 +1,81 @@
+"""The page of ``compare``: the same figures as its JSON, the domain that loses most first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moe_serve.report import words
+from moe_serve.report.catalogue import Catalogue
+
+
+def comparison_page(found: Mapping[str, Any], language: str) -> str:
+    """One self-contained HTML file; whatever comes from the figures' file is escaped.
+
+    Args:
+        found: what ``compare --json`` prints.
+        language: ``en`` or ``ja``.
+
+    Raises:
+        UsageError: there is no such language.
+    """
+    t = Catalogue.of(language)
+    environment = Environment(
+        loader=PackageLoader("moe_serve.report"),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"t": t, "w": words}
+    rows = sorted(
+        found["quality"]["domains"].items(), key=lambda item: (-item[1]["kl_nats"], item[0])
+    )
+    highest = max(row["interval"]["high"]["kl_nats"] for _, row in rows)
+    return environment.get_template("compare.html").render(
+        found=found,
+        rows=[_row(name, row, highest) for name, row in rows],
+        mean=found["quality"]["mean"],
+        sizes=[
+            (label, sizes["original"], sizes["pruned"])
+            for label, sizes in (
+                (t("compare_experts"), found["memory"].get("expert_bytes")),
+                (t("compare_all"), found["memory"].get("total_bytes")),
+            )
+            if sizes
+        ],
+        headline=_headline(rows[0][0], rows[0][1], t),
+    )
+
+
+def _headline(name: str, worst: Mapping[str, Any], t: Catalogue) -> str:
+    """What the worst domain loses; that nothing differs, where nothing does."""
+    if worst["kl_nats"] == 0.0:
+        return t("compare_same")
+    return t(
+        "compare_worst",
+        domain=name,
+        kl=words.short(worst["kl_nats"]),
+        perplexity=f"{worst['perplexity_ratio']:.3f}",
+        agreement=words.percent(worst["top1_agreement"]),
+    )
+
+
+def _row(name: str, row: Mapping[str, Any], highest: float) -> dict[str, Any]:
+    """One domain: its figures as text, and where they stand on a scale of 100."""
+    low, high = row["interval"]["low"], row["interval"]["high"]
+    scale = 100.0 / highest if highest else 0.0
+    return {
+        "name": name,
+        "at": row["kl_nats"] * scale,
+        "from": low["kl_nats"] * scale,
+        "to": high["kl_nats"] * scale,
+        "kl": words.short(row["kl_nats"]),
+        "kl_interval": f"{words.short(low['kl_nats'])} - {words.short(high['kl_nats'])}",
+        "perplexity": f"{row['perplexity_ratio']:.3f}",
+        "perplexity_interval": f"{low['perplexity_ratio']:.3f} - {high['perplexity_ratio']:.3f}",
+        "agreement": words.percent(row["top1_agreement"]),
+        "tokens": words.number(row["tokens"]),
+    }

@@ -1,0 +1,74 @@
+"""The page of a comparison, as a browser shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from moe_serve.report.catalogue import LANGUAGES
+from moe_serve.report.compared import comparison_page
+
+MARKUP = '<img src=x onerror="fail()">'
+
+
+def figures(kl: float) -> dict[str, float]:
+    """One row's figures; the ratio and the agreement follow from the divergence."""
+    return {"kl_nats": kl, "perplexity_ratio": 1.0 + kl, "top1_agreement": 1.0 - kl}
+
+
+def domain(kl: float) -> dict[str, Any]:
+    """A domain with an interval of half to twice its figures."""
+    interval = {"low": figures(kl / 2), "high": figures(2 * kl)}
+    return figures(kl) | {"tokens": 1234, "interval": interval}
+
+
+def result(domains: dict[str, float]) -> dict[str, Any]:
+    """What ``compare --json`` prints."""
+    sizes = {"original": 2048, "pruned": 1024}
+    return {
+        "original": "a",
+        "pruned": "b",
+        "quality": {
+            "mean": figures(0.1),
+            "domains": {name: domain(kl) for name, kl in domains.items()},
+        },
+        "memory": {"expert_bytes": sizes, "total_bytes": sizes},
+        "speed": {},
+        "overlap": [],
+    }
+
+
+def test_the_page_opens(tmp_path: Path) -> None:
+    """Worst domain first, markup as text, no message, no request, no sideways scrolling."""
+    wrong: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
+        )
+        for language in LANGUAGES:
+            file = tmp_path / f"{language}.html"
+            file.write_text(
+                comparison_page(result({"code": 0.05, MARKUP: 0.25}), language), encoding="utf-8"
+            )
+            shown = browser.new_page(viewport={"width": 390, "height": 800})
+            shown.on("console", lambda message: wrong.append(message.text))
+            shown.goto(file.as_uri())
+            rows = shown.locator("#domains tbody tr").all_inner_texts()
+            assert rows[0].split("\t")[:3] == [MARKUP, "0.25", "0.125 - 0.5"]
+            assert rows[1].startswith("code")
+            assert shown.evaluate("document.documentElement.scrollWidth") <= 390
+            assert wrong == []
+        browser.close()
+
+
+@pytest.mark.parametrize(
+    ("language", "words"), [("en", "No difference was measured"), ("ja", "差は測定されません")]
+)
+def test_a_model_and_itself(language: str, words: str) -> None:
+    """No loss is named where there is none."""
+    page = comparison_page(result({"code": 0.0, "prose": 0.0}), language)
+    assert words in page
+    assert "loses most" not in page
