@@ -149,6 +149,29 @@ def tokenize(
         CalibrationError: no tokenizer, ids beyond the vocabulary, or a domain with hardly a token.
     """
     encode, end = _tokenizer(model)
+    packed = pack(texts, encode, end, tokens_per_domain, length, seed)
+    if (most := max(int(ids.max()) for ids in packed.tokens)) >= vocabulary:
+        raise CalibrationError(
+            f"the tokenizer yields id {most}, the model knows {vocabulary} tokens",
+            where=str(model),
+            remedy="tokenizer files and weights belong to different models",
+        )
+    return packed
+
+
+def pack(
+    texts: Texts,
+    encode: Callable[[str], list[int]],
+    end: int | None,
+    tokens_per_domain: int,
+    length: int,
+    seed: int,
+) -> Sequences:
+    """The same with any tokenizer; ``end`` joins documents, where there is such a token.
+
+    Raises:
+        CalibrationError: a domain with hardly a token.
+    """
     sequences: list[np.ndarray[Any, np.dtype[np.int64]]] = []
     owners: list[int] = []
     for number, domain in enumerate(texts.domains):
@@ -161,12 +184,6 @@ def tokenize(
                 f"domain {domain!r} has only {len(ids)} tokens",
                 where="texts",
                 remedy=f"give it at least {MIN_LENGTH}, or merge it into another domain",
-            )
-        if max(ids) >= vocabulary:
-            raise CalibrationError(
-                f"the tokenizer yields id {max(ids)}, the model knows {vocabulary} tokens",
-                where=str(model),
-                remedy="tokenizer files and weights belong to different models",
             )
         for start in range(0, len(ids), length):
             part = np.asarray(ids[start : start + length], dtype=np.int64)

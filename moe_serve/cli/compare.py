@@ -11,7 +11,9 @@ from rich.table import Table
 from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
 from moe_serve.cli.progress import progress_bar
+from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import Comparison, compare
+from moe_serve.evaluation.served import DEFAULT_CONCURRENCY, DEFAULT_TOP, compare_served
 from moe_serve.files import write_atomic
 from moe_serve.pruning.request import (
     DEFAULT_BATCH,
@@ -25,8 +27,8 @@ from moe_serve.report.compared import comparison_page
 
 
 def compare_command(
-    original: Annotated[Path, typer.Argument(help="The original checkpoint.")],
-    pruned: Annotated[Path, typer.Argument(help="The pruned checkpoint, in any format.")],
+    original: Annotated[str, typer.Argument(help="The original: a directory, or an engine's URL.")],
+    pruned: Annotated[str, typer.Argument(help="The pruned one, in any format, or its URL.")],
     texts: Annotated[
         list[Path], typer.Option(help="Texts to measure on: .jsonl, .txt or folders. Repeatable.")
     ],
@@ -35,6 +37,12 @@ def compare_command(
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
     seed: options.Seed = 0,
     device: options.Device = None,
+    top: Annotated[
+        int, typer.Option(help="URLs: log-probabilities per token; more make KL's bound closer.")
+    ] = DEFAULT_TOP,
+    concurrency: Annotated[
+        int, typer.Option(help="URLs: requests at once to each engine.")
+    ] = DEFAULT_CONCURRENCY,
     html: Annotated[Path | None, typer.Option(help="Also write a page of the figures.")] = None,
     lang: Annotated[str, typer.Option(help="The page's language: en or ja.")] = "en",
     as_json: options.Json = False,
@@ -42,8 +50,25 @@ def compare_command(
     """Measure what pruning cost: KL, perplexity and top-1 agreement per domain; memory."""
     Catalogue.of(lang)  # A wrong name must not cost a measurement.
     options_ = TextOptions(paths=tuple(texts), tokens=tokens, length=length, seed=seed)
+    urls = [name.startswith(("http://", "https://")) for name in (original, pruned)]
+    if any(urls) and not all(urls):
+        raise UsageError(
+            "one is a directory and the other a URL",
+            where=f"{original}, {pruned}",
+            remedy="give two directories, or serve both",
+        )
     with progress_bar() as progress:
-        found = compare(original, pruned, options_, device_named(device), batch_tokens, progress)
+        if all(urls):
+            found = compare_served(original, pruned, options_, top, concurrency, progress)
+        else:
+            found = compare(
+                Path(original),
+                Path(pruned),
+                options_,
+                device_named(device),
+                batch_tokens,
+                progress,
+            )
     for name in found.overlap:
         err.print(
             f"warning: {name} was used to calibrate {pruned}; measure on other texts", markup=False
@@ -54,7 +79,11 @@ def compare_command(
         print_json(found.to_json())
     else:
         out.print(quality_table(found))
+        if found.top is not None:
+            out.print(f"KL is a lower bound, from the {found.top} likeliest tokens of each engine")
         for kind, sizes in (("routed experts", found.expert_bytes), ("all", found.total_bytes)):
+            if not sizes:
+                continue
             share = sizes["pruned"] / sizes["original"]
             out.print(
                 f"{kind}: {sizes['original']:,} → {sizes['pruned']:,} bytes ({share:.1%})",

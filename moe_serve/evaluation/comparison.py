@@ -22,14 +22,17 @@ from moe_serve.pruning.request import Corpus, TextOptions, load_corpus
 class Comparison:
     """What ``compare --json`` prints."""
 
-    original: Path
-    pruned: Path
+    original: Path | str
+    pruned: Path | str
+    """Directories, or URLs of engines."""
     domains: dict[str, DomainQuality]
     expert_bytes: dict[str, int]
     total_bytes: dict[str, int]
     speed: dict[str, Any] = field(default_factory=dict)
     overlap: tuple[str, ...] = ()
     """Text files that the pruned checkpoint was calibrated on."""
+    top: int | None = None
+    """Where KL is a lower bound: the log-probabilities per token that it is from."""
 
     @property
     def mean(self) -> Figures:
@@ -58,6 +61,7 @@ class Comparison:
             "original": str(self.original),
             "pruned": str(self.pruned),
             "quality": {
+                "kl": {"exact": self.top is None, "top": self.top},
                 "mean": asdict(self.mean),
                 "worst_domain": asdict(worst) | {"domain": self.worst},
                 "domains": {
@@ -69,10 +73,15 @@ class Comparison:
                     for name, quality in self.domains.items()
                 },
             },
-            "memory": {"expert_bytes": self.expert_bytes, "total_bytes": self.total_bytes},
+            "memory": self._memory(),
             "speed": self.speed,
             "overlap": list(self.overlap),
         }
+
+    def _memory(self) -> dict[str, dict[str, int]]:
+        """Nothing of engines: what they hold is more than weights, and theirs to say."""
+        sizes = {"expert_bytes": self.expert_bytes, "total_bytes": self.total_bytes}
+        return {name: found for name, found in sizes.items() if found}
 
 
 def compare(

@@ -46,6 +46,9 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
             )
             if sizes
         ],
+        bound=t("compare_bound", top=found["quality"]["kl"]["top"])
+        if not found["quality"]["kl"]["exact"]
+        else "",
         headline=_headline(rows[0][0], rows[0][1], t),
     )
 

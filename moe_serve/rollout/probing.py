@@ -4,12 +4,8 @@ Both engines read the same text and give, for every token of it, the log-probabi
 tokens they think likeliest at that place (``prompt_logprobs``, up to ``top`` of them). From these
 lists follow, per place:
 
-- a **lower bound of KL(original ‖ pruned)** in nats. With p, q the two distributions, S the tokens
-  that both list, T those that only the original lists, e the smallest probability that pruned
-  lists among its ``top``:
-  Σ_S p·log(p/q) + Σ_T p·log(p/e) + p_rest·log(p_rest/(1 - Σ_S q)), p_rest = 1 - Σ_S p - Σ_T p.
-  It is a bound because an unlisted token has at most e, and the rest of q at most 1 - Σ_S q. Where
-  both lists cover nearly everything it is the divergence itself. Clipped to [0, ``bound``].
+- a **lower bound of KL(original ‖ pruned)** in nats (:mod:`moe_serve.serving.logprobs`), clipped to
+  [0, ``bound``].
 - **top-1 disagreement**: whether the likeliest tokens differ.
 
 A probe's values are the means over its places. A log-probability that is no number counts as the
@@ -28,30 +24,14 @@ from typing import Any, Final
 import httpx
 
 from moe_serve.errors import RolloutError
-from moe_serve.rollout.garbage import Flaw, flaw
 from moe_serve.rollout.probes import Probe
+from moe_serve.serving.garbage import Flaw, flaw
+from moe_serve.serving.logprobs import Place, divergence
 
 _LOW: Final = 1_000
 """vLLM's ``priority``: lower is earlier, users have 0."""
 _PROMPT: Final = 0.6
 """Share of a probe's characters that are given for it to be gone on with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """What an engine expects at one place of a text."""
-
-    listed: Mapping[int, float]
-    """Token → log-probability: the ``top`` likeliest, and the token that stands there."""
-    least: float
-    """Smallest of the ``top``: no token that is not listed has more."""
-    first: int
-    """The likeliest token."""
-
-    @property
-    def sound(self) -> bool:
-        """Whether all are numbers."""
-        return all(math.isfinite(value) for value in self.listed.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +107,7 @@ class Engine:
             self._check(answer.status_code, answer.text)
             wait = time.monotonic() - began
             choice = answer.json()["choices"][0]
-            places = tuple(_place(entry, top) for entry in choice["prompt_logprobs"] if entry)
+            places = tuple(Place.of(entry, top) for entry in choice["prompt_logprobs"] if entry)
             prompt = probe.text[: math.ceil(_PROMPT * len(probe.text))]
             body = {**common, "prompt": prompt, "max_tokens": tokens, "stream": True}
             text, arrivals, reason = self._generate(client, body)
@@ -173,33 +153,6 @@ class Engine:
                 pieces.append(choice["text"])
                 reason = choice["finish_reason"] or reason
         return "".join(pieces), arrivals, reason
-
-
-def _place(entry: Mapping[str, Mapping[str, Any]], top: int) -> Place:
-    """From vLLM's token → {logprob, rank}; what is no number becomes NaN."""
-    values = {int(token): _number(found["logprob"]) for token, found in entry.items()}
-    ranked = sorted(values.values(), reverse=True)[:top]
-    return Place(values, ranked[-1], max(values, key=lambda token: values[token]))
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def divergence(p: Place, q: Place, bound: float) -> float:
-    """The bound of KL(p ‖ q) at one place that the module's docstring gives."""
-    if not (p.sound and q.sound):
-        return bound
-    total, listed, shared = 0.0, 0.0, 0.0
-    for token, value in p.listed.items():
-        mass = math.exp(value)
-        listed += mass
-        other = q.listed.get(token)
-        total += mass * (value - (q.least if other is None else other))
-        shared += 0.0 if other is None else math.exp(other)
-    if (rest := 1.0 - listed) > 1e-9:
-        total += rest * math.log(rest / max(1.0 - shared, 1e-12))
-    return min(max(total, 0.0), bound)
 
 
 def compare(domain: str, original: Heard, pruned: Heard, bound: float) -> Result:

@@ -32,6 +32,7 @@ def result(domains: dict[str, float]) -> dict[str, Any]:
         "original": "a",
         "pruned": "b",
         "quality": {
+            "kl": {"exact": True, "top": None},
             "mean": figures(0.1),
             "domains": {name: domain(kl) for name, kl in domains.items()},
         },

@@ -13,7 +13,8 @@ import pytest
 from moe_serve.errors import CalibrationError, RolloutError, UsageError
 from moe_serve.rollout.policy import Probes
 from moe_serve.rollout.probes import Probe, load_probes
-from moe_serve.rollout.probing import Engine, Heard, NoPriority, Place, compare, divergence
+from moe_serve.rollout.probing import Engine, Heard, NoPriority, compare
+from moe_serve.serving.logprobs import Place, divergence
 
 PROBE = Probe("id", "letters", "a secret text that is long enough to be gone on with")
 

@@ -12,12 +12,12 @@ import pytest
 from moe_serve.rollout import decision as d
 from moe_serve.rollout import sequential as sq
 from moe_serve.rollout.feedback import Votes
-from moe_serve.rollout.garbage import Flaw
 from moe_serve.rollout.guards import Evidence
 from moe_serve.rollout.policy import Guards, Policy, ShareGuard, Step
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.state import begin
+from moe_serve.serving.garbage import Flaw
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.readings import START, Traffic
 

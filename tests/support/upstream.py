@@ -41,6 +41,7 @@ class Upstream:
             Route("/health", self._health),
             Route("/v1/models", self._models),
             Route("/v1/completions", self._completions, methods=["POST"]),
+            Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/secret", self._health),
             Route("/metrics", self._metrics),
         ]
@@ -92,6 +93,11 @@ class Upstream:
     async def _models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
 
+    async def _tokenize(self, request: Request) -> Response:
+        """Token 1 for a letter of even code, 2 for another."""
+        text = json.loads(await request.body())["prompt"]
+        return JSONResponse({"tokens": [1 + ord(letter) % 2 for letter in text]})
+
     async def _metrics(self, _request: Request) -> Response:
         """As an engine has them: histograms, counters and gauges."""
         await self._open.wait()
@@ -123,7 +129,10 @@ class Upstream:
         likely, other = (1, 2) if not self.unlike else (2, 1)
         high, low = -0.1 - self.unlike, -3.0 - self.unlike
         place = {str(likely): {"logprob": high, "rank": 1}, str(other): {"logprob": low, "rank": 2}}
-        choice = {"text": "a", "finish_reason": "length", "prompt_logprobs": [None, place, place]}
+        prompt = asked.get("prompt")
+        count = len(prompt) - 1 if isinstance(prompt, list) else 2
+        places = [None, *[place] * count]
+        choice = {"text": "a", "finish_reason": "length", "prompt_logprobs": places}
         return JSONResponse({"choices": [choice]})
 
     async def _completions(self, request: Request) -> Response:

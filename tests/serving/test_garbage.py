@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_serve.rollout.garbage import Flaw, flaw, loops
+from moe_serve.serving.garbage import Flaw, flaw, loops
 
 PROMPT = "Soil is more than ground-up rock; it holds"
 

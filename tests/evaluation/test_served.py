@@ -1,0 +1,106 @@
+"""Two engines by URL: figures by hand, from servers that list two tokens at each place."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from moe_serve.cli.compare import compare_command
+from moe_serve.errors import MoeServeError, ServingError, UsageError
+from moe_serve.evaluation.served import compare_served
+from moe_serve.progress import Silent
+from moe_serve.pruning.request import TextOptions
+from moe_serve.serving.process import free_port
+from tests.support.upstream import Upstream
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[tuple[Upstream, Upstream]]:
+    """The second is unlike the first by half a nat, and prefers the other token."""
+    with Upstream("a", free_port()) as first, Upstream("b", free_port()) as second:
+        second.unlike = 0.5
+        yield first, second
+
+
+def url(engine: Upstream) -> str:
+    """Where it listens."""
+    return f"http://127.0.0.1:{engine.port}"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Sixty letters, which the server's tokenizer makes 2, 1 and so on."""
+    path = tmp_path / "texts.jsonl"
+    rows = [{"domain": name, "text": "ab" * 30} for name in ("one", "two")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_figures_by_hand(engines: tuple[Upstream, Upstream], texts: Path) -> None:
+    """Original (1: e^-0.1, 2: e^-3), pruned (2: e^-0.6, 1: e^-3.5); 30 places.
+
+    KL = e^-0.1·3.4 - e^-3·2.4 + r·ln(r / s) with r, s what each leaves. The loss per token is
+    (0.1 + 3.0) / 2 and (0.6 + 3.5) / 2; the likeliest tokens always differ.
+    """
+    options = TextOptions(paths=(texts,), tokens=31, length=31)
+    found = compare_served(url(engines[0]), url(engines[1]), options, 2, 3, Silent())
+    r, s = (1 - math.exp(a) - math.exp(b) for a, b in ((-0.1, -3.0), (-0.6, -3.5)))
+    expected = math.exp(-0.1) * 3.4 - math.exp(-3.0) * 2.4 + r * math.log(r / s)
+    for quality in found.domains.values():
+        assert quality.tokens == 30
+        assert quality.figures.kl_nats == pytest.approx(expected)
+        assert quality.figures.perplexity_ratio == pytest.approx(math.exp(2.05 - 1.55))
+        assert quality.figures.top1_agreement == 0.0
+    assert engines[0].asked[-1]["prompt"] == engines[1].asked[-1]["prompt"]
+    assert found.to_json()["quality"]["kl"] == {"exact": False, "top": 2}
+    assert found.to_json()["memory"] == {}
+
+
+def test_an_engine_and_itself(engines: tuple[Upstream, Upstream], texts: Path) -> None:
+    """Nothing differs, exactly."""
+    options = TextOptions(paths=(texts,), tokens=32, length=16)
+    found = compare_served(url(engines[0]), url(engines[0]), options, 2, 2, Silent())
+    for quality in found.domains.values():
+        assert quality.low == quality.high == quality.figures
+        assert (quality.figures.kl_nats, quality.figures.perplexity_ratio) == (0.0, 1.0)
+
+
+def test_an_engine_that_fails_is_named(engines: tuple[Upstream, Upstream], texts: Path) -> None:
+    """With its URL and the status; nothing of the text."""
+    options = TextOptions(paths=(texts,), tokens=32, length=16)
+    with Upstream("c", free_port()) as broken:
+        broken.fail_every = 1
+        with pytest.raises(ServingError, match="status 500") as caught:
+            compare_served(url(engines[0]), url(broken), options, 2, 2, Silent())
+        assert url(broken) in str(caught.value)
+        assert "abab" not in str(caught.value)
+    with pytest.raises(ServingError, match="no answer"):
+        compare_served(url(engines[0]), url(broken), options, 2, 2, Silent())
+
+
+def invoke(*arguments: str) -> tuple[str, BaseException | None]:
+    """What the command prints, and what it raises."""
+    app = typer.Typer()
+    app.command()(compare_command)
+    done = CliRunner().invoke(app, list(arguments))
+    return done.stdout, done.exception
+
+
+def test_the_command(engines: tuple[Upstream, Upstream], texts: Path, tmp_path: Path) -> None:
+    """Table, page, and the words that say what kind of KL it is; half a pair is refused."""
+    page = tmp_path / "page.html"
+    common = ["--texts", str(texts), "--tokens", "32", "--top", "2"]
+    said, wrong = invoke(url(engines[0]), url(engines[1]), *common, "--html", str(page))
+    assert wrong is None
+    assert "lower bound, from the 2 likeliest" in said
+    assert "lower bound" in page.read_text()
+    _, wrong = invoke(str(tmp_path), url(engines[1]), *common)
+    assert isinstance(wrong, UsageError)
+    _, wrong = invoke(url(engines[0]), url(engines[1]), *common, "--lang", "fr")
+    assert isinstance(wrong, MoeServeError)
