@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,9 +29,11 @@ from moe_serve.metrics.catalogue import CATALOGUE
 from moe_serve.progress import Silent
 from moe_serve.pruning.request import Selection, TextOptions
 from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.serving.engine import EngineSpec, is_ready
 from moe_serve.serving.process import free_port
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED, VARIANTS
 from tests.support.prometheus import query, scraping
+from tests.support.ruined import ruin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +223,13 @@ def test_a_rollout_by_policy_counts_what_real_engines_answer(stack: Running) -> 
 
 
 @pytest.fixture(scope="module")
+def later() -> Iterator[ExitStack]:
+    """What ends with the module: an engine that later tests ask too."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
 def rules(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Policies that decide within seconds: one probe of each domain, wide margins for traffic."""
     root = tmp_path_factory.mktemp("rules")
@@ -285,6 +295,67 @@ def test_a_healthy_pruned_model_is_promoted(stack: Running, rules: Callable[...,
     assert {"errors", "ttft", "tpot", "quality-kl", "quality-top1", "garbage"} < found.keys()
     assert 0.0 < found["quality-kl"]["upper"] < 0.25
     stack.rollout("rollback")
+
+
+def test_a_slowed_model_is_rolled_back_by_a_latency(
+    stack: Running, rules: Callable[..., Path]
+) -> None:
+    """The pruned engine's processes run 0.02 s, then stand still for 0.3 s; it errs no more."""
+    path = rules("slowed", [50], "")
+    path.write_text(path.read_text().replace("[guards.garbage]\nmargin = 0.7", NO_PROBES))
+    pid = json.loads((Path(stack.info["state"]) / "stack.json").read_text())["engines"]
+    parent = psutil.Process(pid[PRUNED]["pid"])
+    processes = [parent, *parent.children(recursive=True)]
+    done = threading.Event()
+
+    def hold() -> None:
+        while not done.is_set():
+            for process in processes:
+                process.suspend()
+            done.wait(0.3)
+            for process in processes:
+                process.resume()
+            time.sleep(0.02)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        found = decided(stack, path, "rolled_back", tokens=4)
+    finally:
+        done.set()
+        thread.join()
+    assert "harm" in {found["tpot"]["verdict"], found["ttft"]["verdict"]}
+    assert found["errors"]["verdict"] != "harm"
+
+
+NO_PROBES = "[guards]\nquality = 'off'\ngarbage = 'off'"
+
+
+def test_ruined_experts_are_rolled_back_by_their_quality(
+    stack: Running, rules: Callable[..., Path], tmp_path: Path, later: ExitStack
+) -> None:
+    """Another engine in the pruned one's place: as fast, as free of errors, and nonsense."""
+    state = Path(stack.info["state"])
+    engine = json.loads((state / "stack.json").read_text())["engines"][PRUNED]
+    for process in [*(p := psutil.Process(engine["pid"])).children(recursive=True), p]:
+        process.kill()
+    ruin(Path(engine["model"]), tmp_path / "ruined")
+    spec = EngineSpec(
+        variant=PRUNED,
+        model=tmp_path / "ruined",
+        served_model="fixture",
+        port=int(engine["url"].rsplit(":", 1)[1]),
+        log=tmp_path / "ruined.log",
+    )
+    child = spec.launch(gpu=False)
+    later.callback(child.stop, 5)
+    while not is_ready(spec, child):
+        time.sleep(0.2)
+    found = decided(stack, rules("ruined", [50], "interval_seconds = 6\n"), "rolled_back")
+    harm = {name for name, guard in found.items() if guard["verdict"] == "harm"}
+    assert harm
+    assert harm <= {"quality-kl", "quality-top1", "quality-domain"}, found
+    assert stack.rollout("history", "--verify")["problems"] == []
 
 
 def test_nothing_of_control_is_reachable_from_the_public_port(stack: Running) -> None:
