@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -12,7 +14,9 @@ from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.errors import UsageError
+from moe_serve.evaluation.bench import speed
 from moe_serve.evaluation.comparison import Comparison, compare
+from moe_serve.evaluation.generation import DEFAULT_ANSWER, generation_json, side_by_side
 from moe_serve.evaluation.served import DEFAULT_CONCURRENCY, DEFAULT_TOP, compare_served
 from moe_serve.files import write_atomic
 from moe_serve.pruning.request import (
@@ -43,6 +47,17 @@ def compare_command(
     concurrency: Annotated[
         int, typer.Option(help="URLs: requests at once to each engine.")
     ] = DEFAULT_CONCURRENCY,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="URLs: let both go on from these prompts, greedily: .jsonl or .txt."),
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(help="With --prompts: tokens of each answer, at most.")
+    ] = DEFAULT_ANSWER,
+    bench: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Results of vllm bench serve: the original's, then the pruned one's."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page of the figures.")] = None,
     lang: Annotated[str, typer.Option(help="The page's language: en or ja.")] = "en",
     as_json: options.Json = False,
@@ -50,15 +65,13 @@ def compare_command(
     """Measure what pruning cost: KL, perplexity and top-1 agreement per domain; memory."""
     Catalogue.of(lang)  # A wrong name must not cost a measurement.
     options_ = TextOptions(paths=tuple(texts), tokens=tokens, length=length, seed=seed)
-    urls = [name.startswith(("http://", "https://")) for name in (original, pruned)]
-    if any(urls) and not all(urls):
-        raise UsageError(
-            "one is a directory and the other a URL",
-            where=f"{original}, {pruned}",
-            remedy="give two directories, or serve both",
-        )
+    served = _served(original, pruned)
+    if prompts is not None and not served:
+        raise UsageError("needs two engines", where="--prompts", remedy="give their URLs")
+    # Read before anything is measured: a wrong file must not cost an hour.
+    measured = speed(*bench) if bench else {}
     with progress_bar() as progress:
-        if all(urls):
+        if served:
             found = compare_served(original, pruned, options_, top, concurrency, progress)
         else:
             found = compare(
@@ -69,6 +82,12 @@ def compare_command(
                 batch_tokens,
                 progress,
             )
+        if prompts is not None:
+            answers = side_by_side(original, pruned, prompts, answer_tokens, concurrency, progress)
+            found = replace(found, generation=answers)
+    found = replace(found, speed=measured)
+    for name in measured.get("unlike", ()):
+        err.print(f"warning: the two benchmarks differ in {name}", markup=False)
     for name in found.overlap:
         err.print(
             f"warning: {name} was used to calibrate {pruned}; measure on other texts", markup=False
@@ -78,17 +97,42 @@ def compare_command(
     if as_json:
         print_json(found.to_json())
     else:
-        out.print(quality_table(found))
-        if found.top is not None:
-            out.print(f"KL is a lower bound, from the {found.top} likeliest tokens of each engine")
-        for kind, sizes in (("routed experts", found.expert_bytes), ("all", found.total_bytes)):
-            if not sizes:
-                continue
-            share = sizes["pruned"] / sizes["original"]
-            out.print(
-                f"{kind}: {sizes['original']:,} → {sizes['pruned']:,} bytes ({share:.1%})",
-                markup=False,
-            )
+        _show(found)
+
+
+def _served(original: str, pruned: str) -> bool:
+    """Whether both are URLs.
+
+    Raises:
+        UsageError: one of them is.
+    """
+    urls = {name.startswith(("http://", "https://")) for name in (original, pruned)}
+    if len(urls) > 1:
+        raise UsageError(
+            "one is a directory and the other a URL",
+            where=f"{original}, {pruned}",
+            remedy="give two directories, or serve both",
+        )
+    return urls == {True}
+
+
+def _show(found: Comparison) -> None:
+    """For a person at a terminal."""
+    out.print(quality_table(found))
+    if found.generation:
+        out.print(generation_table(found))
+    if found.speed:
+        out.print(speed_table(found.speed))
+    if found.top is not None:
+        out.print(f"KL is a lower bound, from the {found.top} likeliest tokens of each engine")
+    for kind, sizes in (("routed experts", found.expert_bytes), ("all", found.total_bytes)):
+        if not sizes:
+            continue
+        share = sizes["pruned"] / sizes["original"]
+        out.print(
+            f"{kind}: {sizes['original']:,} → {sizes['pruned']:,} bytes ({share:.1%})",
+            markup=False,
+        )
 
 
 def quality_table(found: Comparison) -> Table:
@@ -114,4 +158,32 @@ def quality_table(found: Comparison) -> Table:
         "",
         style="bold",
     )
+    return table
+
+
+def generation_table(found: Comparison) -> Table:
+    """Both engines' answers in total, and where they part."""
+    totals = generation_json(found.generation)
+    table = Table("answers", "mean tokens", "empty", "loops", "other script", "broken")
+    for name, side in totals["answers"].items():
+        table.add_row(name, f"{side['mean_tokens']:.1f}", *map(str, side["flaws"].values()))
+    median = totals["median_first_divergence"]
+    parts = "" if median is None else f"; the others part at token {median:g} (median)"
+    table.caption = f"{totals['identical']} of {totals['prompts']} answers are identical{parts}"
+    return table
+
+
+def speed_table(found: Mapping[str, Any]) -> Table:
+    """Each figure of both benchmarks with its unit."""
+    table = Table("speed", "unit", "original", "pruned", "pruned / original")
+    rows = [(name, row["unit"], row) for name, row in found["throughput"].items()]
+    rows += [
+        (f"{name} {statistic}", row["unit"], pair)
+        for name, row in found["latency"].items()
+        for statistic, pair in row["statistics"].items()
+    ]
+    for name, unit, pair in rows:
+        values = [pair[key] for key in ("original", "pruned", "ratio")]
+        table.add_row(name, unit, *("" if value is None else f"{value:.3f}" for value in values))
+    table.caption = "tpot: without the first token; itl: each gap counted"
     return table

@@ -14,6 +14,7 @@ from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.divergence import DomainQuality, Figures, by_domain, divergence
+from moe_serve.evaluation.generation import SideBySide, generation_json
 from moe_serve.progress import Progress
 from moe_serve.pruning.request import Corpus, TextOptions, load_corpus
 
@@ -33,6 +34,8 @@ class Comparison:
     """Text files that the pruned checkpoint was calibrated on."""
     top: int | None = None
     """Where KL is a lower bound: the log-probabilities per token that it is from."""
+    generation: tuple[SideBySide, ...] = ()
+    """Answers to prompts, where there were any."""
 
     @property
     def mean(self) -> Figures:
@@ -76,7 +79,7 @@ class Comparison:
             "memory": self._memory(),
             "speed": self.speed,
             "overlap": list(self.overlap),
-        }
+        } | ({"generation": generation_json(self.generation)} if self.generation else {})
 
     def _memory(self) -> dict[str, dict[str, int]]:
         """Nothing of engines: what they hold is more than weights, and theirs to say."""

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from moe_serve.cli.compare import compare_command
 from moe_serve.errors import MoeServeError, ServingError, UsageError
+from moe_serve.evaluation.generation import first_divergence, generation_json, side_by_side
 from moe_serve.evaluation.served import compare_served
 from moe_serve.progress import Silent
 from moe_serve.pruning.request import TextOptions
@@ -84,6 +85,27 @@ def test_an_engine_that_fails_is_named(engines: tuple[Upstream, Upstream], texts
         compare_served(url(engines[0]), url(broken), options, 2, 2, Silent())
 
 
+def test_side_by_side(engines: tuple[Upstream, Upstream], texts: Path) -> None:
+    """Two tokens alike of 5 and 32; the pruned one's answers end in a loop; no text is kept."""
+    addresses = [url(engine) for engine in engines]
+    found = generation_json(side_by_side(addresses[0], addresses[1], texts, 64, 2, Silent()))
+    assert (found["prompts"], found["identical"], found["median_first_divergence"]) == (2, 0, 2.0)
+    assert [one["domain"] for one in found["each"]] == ["one", "two"]
+    original, pruned = found["answers"]["original"], found["answers"]["pruned"]
+    assert (original["mean_tokens"], pruned["mean_tokens"]) == (5.0, 32.0)
+    assert sum(original["flaws"].values()) == 0
+    assert pruned["flaws"] == {"empty": 0, "loop": 2, "script": 0, "broken": 0}
+    assert "zzz" not in json.dumps(found)
+    same = generation_json(side_by_side(addresses[0], addresses[0], texts, 64, 2, Silent()))
+    assert (same["identical"], same["median_first_divergence"]) == (2, None)
+
+
+def test_an_answer_that_ends_early_parts_at_its_end() -> None:
+    """Alike as far as it goes."""
+    assert first_divergence((1, 2), (1, 2, 3)) == 2
+    assert first_divergence((1, 2), (1, 2)) is None
+
+
 def invoke(*arguments: str) -> tuple[str, BaseException | None]:
     """What the command prints, and what it raises."""
     app = typer.Typer()
@@ -96,9 +118,15 @@ def test_the_command(engines: tuple[Upstream, Upstream], texts: Path, tmp_path: 
     """Table, page, and the words that say what kind of KL it is; half a pair is refused."""
     page = tmp_path / "page.html"
     common = ["--texts", str(texts), "--tokens", "32", "--top", "2"]
-    said, wrong = invoke(url(engines[0]), url(engines[1]), *common, "--html", str(page))
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"completed": 1, "output_throughput": 4.0, "mean_ttft_ms": 2.5}))
+    more = ["--html", str(page), "--prompts", str(texts), "--bench", str(bench), str(bench)]
+    said, wrong = invoke(url(engines[0]), url(engines[1]), *common, *more)
     assert wrong is None
     assert "lower bound, from the 2 likeliest" in said
+    assert "0 of 2 answers are identical" in " ".join(said.split())
+    assert "ttft mean" in said
+    assert "2.500" in said
     assert "lower bound" in page.read_text()
     _, wrong = invoke(str(tmp_path), url(engines[1]), *common)
     assert isinstance(wrong, UsageError)

@@ -135,6 +135,13 @@ class Upstream:
         choice = {"text": "a", "finish_reason": "length", "prompt_logprobs": places}
         return JSONResponse({"choices": [choice]})
 
+    def _answered(self) -> Response:
+        """Five tokens; where it is unlike, a longer loop from the third on."""
+        ids = [1, 2, 3, 4, 5] if not self.unlike else [1, 2, *[9] * 30]
+        text = "a b c d" if not self.unlike else "a b" + "z" * 30
+        choice = {"text": text, "finish_reason": "stop", "token_ids": ids}
+        return JSONResponse({"choices": [choice]})
+
     async def _completions(self, request: Request) -> Response:
         raw = await request.body()
         self._loop = asyncio.get_running_loop()
@@ -147,6 +154,8 @@ class Upstream:
         asked = json.loads(raw) if raw else {}
         if "prompt_logprobs" in asked:
             return self._probed(asked)
+        if asked.get("return_token_ids"):
+            return self._answered()
         whole = not self.truncated_every or self._finished % self.truncated_every != 0
         end = "stop" if whole else "length"
         self._cut += not whole
