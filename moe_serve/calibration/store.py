@@ -11,6 +11,7 @@ import torch
 
 from moe_serve.calibration.balance import quotas
 from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.calibration.passages import Known
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.statistics import LayerStatistics
@@ -54,6 +55,10 @@ class CalibrationRecord:
     """With a balance: the reservoir's tokens from each domain."""
     traffic: Counts | None = None
     """How often production selected each expert; ``None`` where the texts alone count."""
+    passages: Known | None = None
+    """Hashes of what was read, to find overlaps by."""
+    purpose: str | None = None
+    """What the run was said to be for."""
 
     @classmethod
     def of(
@@ -104,6 +109,10 @@ class CalibrationRecord:
             found["balance"] = dict(zip(self.domains, self.balance, strict=True))
         if self.traffic:
             found["traffic"] = {str(layer): list(n) for layer, n in self.traffic.items()}
+        if self.passages:
+            found["passages"] = self.passages.to_json()
+        if self.purpose:
+            found["purpose"] = self.purpose
         return found if self.gradients else found | {"gradients": False}
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.calibration.balance import TASK
+from moe_serve.calibration.governance import Declaration, Declared, Use, refuse
 from moe_serve.errors import CalibrationError, UsageError
 
 DEFAULT_DOMAIN: Final = "general"
@@ -38,10 +39,25 @@ class Source:
     sha256: str
     documents: int
     licences: tuple[str, ...]
+    path: Path
+    """Where it was read; not stored."""
+    declaration: Declared | None = None
+    """What its owner says; ``None``: nothing."""
+
+    @property
+    def personal(self) -> bool:
+        """Whether it is declared to hold personal data."""
+        return self.declaration is not None and self.declaration.personal
 
     def to_json(self) -> dict[str, Any]:
         """As stored in ``statistics.json`` and ``moe_serve.json``."""
-        return asdict(self) | {"licences": list(self.licences)}
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "documents": self.documents,
+            "licences": list(self.licences),
+            "declaration": self.declaration.to_json() if self.declaration else None,
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +71,13 @@ class Texts:
     def domains(self) -> tuple[str, ...]:
         """Domain names in alphabetical order."""
         return tuple(sorted({d.domain for d in self.documents}))
+
+    def by_source(self) -> Iterator[tuple[Source, tuple[Document, ...]]]:
+        """Each file and what it holds."""
+        start = 0
+        for source in self.sources:
+            yield source, self.documents[start : start + source.documents]
+            start += source.documents
 
 
 def read_texts(paths: Sequence[Path]) -> Texts:
@@ -78,6 +101,7 @@ def read_texts(paths: Sequence[Path]) -> Texts:
                     sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
                     documents=len(found),
                     licences=tuple(sorted({d.licence for d in found if d.licence})),
+                    path=file,
                 )
             )
     if not documents:
@@ -85,6 +109,22 @@ def read_texts(paths: Sequence[Path]) -> Texts:
             "hold no text", where=", ".join(map(str, paths)) or "texts", remedy=_FIX
         )
     return Texts(documents=tuple(documents), sources=tuple(sources))
+
+
+def declared(texts: Texts, declaration: Declaration, use: Use) -> Texts:
+    """The texts with their owners' terms; those that nobody declared stay without.
+
+    Raises:
+        CalibrationError: the terms of a source forbid this use.
+    """
+    sources = tuple(
+        replace(source, declaration=declaration.of(source.path, source.sha256))
+        for source in texts.sources
+    )
+    for source in sources:
+        if source.declaration is not None:
+            refuse(source.path, source.declaration, use)
+    return replace(texts, sources=sources)
 
 
 def with_task(texts: Texts | None, task: Texts) -> Texts:

@@ -81,6 +81,12 @@ class Manifest(_Model):
     files: dict[str, str] = {}
     """File name → SHA-256 of every file of the checkpoint but this one."""
 
+    def sources(self) -> list[dict[str, Any]]:
+        """All text files that calibration read, those behind reused statistics included."""
+        own = self.calibration or {}
+        found = [*own.get("sources", ()), *own.get("statistics", {}).get("sources", ())]
+        return [s for i, s in enumerate(found) if s not in found[:i]]
+
     def save(self, target: Path, progress: Progress) -> Manifest:
         """Hash the directory's files and write the manifest last."""
         sealed = self.model_copy(update={"files": hash_files(target, progress, "hash output")})

@@ -25,6 +25,7 @@ COMMANDS: Final = {
     "apply": ("prune", "apply_command"),
     "export": ("files", "export_command"),
     "verify": ("files", "verify_command"),
+    "audit": ("audit", "audit_command"),
     "compare": ("compare", "compare_command"),
     "report": ("report", "report_command"),
     "pilot": ("pilot", "pilot_command"),

@@ -42,6 +42,8 @@ def calibrate_command(
     calibration: options.Calibration = None,
     task_texts: options.TaskTexts = None,
     task_weight: options.TaskWeight = None,
+    declaration: options.DeclarationFile = None,
+    purpose: options.Purpose = None,
     tokens: options.Tokens = DEFAULT_TOKENS,
     length: options.Length = DEFAULT_LENGTH,
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
@@ -83,6 +85,8 @@ def calibrate_command(
         tokens=tokens,
         length=length,
         seed=seed,
+        declaration=declaration,
+        purpose=purpose,
     )
     share = Share.parse(shard) if shard else WHOLE
     if show:

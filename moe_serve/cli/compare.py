@@ -36,6 +36,13 @@ def compare_command(
     texts: Annotated[
         list[Path], typer.Option(help="Texts to measure on: .jsonl, .txt or folders. Repeatable.")
     ],
+    allow_overlap: Annotated[
+        bool,
+        typer.Option(
+            "--allow-overlap",
+            help="Directories: measure even on texts that calibration used.",
+        ),
+    ] = False,
     tokens: options.Tokens = DEFAULT_TOKENS,
     length: options.Length = DEFAULT_LENGTH,
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
@@ -81,6 +88,7 @@ def compare_command(
                 device_named(device),
                 batch_tokens,
                 progress,
+                allow_overlap=allow_overlap,
             )
         if prompts is not None:
             answers = side_by_side(original, pruned, prompts, answer_tokens, concurrency, progress)

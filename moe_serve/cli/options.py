@@ -40,6 +40,18 @@ TaskWeight = Annotated[
         "alone; by default 0.5.",
     ),
 ]
+DeclarationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--declaration",
+        help="calibration.toml: owner, licence and terms of each source of texts; a run that they "
+        "forbid is refused.",
+    ),
+]
+Purpose = Annotated[
+    str | None,
+    typer.Option("--purpose", help="What the run is for, as the declared purposes name it."),
+]
 Tokens = Annotated[int, typer.Option("--tokens", help="At most this many tokens from each domain.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")]
 BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens in memory at once.")]

@@ -57,6 +57,8 @@ def prune_command(
     statistics: Annotated[
         Path | None, typer.Option(help="Use these statistics, or keep the run's in this folder.")
     ] = None,
+    declaration: options.DeclarationFile = None,
+    purpose: options.Purpose = None,
     tokens: options.Tokens = DEFAULT_TOKENS,
     length: options.Length = DEFAULT_LENGTH,
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
@@ -76,6 +78,8 @@ def prune_command(
             tokens=tokens,
             length=length,
             seed=seed,
+            declaration=declaration,
+            purpose=purpose,
         ),
         selection=Selection(
             keep=keep,
@@ -192,6 +196,8 @@ def apply_command(
     calibration: options.Calibration = None,
     task_texts: options.TaskTexts = None,
     form: options.FormatName = "compact",
+    declaration: options.DeclarationFile = None,
+    purpose: options.Purpose = None,
     tokens: options.Tokens = DEFAULT_TOKENS,
     length: options.Length = DEFAULT_LENGTH,
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
@@ -209,6 +215,8 @@ def apply_command(
             tokens=tokens,
             length=length,
             seed=seed,
+            declaration=declaration,
+            purpose=purpose,
         ),
         selection=Selection(seed=seed),
         form=form,

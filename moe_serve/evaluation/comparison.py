@@ -16,7 +16,7 @@ from moe_serve.errors import UsageError
 from moe_serve.evaluation.divergence import DomainQuality, Figures, by_domain, divergence
 from moe_serve.evaluation.generation import SideBySide, generation_json
 from moe_serve.progress import Progress
-from moe_serve.pruning.request import Corpus, TextOptions, load_corpus
+from moe_serve.pruning.request import Corpus, TextOptions, load_corpus, refuse_overlap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class Comparison:
     total_bytes: dict[str, int]
     speed: dict[str, Any] = field(default_factory=dict)
     overlap: tuple[str, ...] = ()
-    """Text files that the pruned checkpoint was calibrated on."""
+    """Text files that the pruned checkpoint was calibrated on, wholly or in some documents."""
     top: int | None = None
     """Where KL is a lower bound: the log-probabilities per token that it is from."""
     generation: tuple[SideBySide, ...] = ()
@@ -95,19 +95,24 @@ def compare(
     batch_tokens: int,
     progress: Progress,
     reference: Path | None = None,
+    *,
+    allow_overlap: bool = False,
 ) -> Comparison:
     """Measure a pruned checkpoint against its original on texts.
 
     ``reference`` keeps what the original put out, for further calls on the same texts.
 
     Raises:
-        UsageError: no texts.
+        UsageError: no texts, or texts that were calibrated on, unless ``allow_overlap``.
         MoeServeError: a checkpoint or the texts can't be used.
     """
     before, after = open_checkpoint(original), open_checkpoint(pruned)
     corpus = load_corpus(before, texts)
     if corpus is None:
         raise UsageError("give texts to compare on", where="--texts")
+    shared = _shared(pruned, corpus)
+    if not allow_overlap:
+        refuse_overlap(shared, f"to calibrate {pruned}")
     with tempfile.TemporaryDirectory(prefix="moe-serve-compare-") as work:
         sums = divergence(
             before, after, corpus.sequences, Path(work), device, batch_tokens, progress, reference
@@ -121,7 +126,7 @@ def compare(
             "pruned": sum(after.expert_bytes().values()),
         },
         total_bytes={"original": _total(before), "pruned": _total(after)},
-        overlap=_overlap(pruned, corpus),
+        overlap=shared,
     )
 
 
@@ -129,10 +134,8 @@ def _total(checkpoint: Checkpoint) -> int:
     return sum(entry.size for entry in checkpoint.tensors.values())
 
 
-def _overlap(pruned: Path, corpus: Corpus) -> tuple[str, ...]:
-    """Files measured on that were also calibrated on."""
+def _shared(pruned: Path, corpus: Corpus) -> tuple[str, ...]:
+    """What was measured on and also calibrated on."""
     if not (pruned / MANIFEST).exists():
         return ()
-    record = Manifest.load(pruned).calibration or {}
-    known = {source["sha256"] for source in record.get("sources", ())}
-    return tuple(source.name for source in corpus.sources if source.sha256 in known)
+    return corpus.shared(Manifest.load(pruned).calibration or {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,13 @@ from moe_serve.files import read_json, write_json
 from moe_serve.pilot.decision import Baseline, Option
 from moe_serve.pilot.settings import PilotSettings
 from moe_serve.progress import Progress
-from moe_serve.pruning.request import Selection, TextOptions, device_named
+from moe_serve.pruning.request import (
+    Selection,
+    TextOptions,
+    device_named,
+    load_corpus,
+    refuse_overlap,
+)
 from moe_serve.pruning.run import PruneRequest, calibrate, prune
 from moe_serve.pruning.sizing import gpus_needed
 
@@ -46,6 +52,8 @@ def run(settings: PilotSettings, progress: Progress) -> Pilot:
     original = open_checkpoint(settings.model)
     (settings.output / RESULTS).mkdir(parents=True, exist_ok=True)
     seconds, covered = _calibrated(settings, progress)
+    if covered and not settings.allow_overlap:
+        _refuse_overlap(settings, original)
     options = tuple(
         _option(settings, original, method, keep, seconds, progress)
         for method, keep in _tried(settings)
@@ -72,6 +80,21 @@ def _texts(settings: PilotSettings, paths: tuple[Path, ...]) -> TextOptions:
     )
 
 
+def _calibration(settings: PilotSettings) -> TextOptions:
+    return replace(
+        _texts(settings, settings.calibration),
+        declaration=settings.declaration,
+        purpose=settings.purpose,
+    )
+
+
+def _refuse_overlap(settings: PilotSettings, original: Checkpoint) -> None:
+    """Before hours go into options whose figures would be too good."""
+    corpus = load_corpus(original, _texts(settings, settings.texts))
+    record = Statistics(settings.output / STATISTICS).record
+    refuse_overlap(corpus.shared(record) if corpus else (), "for calibration")
+
+
 def _calibrated(settings: PilotSettings, progress: Progress) -> tuple[float, tuple[str, ...]]:
     """Gather statistics once for all options; seconds it took, and domains seen."""
     if not settings.calibration:
@@ -85,7 +108,7 @@ def _calibrated(settings: PilotSettings, progress: Progress) -> tuple[float, tup
         statistics = calibrate(
             settings.model,
             folder,
-            _texts(settings, settings.calibration),
+            _calibration(settings),
             device_named(settings.device),
             settings.batch_tokens,
             progress,
@@ -150,7 +173,7 @@ def _made(
         request = PruneRequest(
             model=settings.model,
             output=folder,
-            texts=_texts(settings, settings.calibration),
+            texts=_calibration(settings),
             selection=Selection(
                 keep=keep, method=method, uniform=settings.format == "native", seed=settings.seed
             ),
@@ -171,6 +194,7 @@ def _made(
         settings.batch_tokens,
         progress,
         settings.output / "reference",
+        allow_overlap=settings.allow_overlap,
     )
     return {"seconds": seconds, "comparison": found.to_json()}
 
@@ -188,9 +212,12 @@ def _digest(settings: PilotSettings, name: str) -> str:
             "sequence_length",
             "batch_tokens",
             "seed",
+            "declaration",
+            "purpose",
         },
     )
-    files = [p for p in (*settings.calibration, *settings.texts) if p.is_file()]
+    given = (*settings.calibration, *settings.texts, settings.declaration)
+    files = [p for p in given if p is not None and p.is_file()]
     fixed |= {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
     return hashlib.sha256(f"{name} {sorted(fixed.items())}".encode()).hexdigest()
 

@@ -92,6 +92,12 @@ class PilotSettings(_Part):
     """Texts that pruning learns from. None: from the weights alone."""
     texts: tuple[Path, ...]
     """Texts that quality is measured on; others than those for calibration."""
+    declaration: Path | None = None
+    """``calibration.toml``: the terms of the texts for calibration."""
+    purpose: str | None = None
+    """What they are used for, as their terms name it."""
+    allow_overlap: bool = False
+    """Measure even on texts that were calibrated on."""
     keep: tuple[Share, ...] = (0.75, 0.5)
     """Shares of the routed experts' bytes to try."""
     methods: tuple[str, ...] = ("auto",)
@@ -147,6 +153,7 @@ def load_settings(path: Path) -> PilotSettings:
             "output": base / found.output,
             "calibration": tuple(base / p for p in found.calibration),
             "texts": tuple(base / p for p in found.texts),
+            "declaration": base / found.declaration if found.declaration else None,
         }
     )
 
@@ -159,6 +166,9 @@ model = "{model}"
 calibration = ["{calibration}"]  # texts like your traffic, in every language and kind
 texts = ["{texts}"]  # others, to measure on
 output = "pilot"
+# declaration = "calibration.toml"  # owner, licence and terms of the texts for calibration
+# purpose = "compression"           # as those terms name it
+# allow_overlap = true              # measure even on texts that were calibrated on
 
 keep = [0.75, 0.5]     # shares of the routed experts' bytes to try
 methods = ["auto"]     # moe-serve prune --help lists them

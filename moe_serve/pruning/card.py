@@ -85,9 +85,17 @@ Loads in software that supports the original architecture.
 {{ domain }} ({{ "{:,}".format(count) }}){{ "." if loop.last else ", " }}
 {%- endfor %}
 
-{% for source in calibration.sources -%}
+{% for source in sources -%}
 - {{ source.name }} (SHA-256 {{ source.sha256 }}, {{ source.documents }} documents\
-{% if source.licences %}, {{ source.licences | join(", ") }}{% endif %})
+{% if source.licences %}, {{ source.licences | join(", ") }}{% endif %}): \
+{% if source.declaration -%}
+licence {{ source.declaration.licence }}, owner {{ source.declaration.owner }}, personal data: \
+{{ source.declaration.personal_data }}\
+{%- if source.declaration.approval %}, approved by {{ source.declaration.approval.by }} on \
+{{ source.declaration.approval.on }}{% endif %}
+{%- else -%}
+**undeclared**, nobody stated owner, licence and terms
+{%- endif %}
 {% endfor %}
 {%- else %}
 None: chosen from the weights alone.
@@ -119,6 +127,7 @@ def model_card(manifest: Manifest, *, served: bool) -> str:
         layers=manifest.layers,
         numbers=manifest.numbers,
         calibration=manifest.calibration,
+        sources=manifest.sources(),
         served=served,
         left_out=manifest.prediction_layers
         if manifest.prediction_layers and not manifest.prediction_layers.kept

@@ -15,9 +15,10 @@ import torch
 
 import moe_serve
 from moe_serve.calibration.collect import Collection, collect, observe
+from moe_serve.calibration.governance import refuse_purpose
 from moe_serve.calibration.group import joined, own_device, started
 from moe_serve.calibration.share import WHOLE, Share
-from moe_serve.calibration.store import CalibrationRecord, Statistics
+from moe_serve.calibration.store import Statistics
 from moe_serve.calibration.trace import KEPT_BYTES
 from moe_serve.calibration.traffic import read_traffic
 from moe_serve.checkpoint.formats import Form, form_named
@@ -165,7 +166,7 @@ def prune(request: PruneRequest, progress: Progress) -> PruneResult:
         with clock("apply"):
             form = form_named(request.form, checkpoint, plan.table(), plan.top_k)
             refit = _applied(request, checkpoint, plan, form, corpus, staging, progress)
-            record = corpus.record(checkpoint, request.texts.seed) if corpus else None
+            record = _record(request, checkpoint, corpus, statistics)
             manifest = _seal(checkpoint, plan, form, record, refit, staging, progress)
     return PruneResult(
         output=request.output,
@@ -239,6 +240,8 @@ def _fingerprint(
         "model": checkpoint.fingerprint(),
         "shards": checkpoint.freshness(),
         "texts": corpus.sequences.sha256() if corpus else None,
+        "sources": [source.to_json() for source in corpus.sources] if corpus else None,
+        "purpose": request.texts.purpose,
         "balance": list(corpus.sequences.balance) if corpus else None,
         "plan": given.sha256() if given else None,
         "format": request.form,
@@ -308,6 +311,8 @@ def _calibrated(
                 where=str(request.statistics),
                 remedy="give the task texts and weight that they were gathered with",
             )
+        if request.texts.purpose:
+            refuse_purpose(found.record["sources"], request.texts.purpose, request.statistics)
         return found
     if corpus is None:
         return None
@@ -428,11 +433,30 @@ def _applied(
     return refit
 
 
+def _record(
+    request: PruneRequest,
+    checkpoint: Checkpoint,
+    corpus: Corpus | None,
+    statistics: Statistics | None,
+) -> dict[str, Any] | None:
+    """All texts that had a part in it: those given, and those behind statistics made before."""
+    own = corpus.record(checkpoint, request.texts.seed).to_json() if corpus else None
+    at_hand = statistics or _at_hand(request, checkpoint)
+    before = at_hand.record if at_hand else None
+    # The model's path is this machine's; the original's name says enough.
+    kept = [
+        {k: v for k, v in r.items() if k not in ("model", "sha256")} for r in (own, before) if r
+    ]
+    if own and before and own["tokens_sha256"] != before["tokens_sha256"]:
+        return kept[0] | {"statistics": kept[1]}
+    return kept[0] if kept else None
+
+
 def _seal(
     checkpoint: Checkpoint,
     plan: Plan,
     form: Form,
-    record: CalibrationRecord | None,
+    record: dict[str, Any] | None,
     refit: dict[str, Any] | None,
     staging: Staging,
     progress: Progress,
@@ -450,9 +474,6 @@ def _seal(
         for spec in run
         if spec.name.startswith(tuple(map(checkpoint.family.expert_prefix, original)))
     }
-    calibration = record.to_json() if record else None
-    if calibration:
-        del calibration["model"]  # A path of this machine; the original's name says enough.
     manifest = Manifest(
         moe_serve_version=moe_serve.__version__,
         format=form.name,
@@ -466,7 +487,7 @@ def _seal(
         seed=plan.seed,
         plan_sha256=plan.sha256(),
         statistics_sha256=plan.statistics_sha256,
-        calibration=calibration,
+        calibration=record,
         refit=refit,
         expert_bytes=ExpertBytes(original=sum(original.values()), kept=sum(kept.values())),
         numbers=plan.numbers.model_dump(mode="json") if plan.numbers else None,

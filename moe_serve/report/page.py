@@ -89,7 +89,7 @@ def render(facts: Facts, t: Catalogue) -> str:
         lazy=len(facts.experts) > _MANY,
         index=[[e.layer, e.index, e.state, e.domains, e.starved] for e in facts.experts],
         record=record(facts, t),
-        sources=(facts.manifest.calibration or {}).get("sources", ()),
+        sources=facts.manifest.sources(),
         tokens=(facts.manifest.calibration or {}).get("tokens", {}),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any, Final
 
+from moe_serve.calibration.governance import undeclared
 from moe_serve.report import words
 from moe_serve.report.catalogue import Catalogue
 from moe_serve.report.facts import STATES, Facts
@@ -112,6 +113,8 @@ def risks(facts: Facts, t: Catalogue) -> list[str]:
         found.append(t("risk_no_texts"))
     elif not facts.evidence.layers:
         found.append(t("risk_no_evidence"))
+    if nameless := undeclared(facts.manifest.sources()):
+        found.append(t("risk_undeclared", files=", ".join(nameless)))
     for domain, tokens in facts.thin_domains.items():
         found.append(t("risk_thin", domain=domain, tokens=words.number(tokens)))
     if starved := facts.starved:
