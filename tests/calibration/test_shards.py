@@ -133,7 +133,7 @@ def test_shards_of_other_texts_are_refused(model: Path, shards: list[Path], tmp_
     """The record says what differs."""
     texts = write_texts(tmp_path / "t.jsonl", seed=1)
     other = observed(model, texts, tmp_path / "s", Share(3, SHARDS)).folder
-    with pytest.raises(CalibrationError, match="differs in sources, tokens_sha256"):
+    with pytest.raises(CalibrationError, match="differs in passages, sources, tokens_sha256"):
         merge_statistics([*shards[:3], other], tmp_path / "out", Silent())
 
 

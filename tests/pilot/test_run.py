@@ -59,8 +59,8 @@ def pilot(root: Path) -> Pilot:
     with pytest.MonkeyPatch.context() as patch:
         measured = comparison.compare
 
-        def stopped(*arguments: object) -> object:
-            found = measured(*arguments)  # type: ignore[arg-type]
+        def stopped(*arguments: object, **options: object) -> object:
+            found = measured(*arguments, **options)  # type: ignore[arg-type]
             patch.setattr(module, "compare", _killed)
             return found
 
@@ -74,7 +74,7 @@ def pilot(root: Path) -> Pilot:
     return found
 
 
-def _killed(*_arguments: object) -> object:
+def _killed(*_arguments: object, **_options: object) -> object:
     raise KeyboardInterrupt
 
 
@@ -97,6 +97,19 @@ def test_other_settings_in_the_same_folder_are_refused(pilot: Pilot, root: Path)
         run(load_settings(other), Silent())
     other.write_text(text.replace("kv_tokens = 16", "kv_tokens = 32"))
     assert run(load_settings(other), Silent()).options[0].mean_kl == pilot.options[0].mean_kl
+
+
+def test_texts_that_share_documents_are_refused(pilot: Pilot, root: Path) -> None:
+    """Before any option is made: one document of the calibration in a file of another name."""
+    other = root / "planted.toml"
+    text = (root / "pilot.toml").read_text().replace("held.jsonl", "planted.jsonl")
+    other.write_text(text.replace('"out"', '"planted"'))
+    first = (root / "texts.jsonl").read_text().splitlines()[0]
+    (root / "planted.jsonl").write_text(f"{first}\n{(root / 'held.jsonl').read_text()}")
+    with pytest.raises(UsageError, match=r"planted\.jsonl \(1/25\): was used for calibration"):
+        run(load_settings(other), Silent())
+    assert not list((root / "planted").glob("drop-*"))
+    assert pilot.options[0].overlap == ()
 
 
 @pytest.fixture(scope="module")
