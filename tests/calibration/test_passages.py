@@ -6,8 +6,10 @@ import random
 
 import pytest
 
+from benchmarks.fixtures import CALIBRATION, HELDOUT
 from moe_serve.calibration import passages as module
 from moe_serve.calibration.passages import LETTERS, Known, passages
+from moe_serve.calibration.texts import read_texts
 
 
 def words(seed: int, count: int = 300) -> str:
@@ -51,3 +53,12 @@ def test_a_full_record_leaves_out_the_same_on_both_sides(monkeypatch: pytest.Mon
     assert len(judged) >= 5
     assert all(known.overlaps(d) for d in judged)
     assert not any(known.overlaps(passages(words(seed))) for seed in range(100, 120))
+
+
+def test_the_fixture_keeps_its_promise() -> None:
+    """Of its held-out documents none is in its calibration texts, as its README says."""
+    used, held = (read_texts([path]).documents for path in (CALIBRATION, HELDOUT))
+    known = Known.of(passages(document.text) for document in used)
+    judged = [found for document in held if known.judges(found := passages(document.text))]
+    assert len(judged) > 0.9 * len(held)
+    assert not any(map(known.overlaps, judged))

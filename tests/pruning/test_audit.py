@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import typer
 from typer.testing import CliRunner
 
 from moe_serve.checkpoint.manifest import Manifest
-from moe_serve.cli.audit import audit_command
+from moe_serve.cli.app import app
 from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.evaluation.comparison import compare
 from moe_serve.progress import Silent
@@ -120,13 +119,11 @@ def test_whatever_changed_is_named(root: Path, tmp_path: Path) -> None:
 
 def test_the_command_exits_1_where_something_is_wrong(root: Path) -> None:
     """0 where nothing is; ``--json`` is one object either way."""
-    app = typer.Typer()
-    app.command()(audit_command)
     for name, code in (("declared", 0), ("undeclared", 1)):
-        done = CliRunner().invoke(app, [str(root / name), "--json"])
+        done = CliRunner().invoke(app, ["audit", str(root / name), "--json"])
         assert done.exit_code == code
         assert json.loads(done.stdout)["passed"] is (code == 0)
-        shown = CliRunner().invoke(app, [str(root / name)])
+        shown = CliRunner().invoke(app, ["audit", str(root / name)])
         assert ("PROBLEM" in shown.stdout) is (code == 1)
 
 
@@ -139,6 +136,32 @@ def test_terms_hold_for_a_run_and_for_its_statistics(root: Path) -> None:
     with pytest.raises(CalibrationError, match=words):
         run(root, "refused", root / "statistics", paths=(), purpose="resale")
     assert not (root / "refused").exists()
+
+
+@pytest.mark.parametrize("command", ["calibrate", "prune", "apply"])
+def test_commands_that_read_texts_take_terms(root: Path, tmp_path: Path, command: str) -> None:
+    """``--declaration`` and ``--purpose`` reach the texts of each."""
+    plan = [str(root / "declared" / "plan.json")] if command == "apply" else []
+    keep = ["--keep", "0.5"] if command == "prune" else []
+    terms = ["--declaration", str(root / "none.toml"), "--purpose", "resale"]
+    texts = ["--calibration", str(root / "texts.jsonl"), *terms]
+    arguments = [command, str(root / "m"), *plan, str(tmp_path / "out"), *keep, *texts]
+    done = CliRunner().invoke(app, arguments)
+    assert isinstance(done.exception, CalibrationError)
+    assert "not for resale" in str(done.exception)
+
+
+def test_compare_takes_texts_that_overlap_when_told_to(root: Path) -> None:
+    """The very file that was calibrated on, by name; with the flag a warning is left."""
+    places = [str(root / "m"), str(root / "undeclared"), "--texts", str(root / "texts.jsonl")]
+    sizes = ["--tokens", "64", "--sequence-length", "64", "--device", "cpu"]
+    arguments = ["compare", *places, *sizes]
+    refused = CliRunner().invoke(app, arguments)
+    assert isinstance(refused.exception, UsageError)
+    assert "--allow-overlap" in str(refused.exception)
+    allowed = CliRunner().invoke(app, [*arguments, "--allow-overlap", "--json"])
+    assert allowed.exit_code == 0
+    assert '"overlap": ["texts.jsonl"]' in allowed.stdout.replace("\n", "").replace("  ", "")
 
 
 def test_no_word_of_a_text_is_stored(root: Path) -> None:
