@@ -149,7 +149,9 @@ def quality_table(found: Comparison) -> Table:
     for name in found.ordered:
         quality = found.domains[name]
         figures = quality.figures
-        interval = f"{quality.low.kl_nats:.4f}-{quality.high.kl_nats:.4f}"
+        interval = "one sequence"
+        if quality.low is not None and quality.high is not None:
+            interval = f"{quality.low.kl_nats:.4f}-{quality.high.kl_nats:.4f}"
         table.add_row(
             name,
             f"{figures.kl_nats:.4f} ({interval})",

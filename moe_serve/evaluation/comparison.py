@@ -71,7 +71,7 @@ class Comparison:
                     name: asdict(quality.figures)
                     | {
                         "tokens": quality.tokens,
-                        "interval": {"low": asdict(quality.low), "high": asdict(quality.high)},
+                        "interval": _interval(quality),
                     }
                     for name, quality in self.domains.items()
                 },
@@ -120,7 +120,7 @@ def compare(
     return Comparison(
         original=original,
         pruned=pruned,
-        domains=by_domain(corpus.sequences, sums, texts.seed),
+        domains=by_domain(corpus.sequences, sums),
         expert_bytes={
             "original": sum(before.expert_bytes().values()),
             "pruned": sum(after.expert_bytes().values()),
@@ -128,6 +128,12 @@ def compare(
         total_bytes={"original": _total(before), "pruned": _total(after)},
         overlap=shared,
     )
+
+
+def _interval(quality: DomainQuality) -> dict[str, Any] | None:
+    if quality.low is None or quality.high is None:
+        return None
+    return {"low": asdict(quality.low), "high": asdict(quality.high)}
 
 
 def _total(checkpoint: Checkpoint) -> int:

@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy import stats
 
 from moe_serve.calibration.decoder import Decoder
 from moe_serve.calibration.sequences import Sequences
@@ -25,7 +26,6 @@ from moe_serve.progress import Progress
 
 _LOGIT_TOKENS: Final = 1024
 """Tokens whose logits are held at once; T times V would not fit."""
-_RESAMPLES: Final = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,12 +66,13 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DomainQuality:
-    """One domain with 95 % bootstrap intervals over its sequences."""
+    """One domain with 95 % intervals over sequences like its own."""
 
     tokens: int
     figures: Figures
-    low: Figures
-    high: Figures
+    low: Figures | None
+    """``None``: one sequence says nothing of how others vary."""
+    high: Figures | None
 
 
 @torch.inference_mode()
@@ -186,11 +187,10 @@ def _add(parts: list[Sums]) -> Sums:
     )
 
 
-def by_domain(sequences: Sequences, sums: list[Sums], seed: int) -> dict[str, DomainQuality]:
-    """Figures and percentile bootstrap intervals per domain, resampling whole sequences."""
-    random = np.random.default_rng(seed)
+def by_domain(sequences: Sequences, sums: list[Sums]) -> dict[str, DomainQuality]:
+    """Figures and 95 % intervals per domain; whole sequences vary, tokens of one go together."""
     return {
-        name: _domain(np.array(list(_rows(sequences, sums, number))), random)
+        name: _domain(np.array(list(_rows(sequences, sums, number))))
         for number, name in enumerate(sequences.domains)
     }
 
@@ -201,21 +201,45 @@ def _rows(sequences: Sequences, sums: list[Sums], domain: int) -> Iterator[tuple
             yield (s.tokens, s.kl, s.agree, s.loss_original, s.loss_pruned)
 
 
-def _domain(rows: npt.NDArray[np.float64], random: np.random.Generator) -> DomainQuality:
-    drawn = random.integers(0, len(rows), (_RESAMPLES, len(rows)))
-    totals = rows[drawn].sum(axis=1)
-    samples = [Figures.of(total) for total in totals]
-
-    def percentile(q: float) -> Figures:
-        return Figures(
-            kl_nats=float(np.percentile([s.kl_nats for s in samples], q)),
-            perplexity_ratio=float(np.percentile([s.perplexity_ratio for s in samples], q)),
-            top1_agreement=float(np.percentile([s.top1_agreement for s in samples], q)),
-        )
-
+def _domain(rows: npt.NDArray[np.float64]) -> DomainQuality:
+    low, high = _interval(rows) if len(rows) > 1 else (None, None)
     return DomainQuality(
-        tokens=int(rows[:, 0].sum()),
-        figures=Figures.of(rows.sum(axis=0)),
-        low=percentile(2.5),
-        high=percentile(97.5),
+        tokens=int(rows[:, 0].sum()), figures=Figures.of(rows.sum(axis=0)), low=low, high=high
     )
+
+
+def _interval(rows: npt.NDArray[np.float64]) -> tuple[Figures, Figures]:
+    """Student's t on the logarithm of each ratio, its error by the delta method.
+
+    With R = Σy / ΣT over n sequences, residuals e = y - R·T, the error of R is
+    √(n / (n - 1)·Σe²) / ΣT, and that of log R is that over R. The logarithm, because loss is
+    skewed and never negative; t, because percentiles of a bootstrap are too narrow for few
+    sequences: of four they cover 77 %, of eight 85 %, of sixteen 90 %.
+    """
+    tokens_S, kl_S, agree_S, original_S, pruned_S = rows.T
+    count, total = len(rows), float(tokens_S.sum())
+    quantile = float(stats.t.ppf(0.975, count - 1))
+
+    def around(values_S: npt.NDArray[np.float64]) -> tuple[float, float]:
+        """Mean per token, and half the interval's width."""
+        mean = float(values_S.sum()) / total
+        squares = float(((values_S - mean * tokens_S) ** 2).sum())
+        return mean, quantile * float(np.sqrt(squares * count / (count - 1))) / total
+
+    def on_logarithm(mean: float, half: float) -> tuple[float, float]:
+        """A mean of nothing has no error: no sequence had any."""
+        factor = float(np.exp(half / mean)) if mean > 0 else 1.0
+        return mean / factor, mean * factor
+
+    low_kl, high_kl = on_logarithm(*around(kl_S))
+    low_other, high_other = on_logarithm(*around(tokens_S - agree_S))
+    loss, half = around(pruned_S - original_S)
+    ends = (
+        (low_kl, loss - half, 1.0 - min(high_other, 1.0)),
+        (high_kl, loss + half, 1.0 - low_other),
+    )
+    low, high = (
+        Figures(kl_nats=kl, perplexity_ratio=float(np.exp(more)), top1_agreement=agreement)
+        for kl, more, agreement in ends
+    )
+    return low, high

@@ -90,7 +90,7 @@ def compare_served(
     return Comparison(
         original=original,
         pruned=pruned,
-        domains=by_domain(sequences, every, texts.seed),
+        domains=by_domain(sequences, every),
         expert_bytes={},
         total_bytes={},
         top=top,

@@ -23,8 +23,8 @@ class Option:
     """Cards that hold it with its cache; ``None``: more than any power of two up to 64."""
     mean_kl: float
     worst_kl: float
-    worst_kl_high: float
-    """Upper end of the worst domain's 95 % interval."""
+    worst_kl_high: float | None
+    """Upper end of the worst domain's 95 % interval; ``None``: it has one sequence only."""
     worst_domain: str
     perplexity_ratio: float
     top1: float
@@ -150,7 +150,7 @@ def recommend(options: Sequence[Option], settings: PilotSettings) -> Recommendat
         nearest=best,
         fewest_gpus=fewest,
         candidates=len(good),
-        uncertain=best.worst_kl_high > tolerance.worst_kl_nats,
+        uncertain=(best.worst_kl_high or 0.0) > tolerance.worst_kl_nats,
     )
 
 

@@ -192,7 +192,11 @@ def _risks(pilot: Pilot, advice: Recommendation, t: Catalogue) -> list[str]:
         )
     if option.overlap:
         found.append(t("risk_overlap", files=", ".join(option.overlap)))
-    few = sorted(n for n, quality in option.domains.items() if quality["tokens"] < _FEW_TOKENS)
+    few = sorted(
+        name
+        for name, quality in option.domains.items()
+        if quality["tokens"] < _FEW_TOKENS or quality["interval"] is None
+    )
     if few:
         found.append(t("risk_few", domains=", ".join(few)))
     return found

@@ -140,6 +140,7 @@ def _option(
         write_json(record, found)
     quality, hardware = found["comparison"]["quality"], settings.hardware
     worst, memory = quality["worst_domain"], found["comparison"]["memory"]
+    interval = quality["domains"][worst["domain"]]["interval"]
     return Option(
         name=name,
         method=method,
@@ -152,7 +153,7 @@ def _option(
         ),
         mean_kl=quality["mean"]["kl_nats"],
         worst_kl=worst["kl_nats"],
-        worst_kl_high=quality["domains"][worst["domain"]]["interval"]["high"]["kl_nats"],
+        worst_kl_high=interval["high"]["kl_nats"] if interval else None,
         worst_domain=worst["domain"],
         perplexity_ratio=quality["mean"]["perplexity_ratio"],
         top1=quality["mean"]["top1_agreement"],

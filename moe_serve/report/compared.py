@@ -33,7 +33,7 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
     rows = sorted(
         found["quality"]["domains"].items(), key=lambda item: (-item[1]["kl_nats"], item[0])
     )
-    highest = max(row["interval"]["high"]["kl_nats"] for _, row in rows)
+    highest = max((row["interval"] or {"high": row})["high"]["kl_nats"] for _, row in rows)
     return environment.get_template("compare.html").render(
         found=found,
         rows=[_row(name, row, highest) for name, row in rows],
@@ -68,7 +68,8 @@ def _headline(name: str, worst: Mapping[str, Any], t: Catalogue) -> str:
 
 def _row(name: str, row: Mapping[str, Any], highest: float) -> dict[str, Any]:
     """One domain: its figures as text, and where they stand on a scale of 100."""
-    low, high = row["interval"]["low"], row["interval"]["high"]
+    known = row["interval"] is not None
+    low, high = (row["interval"][end] if known else row for end in ("low", "high"))
     scale = 100.0 / highest if highest else 0.0
     return {
         "name": name,
@@ -76,9 +77,13 @@ def _row(name: str, row: Mapping[str, Any], highest: float) -> dict[str, Any]:
         "from": low["kl_nats"] * scale,
         "to": high["kl_nats"] * scale,
         "kl": words.short(row["kl_nats"]),
-        "kl_interval": f"{words.short(low['kl_nats'])} - {words.short(high['kl_nats'])}",
+        "kl_interval": f"{words.short(low['kl_nats'])} - {words.short(high['kl_nats'])}"
+        if known
+        else "",
         "perplexity": f"{row['perplexity_ratio']:.3f}",
-        "perplexity_interval": f"{low['perplexity_ratio']:.3f} - {high['perplexity_ratio']:.3f}",
+        "perplexity_interval": f"{low['perplexity_ratio']:.3f} - {high['perplexity_ratio']:.3f}"
+        if known
+        else "",
         "agreement": words.percent(row["top1_agreement"]),
         "tokens": words.number(row["tokens"]),
     }

@@ -151,7 +151,9 @@ def quality(facts: Facts) -> list[dict[str, Any]]:
             "share": max(found["kl_nats"], 0.0) / top,
             "kl": f"{found['kl_nats']:.4f}",
             "interval": f"{found['interval']['low']['kl_nats']:.4f} - "
-            f"{found['interval']['high']['kl_nats']:.4f}",
+            f"{found['interval']['high']['kl_nats']:.4f}"
+            if found["interval"]
+            else "",
             "perplexity": f"{found['perplexity_ratio']:.4f}",
             "agreement": words.percent(found["top1_agreement"]),
             "tokens": words.number(found["tokens"]),

@@ -112,5 +112,5 @@ def test_divergence_equals_plain_transformers(tmp_path: Path) -> None:
     assert again == [sums, sums]
     assert kept.exists()
     assert not (tmp_path / "reference.f32").exists()
-    same = by_domain(corpus.sequences, divergence(first, first, *args), 0)
+    same = by_domain(corpus.sequences, divergence(first, first, *args))
     assert all(d.figures.kl_nats == 0 and d.figures.top1_agreement == 1 for d in same.values())
