@@ -185,6 +185,8 @@ def _risks(pilot: Pilot, advice: Recommendation, t: Catalogue) -> list[str]:
         found.append(t("risk_no_texts"))
     elif missing := sorted(option.domains.keys() - set(pilot.covered)):
         found.append(t("risk_uncovered", domains=", ".join(missing)))
+    if pilot.undeclared:
+        found.append(t("risk_undeclared", files=", ".join(pilot.undeclared)))
     if advice.uncertain:
         limit = pilot.settings.tolerance.worst_kl_nats
         found.append(

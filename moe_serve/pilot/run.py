@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from moe_serve.calibration.governance import undeclared
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.manifest import MANIFEST
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
@@ -41,6 +42,8 @@ class Pilot:
     options: tuple[Option, ...]
     covered: tuple[str, ...]
     """Domains that calibration saw."""
+    undeclared: tuple[str, ...] = ()
+    """Calibration texts whose owners declared nothing."""
 
 
 def run(settings: PilotSettings, progress: Progress) -> Pilot:
@@ -52,8 +55,9 @@ def run(settings: PilotSettings, progress: Progress) -> Pilot:
     original = open_checkpoint(settings.model)
     (settings.output / RESULTS).mkdir(parents=True, exist_ok=True)
     seconds, covered = _calibrated(settings, progress)
+    record = Statistics(settings.output / STATISTICS).record if covered else {}
     if covered and not settings.allow_overlap:
-        _refuse_overlap(settings, original)
+        _refuse_overlap(settings, original, record)
     options = tuple(
         _option(settings, original, method, keep, seconds, progress)
         for method, keep in _tried(settings)
@@ -65,7 +69,13 @@ def run(settings: PilotSettings, progress: Progress) -> Pilot:
         total_bytes=total,
         gpus=gpus_needed(original.config, total, hardware.memory, hardware.kv_tokens),
     )
-    return Pilot(settings=settings, baseline=baseline, options=options, covered=covered)
+    return Pilot(
+        settings=settings,
+        baseline=baseline,
+        options=options,
+        covered=covered,
+        undeclared=tuple(undeclared(record.get("sources", ()))),
+    )
 
 
 def _tried(settings: PilotSettings) -> Iterator[tuple[str, float]]:
@@ -88,10 +98,9 @@ def _calibration(settings: PilotSettings) -> TextOptions:
     )
 
 
-def _refuse_overlap(settings: PilotSettings, original: Checkpoint) -> None:
+def _refuse_overlap(settings: PilotSettings, original: Checkpoint, record: dict[str, Any]) -> None:
     """Before hours go into options whose figures would be too good."""
     corpus = load_corpus(original, _texts(settings, settings.texts))
-    record = Statistics(settings.output / STATISTICS).record
     refuse_overlap(corpus.shared(record) if corpus else (), "for calibration")
 
 

@@ -138,6 +138,7 @@ def test_the_page_opens(
     assert NAME in shown.inner_text("h1")
     rows = shown.locator("#measured tbody tr").all_inner_texts()
     assert len(rows) == 3
+    assert any("texts.jsonl" in risk for risk in shown.locator("li").all_inner_texts())
     assert f"{pilot.options[1].mean_kl:.3g}" in rows[2]
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert wrong == []
