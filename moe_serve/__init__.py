@@ -1,3 +1,52 @@
-"""Prune Mixture-of-Experts models, serve the result in vLLM, and roll it out safely."""
+"""Prune Mixture-of-Experts models, serve the result in vLLM, and roll it out safely.
+
+What the commands call, for programs::
+
+    from moe_serve import PruneRequest, Selection, TextOptions, compare, prune
+
+Each name is imported when it is used: rolling back must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from moe_serve.checkpoint.export import export as export
+    from moe_serve.errors import MoeServeError as MoeServeError
+    from moe_serve.evaluation.comparison import Comparison as Comparison
+    from moe_serve.evaluation.comparison import compare as compare
+    from moe_serve.evaluation.inspection import inspect as inspect
+    from moe_serve.pruning.request import Selection as Selection
+    from moe_serve.pruning.request import TextOptions as TextOptions
+    from moe_serve.pruning.run import PruneRequest as PruneRequest
+    from moe_serve.pruning.run import PruneResult as PruneResult
+    from moe_serve.pruning.run import calibrate as calibrate
+    from moe_serve.pruning.run import prune as prune
+    from moe_serve.pruning.verify import verify as verify
+
+_HOMES = {
+    "Comparison": "evaluation.comparison",
+    "MoeServeError": "errors",
+    "PruneRequest": "pruning.run",
+    "PruneResult": "pruning.run",
+    "Selection": "pruning.request",
+    "TextOptions": "pruning.request",
+    "calibrate": "pruning.run",
+    "compare": "evaluation.comparison",
+    "export": "checkpoint.export",
+    "inspect": "evaluation.inspection",
+    "prune": "pruning.run",
+    "verify": "pruning.verify",
+}
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - names, all of them strings
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

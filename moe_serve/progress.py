@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class Progress(Protocol):
@@ -16,10 +16,13 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """Shows nothing; what a program that calls gets unless it says otherwise."""
 
     def start(self, task: str, total: int) -> None:
         """Ignore."""
 
     def advance(self, steps: int = 1) -> None:
         """Ignore."""
+
+
+SILENT: Final = Silent()

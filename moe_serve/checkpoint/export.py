@@ -13,10 +13,10 @@ from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import require_space, staged
 from moe_serve.errors import UsageError
 from moe_serve.files import writing
-from moe_serve.progress import Progress
+from moe_serve.progress import SILENT, Progress
 
 
-def export(source: Path, target: Path, form_name: str, progress: Progress) -> Path:
+def export(source: Path, target: Path, form_name: str, progress: Progress = SILENT) -> Path:
     """Write ``source``, a compact checkpoint, as ``tied``, ``native`` or ``substitution``.
 
     Reads every byte once; resumable layer by layer. Peak memory: one layer's blocks.

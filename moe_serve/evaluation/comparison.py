@@ -15,8 +15,15 @@ from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.divergence import DomainQuality, Figures, by_domain, divergence
 from moe_serve.evaluation.generation import SideBySide, generation_json
-from moe_serve.progress import Progress
-from moe_serve.pruning.request import Corpus, TextOptions, load_corpus, refuse_overlap
+from moe_serve.progress import SILENT, Progress
+from moe_serve.pruning.request import (
+    CPU,
+    DEFAULT_BATCH,
+    Corpus,
+    TextOptions,
+    load_corpus,
+    refuse_overlap,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +98,9 @@ def compare(
     original: Path,
     pruned: Path,
     texts: TextOptions,
-    device: torch.device,
-    batch_tokens: int,
-    progress: Progress,
+    device: torch.device = CPU,
+    batch_tokens: int = DEFAULT_BATCH,
+    progress: Progress = SILENT,
     reference: Path | None = None,
     *,
     allow_overlap: bool = False,

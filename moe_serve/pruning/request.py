@@ -36,6 +36,7 @@ DEFAULT_LENGTH: Final = 2048
 """Tokens per sequence; models with shorter contexts get their own limit."""
 DEFAULT_BATCH: Final = 4096
 """Tokens in memory at once."""
+CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,7 +36,7 @@ from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import Staging, free_bytes, require_space, staged
 from moe_serve.errors import PlanError, UsageError
 from moe_serve.files import write_atomic
-from moe_serve.progress import Progress
+from moe_serve.progress import SILENT, Progress
 from moe_serve.pruning.apply import Application, apply_plan
 from moe_serve.pruning.card import model_card
 from moe_serve.pruning.evidence import Evidence
@@ -44,6 +44,7 @@ from moe_serve.pruning.methods import method_named
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import (
+    CPU,
     DEFAULT_BATCH,
     WORST,
     Corpus,
@@ -68,7 +69,7 @@ class PruneRequest:
     texts: TextOptions
     selection: Selection
     form: str = "compact"
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = CPU
     batch_tokens: int = DEFAULT_BATCH
     plan: Path | None = None
     """Carry out this plan instead of making one."""
@@ -113,7 +114,7 @@ class _Clock:
         self.seconds[phase] += time.monotonic() - begin
 
 
-def prune(request: PruneRequest, progress: Progress) -> PruneResult:
+def prune(request: PruneRequest, progress: Progress = SILENT) -> PruneResult:
     """Prune a checkpoint; the output appears whole or not at all.
 
     Weights are read once to calibrate, once to re-fit and once to be copied and hashed.
@@ -191,9 +192,9 @@ def calibrate(
     model: Path,
     output: Path,
     texts: TextOptions,
-    device: torch.device,
-    batch_tokens: int,
-    progress: Progress,
+    device: torch.device = CPU,
+    batch_tokens: int = DEFAULT_BATCH,
+    progress: Progress = SILENT,
     share: Share = WHOLE,
     *,
     balance: Mapping[str, float] | None = None,

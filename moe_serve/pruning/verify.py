@@ -15,7 +15,7 @@ from moe_serve.checkpoint.layout import copied_entries
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest, hash_files
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
-from moe_serve.progress import Progress
+from moe_serve.progress import SILENT, Progress
 from moe_serve.pruning.build import build_blocks
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.shared import shared_tensors
@@ -42,7 +42,7 @@ class Verification:
 
 
 @torch.inference_mode()
-def verify(folder: Path, original: Path | None, progress: Progress) -> Verification:
+def verify(folder: Path, original: Path | None = None, progress: Progress = SILENT) -> Verification:
     """Recompute hashes, structure, table and finiteness; with the original, the weights too.
 
     Args:
