@@ -7,7 +7,6 @@ from typing import Any, Final
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-from moe_serve import __version__
 from moe_serve.pilot.decision import (
     Money,
     Option,
@@ -21,6 +20,7 @@ from moe_serve.pilot.decision import (
 from moe_serve.pilot.run import Pilot
 from moe_serve.report import words
 from moe_serve.report.catalogue import Catalogue
+from moe_serve.version import __version__
 
 _FEW_TOKENS: Final = 2000
 """Fewer measured tokens than this and a domain's figure is a guess."""

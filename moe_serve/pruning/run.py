@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import torch
 
-import moe_serve
 from moe_serve.calibration.collect import Collection, collect, observe
 from moe_serve.calibration.governance import refuse_purpose
 from moe_serve.calibration.group import joined, own_device, started
@@ -54,6 +53,7 @@ from moe_serve.pruning.request import (
 )
 from moe_serve.pruning.trial import Trial
 from moe_serve.pruning.worst import Game, Round, best
+from moe_serve.version import __version__
 
 PLAN: Final = "plan.json"
 _STATISTICS: Final = "statistics"
@@ -259,7 +259,7 @@ def _fingerprint(
         "requantise": selection.requantise,
         "objective": selection.objective,
         "seed": selection.seed,
-        "version": moe_serve.__version__,
+        "version": __version__,
     }
 
 
@@ -476,7 +476,7 @@ def _seal(
         if spec.name.startswith(tuple(map(checkpoint.family.expert_prefix, original)))
     }
     manifest = Manifest(
-        moe_serve_version=moe_serve.__version__,
+        moe_serve_version=__version__,
         format=form.name,
         original=Original(
             name=checkpoint.path.resolve().name,

@@ -24,7 +24,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
-from moe_serve import __version__
 from moe_serve.errors import MoeServeError
 from moe_serve.metrics.exporter import Exporter
 from moe_serve.rollout import api, controller
@@ -36,6 +35,7 @@ from moe_serve.rollout.vitals import Watch
 from moe_serve.rollout.web.page import Page
 from moe_serve.serving.state import StackState
 from moe_serve.serving.token import read_token
+from moe_serve.version import __version__
 
 _LOOK: Final = 5.0
 """Seconds between looks at the engines, so that a page has rates when it is opened."""
