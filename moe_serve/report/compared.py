@@ -37,6 +37,8 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
     return environment.get_template("compare.html").render(
         found=found,
         rows=[_row(name, row, highest) for name, row in rows],
+        speed=_speed(found["speed"]) if found["speed"] else [],
+        answers=found.get("generation"),
         mean=found["quality"]["mean"],
         sizes=[
             (label, sizes["original"], sizes["pruned"])
@@ -64,6 +66,16 @@ def _headline(name: str, worst: Mapping[str, Any], t: Catalogue) -> str:
         perplexity=f"{worst['perplexity_ratio']:.3f}",
         agreement=words.percent(worst["top1_agreement"]),
     )
+
+
+def _speed(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Name, unit and both values of each figure, under the names that the tool has for them."""
+    rows = [(name, row["unit"], row) for name, row in found["throughput"].items()]
+    return rows + [
+        (f"{name} {statistic}", row["unit"], pair)
+        for name, row in found["latency"].items()
+        for statistic, pair in row["statistics"].items()
+    ]
 
 
 def _row(name: str, row: Mapping[str, Any], highest: float) -> dict[str, Any]:

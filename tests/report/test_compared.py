@@ -42,6 +42,29 @@ def result(domains: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def whole() -> dict[str, Any]:
+    """With all there can be."""
+    pair = {"original": 4.0, "pruned": 2.0, "ratio": 0.5}
+    latency = {"ttft": {"unit": "ms", "statistics": {"mean": pair, "p99": pair}}}
+    side = {"mean_tokens": 5.0, "flaws": {"empty": 0, "loop": 1, "script": 0, "broken": 0}}
+    found = result({"code": 0.05, MARKUP: 0.25})
+    found["quality"]["domains"]["one"] = figures(0.01) | {"tokens": 9, "interval": None}
+    return found | {
+        "speed": {
+            "tool": "vllm bench serve",
+            "throughput": {"output_throughput": {"unit": "tokens/s", **pair}},
+            "latency": latency,
+            "unlike": ["num_prompts"],
+        },
+        "generation": {
+            "prompts": 3,
+            "identical": 1,
+            "median_first_divergence": 2.5,
+            "answers": {"original": side, "pruned": side},
+        },
+    }
+
+
 def test_the_page_opens(tmp_path: Path) -> None:
     """Worst domain first, markup as text, no message, no request, no sideways scrolling."""
     wrong: list[str] = []
@@ -51,15 +74,18 @@ def test_the_page_opens(tmp_path: Path) -> None:
         )
         for language in LANGUAGES:
             file = tmp_path / f"{language}.html"
-            file.write_text(
-                comparison_page(result({"code": 0.05, MARKUP: 0.25}), language), encoding="utf-8"
-            )
+            file.write_text(comparison_page(whole(), language), encoding="utf-8")
             shown = browser.new_page(viewport={"width": 390, "height": 800})
             shown.on("console", lambda message: wrong.append(message.text))
             shown.goto(file.as_uri())
             rows = shown.locator("#domains tbody tr").all_inner_texts()
             assert rows[0].split("\t")[:3] == [MARKUP, "0.25", "0.125 - 0.5"]
             assert rows[1].startswith("code")
+            assert rows[2].split("\t") == ["one", "0.01", "", "1.010", "", "99 %", "9"]
+            speeds = shown.locator("#speed tbody tr").all_inner_texts()
+            assert speeds[1].split("\t") == ["ttft mean", "ms", "4", "2", "0.50"]
+            answers = shown.locator("#answers tbody tr").all_inner_texts()
+            assert answers[1].split("\t")[1:] == ["5.0", "0", "1", "0", "0"]
             assert shown.evaluate("document.documentElement.scrollWidth") <= 390
             assert wrong == []
         browser.close()
