@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.manifest import Manifest
@@ -129,16 +129,16 @@ def test_the_filter_narrows_and_names_what_is_left(
     assert page.locator(".card").count() == EXPERTS
     assert page.locator("#matches").inner_text() == f"{2 * EXPERTS} of {2 * EXPERTS} experts"
     page.locator("input[name=words]").press_sequentially("l1 e3")
-    assert page.locator("#matches").inner_text() == f"1 of {2 * EXPERTS} experts"
+    expect(page.locator("#matches")).to_have_text(f"1 of {2 * EXPERTS} experts")
     page.locator("details[data-layer='1'] > summary").press("Enter")
-    assert page.locator(".card:visible").all_inner_texts()[0].startswith("E3")
-    assert page.locator(".card:visible").count() == 1
+    expect(page.locator(".card:visible")).to_have_count(1)
+    assert page.locator(".card:visible").inner_text().startswith("E3")
     page.locator("button[type=reset]").click()
     page.select_option("select[name=domain]", DOMAINS[0])
     index = json.loads(page.locator("#experts").text_content() or "")
     wanted = [row for row in index if DOMAINS[0] in row[3]]
     page.locator("#matches", has_text=f"{len(wanted)} of").wait_for()
-    assert page.locator(".card:visible").count() == len(wanted)
+    expect(page.locator(".card:visible")).to_have_count(len(wanted))
     assert wrong == []
     page.close()
 
