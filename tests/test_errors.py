@@ -36,3 +36,11 @@ def test_rolling_back_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_demo_says_where_its_model_is(tmp_path: Path) -> None:
+    """A package that was installed holds none."""
+    command = [sys.executable, "-m", "moe_serve", "demo", "--model", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "run scripts/demo in a checkout" in " ".join(done.stderr.split())

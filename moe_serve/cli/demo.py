@@ -13,6 +13,7 @@ from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.demo.run import DemoRequest, DemoResult, run_demo
+from moe_serve.errors import UsageError
 from moe_serve.serving.variants import VARIANTS
 
 _FIXTURES: Final = Path(__file__).parents[2] / "benchmarks" / "fixtures"
@@ -29,6 +30,13 @@ def demo_command(
     as_json: options.Json = False,
 ) -> None:
     """Prune a trained MoE, serve both, compare, move traffic, roll back; a few minutes."""
+    for place in (model, calibration, heldout):
+        if not place.exists():
+            raise UsageError(
+                "is not there; the trained model comes with the repository, not with the package",
+                where=str(place),
+                remedy="run scripts/demo in a checkout, or give --model, --calibration, --heldout",
+            )
     target = output or Path(tempfile.mkdtemp(prefix="moe-serve-demo-"))
     request = DemoRequest(
         model=model, calibration=calibration, heldout=heldout, output=target, keep=keep
