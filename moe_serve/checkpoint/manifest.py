@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,6 +13,7 @@ from moe_serve.files import read_json, write_json
 from moe_serve.progress import Progress
 
 MANIFEST: Final = "moe_serve.json"
+_R = TypeVar("_R", bound=BaseModel)
 
 
 class _Model(BaseModel):
@@ -100,22 +101,34 @@ class Manifest(_Model):
         Raises:
             CheckpointError: it is absent or malformed.
         """
-        path = folder / MANIFEST
-        if not path.exists():
-            raise CheckpointError(
-                f"holds no {MANIFEST}",
-                where=str(folder),
-                remedy="only checkpoints written by moe-serve have one",
-            )
-        try:
-            return cls.model_validate(read_json(path) | {})
-        except ValidationError as exc:
-            first = exc.errors()[0]
-            raise CheckpointError(
-                f"is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})",
-                where=str(path),
-                remedy="restore it or prune again",
-            ) from exc
+        remedy = "only checkpoints written by moe-serve have one"
+        return load_record(cls, folder, MANIFEST, remedy)
+
+
+def load_record(kind: type[_R], folder: Path, name: str, remedy: str) -> _R:
+    """Read a JSON file that a checkpoint carries.
+
+    Args:
+        kind: its model.
+        folder: the checkpoint.
+        name: of the file.
+        remedy: what to do where there is none.
+
+    Raises:
+        CheckpointError: it is absent or malformed.
+    """
+    path = folder / name
+    if not path.exists():
+        raise CheckpointError(f"holds no {name}", where=str(folder), remedy=remedy)
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as exc:
+        first = exc.errors()[0]
+        raise CheckpointError(
+            f"is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})",
+            where=str(path),
+            remedy="restore it or prune again",
+        ) from exc
 
 
 def hash_files(folder: Path, progress: Progress, task: str) -> dict[str, str]:

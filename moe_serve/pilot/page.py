@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
 from moe_serve.pilot.decision import (
     Money,
     Option,
@@ -20,6 +18,7 @@ from moe_serve.pilot.decision import (
 from moe_serve.pilot.run import Pilot
 from moe_serve.report import words
 from moe_serve.report.catalogue import Catalogue
+from moe_serve.report.templating import templates
 from moe_serve.version import __version__
 
 _FEW_TOKENS: Final = 2000
@@ -57,14 +56,7 @@ def page(pilot: Pilot, language: str) -> str:
         for option in pilot.options
     ]
     row = next(row for row in rows if row.option is shown)
-    environment = Environment(
-        loader=ChoiceLoader([PackageLoader("moe_serve.pilot"), PackageLoader("moe_serve.report")]),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"t": t, "w": words, "hours": _hours, "amount": _amount}
+    environment = templates(t, "moe_serve.pilot", w=words, hours=_hours, amount=_amount)
     return environment.get_template("pilot.html").render(
         name=settings.model.name,
         version=__version__,

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Final, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from moe_serve.calibration.store import Statistics
+from moe_serve.checkpoint.manifest import load_record
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.errors import CheckpointError
-from moe_serve.files import read_json, write_atomic
+from moe_serve.files import write_atomic
 from moe_serve.pruning.similarity import cosine
 
 EVIDENCE: Final = "evidence.json"
@@ -81,22 +81,8 @@ class Evidence(_Model):
         Raises:
             CheckpointError: it is absent or malformed.
         """
-        path = folder / EVIDENCE
-        if not path.exists():
-            raise CheckpointError(
-                f"holds no {EVIDENCE}",
-                where=str(folder),
-                remedy="give a checkpoint that moe-serve prune wrote",
-            )
-        try:
-            return cls.model_validate(read_json(path))
-        except ValidationError as exc:
-            first = exc.errors()[0]
-            raise CheckpointError(
-                f"is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})",
-                where=str(path),
-                remedy="restore it or prune again",
-            ) from exc
+        remedy = "give a checkpoint that moe-serve prune wrote"
+        return load_record(cls, folder, EVIDENCE, remedy)
 
 
 def _layer(statistics: Statistics, index: int) -> LayerEvidence:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from moe_serve.report import words
 from moe_serve.report.catalogue import Catalogue
+from moe_serve.report.templating import templates
 
 
 def comparison_page(found: Mapping[str, Any], language: str) -> str:
@@ -22,14 +21,7 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
         UsageError: there is no such language.
     """
     t = Catalogue.of(language)
-    environment = Environment(
-        loader=PackageLoader("moe_serve.report"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"t": t, "w": words}
+    environment = templates(t, w=words)
     rows = sorted(
         found["quality"]["domains"].items(), key=lambda item: (-item[1]["kl_nats"], item[0])
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moe_serve.calibration.store import Statistics
 from moe_serve.errors import CheckpointError
@@ -17,6 +16,7 @@ from moe_serve.report import figures, words
 from moe_serve.report.catalogue import Catalogue
 from moe_serve.report.facts import STATES, Expert, Facts, Layer, standing_out
 from moe_serve.report.summary import alternatives, done, quality, record, risks, tiles
+from moe_serve.report.templating import templates
 
 _MANY: Final = 512
 """More experts than this, and a layer's part of the page is built when it is opened."""
@@ -64,14 +64,7 @@ def _observed(evidence: Evidence, statistics: Statistics, folder: Path) -> Evide
 
 def render(facts: Facts, t: Catalogue) -> str:
     """The page as HTML; whatever comes from files is escaped."""
-    environment = Environment(
-        loader=PackageLoader("moe_serve.report"),
-        undefined=StrictUndefined,
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"t": t, "number": words.number, "short": words.short}
+    environment = templates(t, number=words.number, short=words.short)
     present = {e.state for e in facts.experts}
     return environment.get_template("report.html").render(
         facts=facts,
