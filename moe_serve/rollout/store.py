@@ -11,13 +11,14 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.errors import Overtaken, RolloutError
 from moe_serve.rollout import audit
+from moe_serve.rollout.database import opened
 from moe_serve.rollout.state import State
 
 DATABASE: Final = "rollout.sqlite3"
@@ -143,23 +144,14 @@ class Store:
             if not tables:
                 db.executescript(_SCHEMA)
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        db = None
-        try:
-            db = sqlite3.connect(self._path, timeout=self._timeout, isolation_level=None)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            yield db
-        except sqlite3.Error as exc:
-            raise RolloutError(
-                f"the record can't be used ({exc})",
-                where=str(self._path),
-                remedy="another process may hold it, or the disk is full",
-            ) from exc
-        finally:
-            if db is not None:
-                db.close()
+    def _open(self) -> AbstractContextManager[sqlite3.Connection]:
+        return opened(
+            self._path,
+            timeout=self._timeout,
+            synchronous="FULL",
+            fault="the record can't be used",
+            remedy="another process may hold it, or the disk is full",
+        )
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from moe_serve.errors import RolloutError
+from moe_serve.rollout.database import opened
 from moe_serve.rollout.guards import Evidence
 
 DATABASE: Final = "trace.sqlite3"
@@ -60,23 +60,16 @@ class Trace:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        db = None
-        try:
-            db = sqlite3.connect(self._path, timeout=0.5, isolation_level=None)
-            db.execute("PRAGMA journal_mode=WAL")
+        with opened(
+            self._path,
+            timeout=0.5,
             # A point lost with the power is no loss.
-            db.execute("PRAGMA synchronous=OFF")
+            synchronous="OFF",
+            fault="no points for charts",
+            remedy="remove the file if this stays; decisions do not need it",
+        ) as db:
             db.execute(_SCHEMA)
             yield db
-        except sqlite3.Error as exc:
-            raise RolloutError(
-                f"no points for charts ({exc})",
-                where=str(self._path),
-                remedy="remove the file if this stays; decisions do not need it",
-            ) from exc
-        finally:
-            if db is not None:
-                db.close()
 
     def add(self, at: float, step: int, evidence: Iterable[Evidence]) -> None:
         """One point per guard.
