@@ -20,27 +20,27 @@ if TYPE_CHECKING:
     from moe_serve.evaluation.comparison import Comparison as Comparison
     from moe_serve.evaluation.comparison import compare as compare
     from moe_serve.evaluation.inspection import inspect as inspect
-    from moe_serve.pruning.request import Selection as Selection
-    from moe_serve.pruning.request import TextOptions as TextOptions
-    from moe_serve.pruning.run import PruneRequest as PruneRequest
+    from moe_serve.pruning.corpus import TextOptions as TextOptions
+    from moe_serve.pruning.gathering import calibrate as calibrate
+    from moe_serve.pruning.records.verify import verify as verify
+    from moe_serve.pruning.request import PruneRequest as PruneRequest
     from moe_serve.pruning.run import PruneResult as PruneResult
-    from moe_serve.pruning.run import calibrate as calibrate
     from moe_serve.pruning.run import prune as prune
-    from moe_serve.pruning.verify import verify as verify
+    from moe_serve.pruning.selection import Selection as Selection
 
 _HOMES = {
     "Comparison": "evaluation.comparison",
     "MoeServeError": "errors",
-    "PruneRequest": "pruning.run",
+    "PruneRequest": "pruning.request",
     "PruneResult": "pruning.run",
-    "Selection": "pruning.request",
-    "TextOptions": "pruning.request",
-    "calibrate": "pruning.run",
+    "Selection": "pruning.selection",
+    "TextOptions": "pruning.corpus",
+    "calibrate": "pruning.gathering",
     "compare": "evaluation.comparison",
     "export": "checkpoint.export",
     "inspect": "evaluation.inspection",
     "prune": "pruning.run",
-    "verify": "pruning.verify",
+    "verify": "pruning.records.verify",
 }
 __all__ = ["__version__", *_HOMES]  # noqa: PLE0604 - names, all of them strings
 

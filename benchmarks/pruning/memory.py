@@ -23,7 +23,7 @@ import torch
 from benchmarks.fixtures import CALIBRATION, MODEL
 from moe_serve.checkpoint.shards import ShardWriter, TensorSpec
 from moe_serve.checkpoint.source import open_checkpoint
-from moe_serve.pruning import forecast
+from moe_serve.pruning.forecasts import forecast
 
 TOP_K = 4
 

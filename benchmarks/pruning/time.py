@@ -25,8 +25,10 @@ from benchmarks.fixtures import CALIBRATION, MODEL
 from moe_serve.calibration.stream import batches
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import DEFAULT_BATCH, Selection, TextOptions, load_corpus
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.corpus import TextOptions, load_corpus
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from moe_serve.errors import UsageError
-from moe_serve.pruning.methods import AUTO, METHODS
-from moe_serve.pruning.request import Selection
+from moe_serve.pruning.methods.registry import AUTO, METHODS
+from moe_serve.pruning.selection import Selection
 
 Kind = Literal["expert peer", "neuron peer", "peer + re-fit", "ours"]
 

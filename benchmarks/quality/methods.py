@@ -26,8 +26,10 @@ from moe_serve.errors import MoeServeError
 from moe_serve.evaluation.comparison import compare
 from moe_serve.files import write_json
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import DEFAULT_BATCH, TextOptions, device_named
-from moe_serve.pruning.run import PruneRequest, calibrate, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.gathering import calibrate
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest, device_named
+from moe_serve.pruning.run import prune
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

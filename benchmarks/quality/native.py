@@ -17,8 +17,10 @@ import torch
 from benchmarks.fixtures import CALIBRATION, HELDOUT, MODEL
 from moe_serve.evaluation.comparison import compare
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import DEFAULT_BATCH, Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 
 _PEERS = ("drop-naee", "drop-reap", "drop-taylor", "drop-seer")
 _LENGTH = 256

@@ -25,8 +25,11 @@ from moe_serve.checkpoint.quantisation.packed import Packed
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.evaluation.comparison import compare
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import DEFAULT_BATCH, Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, calibrate, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.gathering import calibrate
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 
 _CPU: Final = torch.device("cpu")
 _TILE: Final = 32

@@ -12,7 +12,7 @@ from rich.table import Table
 from moe_serve.cli import options
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
-from moe_serve.pruning.audit import Audit, audit
+from moe_serve.pruning.records.audit import Audit, audit
 
 
 def audit_command(

@@ -19,18 +19,13 @@ from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.progress import Silent
-from moe_serve.pruning.coverage import gaps
-from moe_serve.pruning.dryrun import dry_run
-from moe_serve.pruning.evidence import Evidence
-from moe_serve.pruning.request import (
-    DEFAULT_BATCH,
-    DEFAULT_LENGTH,
-    DEFAULT_TOKENS,
-    Selection,
-    TextOptions,
-    device_named,
-)
-from moe_serve.pruning.run import PruneRequest, calibrate
+from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS, TextOptions
+from moe_serve.pruning.forecasts.dryrun import dry_run
+from moe_serve.pruning.gathering import calibrate
+from moe_serve.pruning.records.coverage import gaps
+from moe_serve.pruning.records.evidence import Evidence
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest, device_named
+from moe_serve.pruning.selection import Selection
 
 _SHOWN: Final = 20
 """Experts listed; the worst come first."""

@@ -19,13 +19,8 @@ from moe_serve.evaluation.comparison import Comparison, compare
 from moe_serve.evaluation.generation import DEFAULT_ANSWER, generation_json, side_by_side
 from moe_serve.evaluation.served import DEFAULT_CONCURRENCY, DEFAULT_TOP, compare_served
 from moe_serve.files import write_atomic
-from moe_serve.pruning.request import (
-    DEFAULT_BATCH,
-    DEFAULT_LENGTH,
-    DEFAULT_TOKENS,
-    TextOptions,
-    device_named,
-)
+from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS, TextOptions
+from moe_serve.pruning.request import DEFAULT_BATCH, device_named
 from moe_serve.report.catalogue import Catalogue
 from moe_serve.report.compared import comparison_page
 

@@ -12,7 +12,7 @@ from moe_serve.checkpoint.export import export
 from moe_serve.cli import options
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
-from moe_serve.pruning.verify import verify
+from moe_serve.pruning.records.verify import verify
 from moe_serve.serving.twin import BOUND, compare_with_twin
 
 

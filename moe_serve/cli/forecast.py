@@ -6,7 +6,7 @@ import typer
 from rich.table import Table
 
 from moe_serve.cli.output import out, print_json
-from moe_serve.pruning.dryrun import DryRun
+from moe_serve.pruning.forecasts.dryrun import DryRun
 
 
 def show_forecast(found: DryRun, *, as_json: bool) -> None:

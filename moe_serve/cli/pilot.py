@@ -17,7 +17,7 @@ from moe_serve.pilot.decision import misses, money, recommend
 from moe_serve.pilot.page import page
 from moe_serve.pilot.run import Pilot, run, to_json
 from moe_serve.pilot.settings import TEMPLATE, load_settings
-from moe_serve.pruning.request import DEFAULT_LENGTH, DEFAULT_TOKENS
+from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS
 from moe_serve.report.catalogue import LANGUAGES
 
 

@@ -13,21 +13,15 @@ from moe_serve.cli import options
 from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
-from moe_serve.pruning.dryrun import dry_run
-from moe_serve.pruning.gpus import wanted_memory
-from moe_serve.pruning.methods import AUTO
+from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS, TextOptions
+from moe_serve.pruning.forecasts.dryrun import dry_run
+from moe_serve.pruning.forecasts.gpus import wanted_memory
+from moe_serve.pruning.forecasts.sizing import DEFAULT_KV_TOKENS
+from moe_serve.pruning.methods.registry import AUTO
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import (
-    DEFAULT_BATCH,
-    DEFAULT_LENGTH,
-    DEFAULT_TOKENS,
-    MEAN,
-    Selection,
-    TextOptions,
-    device_named,
-)
-from moe_serve.pruning.run import PruneRequest, PruneResult, prune
-from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest, device_named
+from moe_serve.pruning.run import PruneResult, prune
+from moe_serve.pruning.selection import MEAN, Selection
 
 
 def prune_command(

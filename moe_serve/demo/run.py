@@ -20,9 +20,11 @@ from moe_serve.errors import ServingError, UsageError
 from moe_serve.evaluation.comparison import Comparison, compare
 from moe_serve.metrics.sources import Source, total
 from moe_serve.progress import Progress
-from moe_serve.pruning.request import DEFAULT_BATCH, Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, PruneResult, prune
-from moe_serve.pruning.verify import verify
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
+from moe_serve.pruning.run import PruneResult, prune
+from moe_serve.pruning.selection import Selection
 from moe_serve.rollout.traffic import Decision, move
 from moe_serve.serving.process import free_port
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS

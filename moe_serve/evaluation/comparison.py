@@ -16,14 +16,8 @@ from moe_serve.errors import UsageError
 from moe_serve.evaluation.divergence import DomainQuality, Figures, by_domain, divergence
 from moe_serve.evaluation.generation import SideBySide, generation_json
 from moe_serve.progress import SILENT, Progress
-from moe_serve.pruning.request import (
-    CPU,
-    DEFAULT_BATCH,
-    Corpus,
-    TextOptions,
-    load_corpus,
-    refuse_overlap,
-)
+from moe_serve.pruning.corpus import Corpus, TextOptions, load_corpus, refuse_overlap
+from moe_serve.pruning.request import CPU, DEFAULT_BATCH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

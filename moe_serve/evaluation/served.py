@@ -23,7 +23,7 @@ from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import Comparison
 from moe_serve.evaluation.divergence import Sums, by_domain
 from moe_serve.progress import Progress
-from moe_serve.pruning.request import TextOptions
+from moe_serve.pruning.corpus import TextOptions
 from moe_serve.serving.client import ServedModel
 from moe_serve.serving.logprobs import Place, divergence
 

@@ -19,15 +19,12 @@ from moe_serve.files import read_json, write_json
 from moe_serve.pilot.decision import Baseline, Option
 from moe_serve.pilot.settings import PilotSettings
 from moe_serve.progress import Progress
-from moe_serve.pruning.request import (
-    Selection,
-    TextOptions,
-    device_named,
-    load_corpus,
-    refuse_overlap,
-)
-from moe_serve.pruning.run import PruneRequest, calibrate, prune
-from moe_serve.pruning.sizing import gpus_needed
+from moe_serve.pruning.corpus import TextOptions, load_corpus, refuse_overlap
+from moe_serve.pruning.forecasts.sizing import gpus_needed
+from moe_serve.pruning.gathering import calibrate
+from moe_serve.pruning.request import PruneRequest, device_named
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 
 RESULTS: Final = "results"
 STATISTICS: Final = "statistics"

@@ -9,9 +9,10 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moe_serve.errors import UsageError
-from moe_serve.pruning.gpus import gpu_memory
-from moe_serve.pruning.request import DEFAULT_BATCH, DEFAULT_LENGTH, DEFAULT_TOKENS
-from moe_serve.pruning.sizing import DEFAULT_KV_TOKENS, parse_size
+from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS
+from moe_serve.pruning.forecasts.gpus import gpu_memory
+from moe_serve.pruning.forecasts.sizing import DEFAULT_KV_TOKENS, parse_size
+from moe_serve.pruning.request import DEFAULT_BATCH
 
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Price = Annotated[float, Field(ge=0.0)]

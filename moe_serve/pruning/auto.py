@@ -16,10 +16,10 @@ from typing import Any, Final
 
 from moe_serve.errors import PlanError
 from moe_serve.families import Shape
-from moe_serve.pruning.methods import METHODS
+from moe_serve.pruning.methods.registry import METHODS
+from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.plan import LayerPlan, Refit
 from moe_serve.pruning.trial import Measured, Option, Trial
-from moe_serve.pruning.view import Budget, LayerView
 
 LEADERS: Final = ("block-obs", "block-heapr")
 """Tried on the whole model."""

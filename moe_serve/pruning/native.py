@@ -21,12 +21,12 @@ from moe_serve.calibration.mixture import Mixture, Router
 from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError
 from moe_serve.families import Routing, Shape
-from moe_serve.pruning.neurons import Ladder, loss_root
+from moe_serve.pruning.fitting.split import split_plan, steady_direction
+from moe_serve.pruning.methods.neurons import Ladder, loss_root
+from moe_serve.pruning.methods.view import LayerView
 from moe_serve.pruning.numbers import tile_width
 from moe_serve.pruning.plan import Block, LayerPlan, Part
-from moe_serve.pruning.split import split_plan, steady_direction
 from moe_serve.pruning.trial import Measured
-from moe_serve.pruning.view import LayerView
 
 SHORTLIST: Final = 4
 """Pairs measured. The estimates rank within a factor of two or so, and neighbours are close."""
@@ -125,7 +125,7 @@ class Weighed:
     ladders: Mapping[int, Ladder]
     options: Mapping[int, Mapping[Size, Narrowed | Cut]]
     directions: Mapping[int, torch.Tensor] = field(default_factory=dict)
-    """Where cuts are among the options: v of each layer, see :mod:`moe_serve.pruning.split`."""
+    """Where cuts are among the options: v of each layer, see ``fitting/split.py``."""
 
     def estimates(self) -> dict[Size, float]:
         """Summed error of all layers in the loss's metric, least first."""

@@ -15,17 +15,17 @@ from moe_serve.errors import PlanError
 from moe_serve.families import Shape
 from moe_serve.progress import Progress
 from moe_serve.pruning import auto
-from moe_serve.pruning.allocation import distribute
-from moe_serve.pruning.grouping import counts_over_layers
-from moe_serve.pruning.methods import AUTO, METHODS, Method
+from moe_serve.pruning.fitting.split import one_row_each
+from moe_serve.pruning.methods.allocation import distribute
+from moe_serve.pruning.methods.grouping import counts_over_layers
+from moe_serve.pruning.methods.neurons import Ladder, even_counts
+from moe_serve.pruning.methods.registry import AUTO, METHODS, Method
+from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.native import choose, weigh
-from moe_serve.pruning.neurons import Ladder, even_counts
 from moe_serve.pruning.numbers import number_format
 from moe_serve.pruning.plan import Heal, LayerPlan, Plan, Refit, RouterFit
-from moe_serve.pruning.request import Selection
-from moe_serve.pruning.split import one_row_each
+from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Trial
-from moe_serve.pruning.view import Budget, LayerView
 
 
 @torch.inference_mode()

@@ -27,10 +27,10 @@ from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CalibrationError
 from moe_serve.progress import Progress, Silent
-from moe_serve.pruning.neurons import loss_root
+from moe_serve.pruning.fitting.refit import FitTokens
+from moe_serve.pruning.fitting.walk import Walk, held_out
+from moe_serve.pruning.methods.neurons import loss_root
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
-from moe_serve.pruning.refit import FitTokens
-from moe_serve.pruning.walk import Walk, held_out
 
 TRIAL_TOKENS: Final = 16_384
 """Tokens of a trial, those it is measured on included."""

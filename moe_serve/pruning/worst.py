@@ -26,9 +26,10 @@ from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging, staged
 from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.progress import Progress, Silent
-from moe_serve.pruning.methods import method_named
+from moe_serve.pruning.corpus import Corpus
+from moe_serve.pruning.methods.registry import method_named
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Corpus, Selection
+from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Measured, Trial
 
 ROUNDS: Final = 4

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.errors import CheckpointError
 from moe_serve.files import read_json
-from moe_serve.pruning.evidence import Evidence, LayerEvidence
 from moe_serve.pruning.plan import LayerPlan, Plan
+from moe_serve.pruning.records.evidence import Evidence, LayerEvidence
 
 STATES: Final = ("whole", "trimmed", "merged", "constant", "empty", "dropped")
 """What became of an expert: kept, fewer neurons, shares its block, a constant, still selected

@@ -10,8 +10,8 @@ import numpy as np
 
 from moe_serve.calibration.store import Statistics
 from moe_serve.errors import CheckpointError
-from moe_serve.pruning.evidence import Evidence
 from moe_serve.pruning.plan import Plan
+from moe_serve.pruning.records.evidence import Evidence
 from moe_serve.report import figures, words
 from moe_serve.report.catalogue import Catalogue
 from moe_serve.report.facts import STATES, Expert, Facts, Layer, standing_out

@@ -12,7 +12,7 @@ from benchmarks.quality import methods
 from benchmarks.quality.contestants import PEERS, contestants
 from benchmarks.quality.summary import Run, markdown, summarise
 from moe_serve.errors import UsageError
-from moe_serve.pruning.methods import METHODS
+from moe_serve.pruning.methods.registry import METHODS
 from tests.support.models import make_model, write_texts
 
 

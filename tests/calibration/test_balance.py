@@ -16,9 +16,12 @@ from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions, load_corpus
+from moe_serve.pruning.gathering import calibrate
 from moe_serve.pruning.plan import Plan
-from moe_serve.pruning.request import Selection, TextOptions, load_corpus
-from moe_serve.pruning.run import PruneRequest, calibrate, prune
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.models import make_model, write_texts
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from moe_serve.calibration.mixture import read_mixture
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import staged
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import TextOptions, load_corpus
+from moe_serve.pruning.corpus import TextOptions, load_corpus
 from tests.support.models import make_model, write_texts
 
 CPU = torch.device("cpu")

@@ -19,9 +19,10 @@ from moe_serve.calibration.store import TENSORS, Statistics
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.gathering import calibrate
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import calibrate
+from moe_serve.pruning.selection import Selection
 from tests.support.models import make_model, write_texts
 
 CPU = torch.device("cpu")

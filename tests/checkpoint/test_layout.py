@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.models import make_model, write_texts
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -27,8 +27,10 @@ from benchmarks.fixtures import CALIBRATION, MODEL
 from moe_serve.demo.clients import Load, ask_everything, client
 from moe_serve.metrics.catalogue import CATALOGUE
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from moe_serve.serving.engine import EngineSpec, is_ready
 from moe_serve.serving.process import free_port
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED, VARIANTS

@@ -16,7 +16,7 @@ from moe_serve.errors import MoeServeError, ServingError, UsageError
 from moe_serve.evaluation.generation import first_divergence, generation_json, side_by_side
 from moe_serve.evaluation.served import compare_served
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import TextOptions
+from moe_serve.pruning.corpus import TextOptions
 from moe_serve.serving.process import free_port
 from tests.support.upstream import Upstream
 

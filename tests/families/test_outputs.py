@@ -16,10 +16,12 @@ from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import PlanError
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.plan import LayerPlan, Plan
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.verify import verify
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.models import FAMILIES, change_weights, make_model, write_texts
 from tests.support.references import our_logits, reference_logits
 

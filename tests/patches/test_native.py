@@ -8,12 +8,14 @@ import pytest
 
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.methods.neurons import block_obs
+from moe_serve.pruning.methods.view import LayerView
 from moe_serve.pruning.native import Size, weigh
-from moe_serve.pruning.neurons import block_obs
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.view import LayerView
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.patches.test_oracle import BOUND, off, prompts
 from tests.support.calibrated import calibrated
 from tests.support.engine import ask

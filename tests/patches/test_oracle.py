@@ -11,8 +11,10 @@ import pytest
 from moe_serve.checkpoint.header import read_header
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.engine import Reply, ask
 from tests.support.models import SERVABLE, VOCABULARY, make_model
 from tests.support.references import reference_logprobs

@@ -13,9 +13,10 @@ from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.families import Shape
 from moe_serve.progress import Silent
 from moe_serve.pruning.auto import LEADERS, RIVALS, rivals
+from moe_serve.pruning.corpus import TextOptions, load_corpus
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Selection, TextOptions, load_corpus
+from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Trial
 from tests.support.calibrated import calibrated
 from tests.support.models import make_model

@@ -15,8 +15,10 @@ from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.models import change_config, change_weights, make_model
 from tests.support.references import our_logits, reference_logits
 

@@ -18,8 +18,10 @@ from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.staging import staged
 from moe_serve.errors import CalibrationError, IncompleteCheckpoint, OutputError
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.models import make_model, write_texts
 
 

@@ -15,17 +15,19 @@ from moe_serve.evaluation.divergence import divergence
 from moe_serve.families import Shape
 from moe_serve.families.routing import Routing
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions, load_corpus
+from moe_serve.pruning.fitting.walk import held_out
+from moe_serve.pruning.methods.neurons import Ladder
+from moe_serve.pruning.methods.obs import RemovalPath
+from moe_serve.pruning.methods.view import LayerView
 from moe_serve.pruning.native import Narrowed, Size, Weighed, _Search, choose, feasible
-from moe_serve.pruning.neurons import Ladder
-from moe_serve.pruning.obs import RemovalPath
 from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Selection, TextOptions, load_corpus
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Measured, Trial, trial_share
-from moe_serve.pruning.verify import verify
-from moe_serve.pruning.view import LayerView
-from moe_serve.pruning.walk import held_out
 from tests.support.calibrated import calibrated
 from tests.support.models import make_model
 from tests.support.references import our_logits, reference_logits

@@ -18,11 +18,13 @@ from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CheckpointError, UsageError
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.numbers import removal_unit
 from moe_serve.pruning.plan import LayerPlan, Plan
-from moe_serve.pruning.request import Selection, TextOptions, block_width
-from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.verify import verify
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection, block_width
 from tests.support.models import make_model, write_texts
 from tests.support.quantised import LAYOUTS, TILE, quantise_model
 

@@ -14,10 +14,12 @@ from moe_serve.errors import CheckpointError
 from moe_serve.evaluation.inspection import inspect
 from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.sizing import USABLE, keep_for_memory
-from moe_serve.pruning.verify import verify
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.forecasts.sizing import USABLE, keep_for_memory
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.models import change_config, change_weights, make_model
 from tests.support.references import our_logits, reference_logits
 

@@ -22,12 +22,14 @@ from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import WORK
 from moe_serve.errors import CheckpointError, MoeServeError, OutputError, PlanError, UsageError
 from moe_serve.progress import Silent
-from moe_serve.pruning.methods import METHODS as REGISTERED
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.methods.registry import METHODS as REGISTERED
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.verify import verify
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.models import make_model, write_texts
 
 METHODS = ("block-obs", "block-magnitude", "drop-reap", "merge-cka")
@@ -65,8 +67,8 @@ def test_states_kept_or_made_again_give_the_same_bytes(
 ) -> None:
     """Without room for hidden states or activations the re-fit makes them again, bit for bit."""
     kept = prune(request(model, tmp_path / "kept", texts, method="block-obs"), Silent())
-    monkeypatch.setattr("moe_serve.pruning.run.KEPT_BYTES", 0)
-    monkeypatch.setattr("moe_serve.pruning.routed.KEPT_BYTES", 0)
+    monkeypatch.setattr("moe_serve.pruning.gathering.KEPT_BYTES", 0)
+    monkeypatch.setattr("moe_serve.pruning.fitting.routed.KEPT_BYTES", 0)
     again = prune(request(model, tmp_path / "again", texts, method="block-obs"), Silent())
     assert kept.manifest.files == again.manifest.files
 

@@ -22,14 +22,16 @@ from moe_serve.errors import CheckpointError, IncompleteCheckpoint, PlanError, U
 from moe_serve.evaluation.inspection import inspect
 from moe_serve.families import Shape
 from moe_serve.progress import Silent
-from moe_serve.pruning.constants import ConstantSums
-from moe_serve.pruning.drops import constant_error
-from moe_serve.pruning.neurons import loss_root
+from moe_serve.pruning.corpus import TextOptions, load_corpus
+from moe_serve.pruning.fitting.constants import ConstantSums
+from moe_serve.pruning.methods.drops import constant_error
+from moe_serve.pruning.methods.neurons import loss_root
+from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.plan import Plan
-from moe_serve.pruning.request import Selection, TextOptions, load_corpus
-from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.verify import verify
-from moe_serve.pruning.view import Budget, LayerView
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.calibrated import calibrated
 from tests.support.models import make_model
 from tests.support.references import our_logits

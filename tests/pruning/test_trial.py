@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from moe_serve.calibration.sequences import Sequences
+from moe_serve.pruning.fitting.walk import held_out
 from moe_serve.pruning.trial import trial_share
-from moe_serve.pruning.walk import held_out
 
 
 def sequences(domains: int, each: int, length: int) -> Sequences:

@@ -15,11 +15,13 @@ from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CheckpointError
 from moe_serve.progress import Silent
-from moe_serve.pruning.methods import METHODS
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.methods.registry import METHODS
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
-from moe_serve.pruning.verify import verify
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from tests.support.calibrated import calibrated
 from tests.support.models import change_config, change_weights, make_model
 from tests.support.references import our_logits

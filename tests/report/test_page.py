@@ -15,9 +15,11 @@ from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.errors import CheckpointError
 from moe_serve.files import write_json
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.plan import Plan
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from moe_serve.report import page as page_module
 from moe_serve.report.page import report
 from tests.support.models import make_model

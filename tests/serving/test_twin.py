@@ -15,9 +15,11 @@ from moe_serve.cli import files
 from moe_serve.cli.app import app
 from moe_serve.errors import UsageError
 from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import Selection, TextOptions
-from moe_serve.pruning.run import PruneRequest, prune
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
 from moe_serve.serving.reference import forced_logprobs
 from moe_serve.serving.twin import Agreement, compare_with_twin, difference
 from tests.support.calibrated import calibrated

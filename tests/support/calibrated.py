@@ -8,8 +8,8 @@ import torch
 
 from moe_serve.calibration.store import Statistics
 from moe_serve.progress import Silent
-from moe_serve.pruning.request import TextOptions
-from moe_serve.pruning.run import calibrate
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.gathering import calibrate
 from tests.support.models import write_texts
 
 

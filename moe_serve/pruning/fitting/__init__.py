@@ -1,0 +1,1 @@
+"""Carrying a plan out: blocks built, kept weights and routers re-fitted, layer by layer."""

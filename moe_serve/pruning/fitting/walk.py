@@ -1,0 +1,316 @@
+"""Two streams of hidden states through the layers, so that each layer fits what is left to fit.
+
+Shape suffixes: B sequences, L tokens each, D hidden size, T tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_serve.calibration.decoder import Decoder, Layer
+from moe_serve.calibration.mixture import Mixture
+from moe_serve.calibration.sequences import Sequences
+from moe_serve.calibration.states import States
+from moe_serve.calibration.stream import Batch, embed
+from moe_serve.calibration.trace import Trace
+from moe_serve.checkpoint.formats import LayerBlocks
+from moe_serve.checkpoint.quantisation import Matrix
+from moe_serve.checkpoint.table import LayerTable
+from moe_serve.pruning.fitting.build import build_blocks, pruned_mixture, with_downs, with_units
+from moe_serve.pruning.fitting.constants import ConstantSums, with_constants
+from moe_serve.pruning.fitting.heal import apart, heal
+from moe_serve.pruning.fitting.joining import join_rows
+from moe_serve.pruning.fitting.refit import FitTokens, refit, side_of
+from moe_serve.pruning.fitting.routed import Routed
+from moe_serve.pruning.fitting.router import fit_rows
+from moe_serve.pruning.fitting.shared import shared_down, split_shared, with_shared
+from moe_serve.pruning.fitting.split import split_layer
+from moe_serve.pruning.plan import Heal, LayerPlan, Refit, RouterFit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedLayer:
+    """A changed layer, to be written."""
+
+    blocks: LayerBlocks
+    rows_ND: torch.Tensor | None
+    """The router's rows in their stored format, where they changed."""
+    shared: Matrix | None = None
+    """The shared expert's down projection in its stored format, where it changed."""
+    record: dict[str, Any]
+    """What the re-fits did."""
+
+
+class Walk:
+    """Two streams of hidden states through the layers: the original's and the pruned model's."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        sequences: Sequences,
+        tokens: FitTokens,
+        folder: Path,
+        trace: Trace,
+        *,
+        first: int,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            decoder: the original's.
+            sequences: the tokens.
+            tokens: the same as batches, with their part in the fits.
+            folder: holds the pruned model's hidden states in files.
+            trace: the original's hidden states, or where they go.
+            first: the first layer that will be changed: up to it there is one stream.
+        """
+        self._decoder = decoder
+        self._sequences = sequences
+        self._tokens = tokens
+        hidden = decoder.checkpoint.shape.hidden
+
+        def states(name: str) -> States:
+            return States(folder / f"apply-{name}.f32", hidden)
+
+        self._trace, self._first = trace, first
+        self._pruned = (states("pruned-0"), states("pruned-1"))
+        self._inputs, self._target = states("inputs"), states("target")
+        self.residual = states("residual")
+        self._constants: ConstantSums | None = None
+
+    def begin(self) -> None:
+        """The streams start at the embedding."""
+        if not self._trace.known:
+            embed(self._decoder, self._sequences, self._trace.states[0])
+
+    def last(self) -> tuple[States, States]:
+        """What both streams hold after the last layer: the original's and the pruned model's."""
+        layers = self._decoder.layers
+        return self._trace.states[layers], self._entrance(layers)
+
+    def end(self) -> None:
+        """Remove the hidden states."""
+        for states in (*self._pruned, self._inputs, self._target, self.residual):
+            states.remove()
+        self._trace.remove()
+
+    def _entrance(self, index: int) -> States:
+        """The pruned stream where it enters a layer."""
+        return self._trace.states[index] if index <= self._first else self._pruned[index % 2]
+
+    def pass_through(self, layer: Layer) -> None:
+        """Run an unchanged layer on both streams."""
+        index, original = layer.index, self._trace.states
+        ends = [] if self._trace.known else [(original[index], original[index + 1])]
+        if index >= self._first:
+            ends.append((self._entrance(index), self._entrance(index + 1)))
+        for batch in self._tokens.batches:
+            for before, after in ends:
+                r_BLD, z_BLD = self._attend(layer, batch, before)
+                batch.store(after, r_BLD + layer.feed_forward(z_BLD))
+
+    def fit(
+        self,
+        layer: Layer,
+        mixture: Mixture,
+        planned: LayerPlan,
+        refit_by: Refit | None,
+        router_by: RouterFit | None = None,
+        heal_by: Heal | None = None,
+    ) -> FittedLayer:
+        """Build a changed layer, re-fit what is asked for; both streams move on."""
+        self.meet(layer, mixture, planned.replaced())
+        fitted = self.attempt(layer, mixture, planned, refit_by, router_by, heal_by)
+        self.advance(layer)
+        return fitted
+
+    def meet(self, layer: Layer, mixture: Mixture, replaced: tuple[int, ...] = ()) -> None:
+        """Bring both streams to a changed layer's mixture; the original's moves past it.
+
+        From here on plans for the layer can be attempted one after the other, those with constants
+        only for the experts named here.
+        """
+        constants = self._constants = ConstantSums(mixture, replaced)
+        before, after = self._trace.states[layer.index : layer.index + 2]
+        own = self._entrance(layer.index)
+        for batch in self._tokens.batches:
+            ends = None
+            if replaced or not self._trace.known:
+                ends = r_BLD, z_BLD = self._attend(layer, batch, before)
+                constants.observe(z_BLD.flatten(0, 1), self._tokens.omega_T[batch.tokens])
+                if not self._trace.known:
+                    batch.store(after, r_BLD + layer.feed_forward(z_BLD))
+            if ends is None or own is not before:
+                ends = self._attend(layer, batch, own)
+            r_BLD, z_BLD = ends
+            batch.store(self._inputs, z_BLD)
+            batch.store(self._target, batch.load(after) - r_BLD)
+
+    def attempt(
+        self,
+        layer: Layer,
+        mixture: Mixture,
+        planned: LayerPlan,
+        refit_by: Refit | None,
+        router_by: RouterFit | None = None,
+        heal_by: Heal | None = None,
+    ) -> FittedLayer:
+        """Build the layer that :meth:`meet` brought the streams to, and re-fit what is asked for.
+
+        :attr:`residual` then holds what the layer's output lacks, token by token.
+        """
+        checkpoint = self._decoder.checkpoint
+        schemes = checkpoint.expert_scheme(layer.index)
+        table = planned.table()
+        blocks = build_blocks(checkpoint, layer.index, planned, mixture.units)
+        rows, source = None, mixture
+        if planned.split is not None:
+            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+            source, blocks, table = split_layer(mixture, planned, blocks, schemes[2], dtype)
+            rows = source.router.weight_ND.to(dtype)
+        pruned = pruned_mixture(source, table, blocks, schemes)
+        shared = shared_down(checkpoint, layer.index, refit_by)
+        side = side_of(refit_by, planned.width) if refit_by is not None else None
+
+        def routed_of(mixture: Mixture) -> Routed:
+            whole = with_shared(mixture) if shared else mixture
+            return Routed(whole, self._inputs, self._tokens.batches, side=side)
+
+        start, routed = pruned, routed_of(pruned)
+        self._lack(routed)
+        if planned.constants and self._constants is not None:
+            blocks = blocks._replace(constants_RD=self._constants.result(schemes[2]))
+            pruned = self._add_constants(pruned, self._constants.replaced, blocks.constants_RD)
+        record: dict[str, Any] = {}
+        shared_matrix = None
+        if planned.split is not None and planned.split.merges:
+            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+            joined = join_rows(
+                mixture.router, pruned, planned, self._inputs, self.residual, self._tokens, dtype
+            )
+            record["merged_rows"] = {
+                "chosen": joined.chosen,
+                "held_out_error": joined.errors,
+            }
+            pruned = dataclasses.replace(pruned, router=joined.router)
+            rows = joined.router.weight_ND.to(dtype)
+        if heal_by is not None:
+            found_rows, blocks, pruned = self._heal(
+                layer, pruned, table, blocks, heal_by, refit_by, record
+            )
+            rows = rows if found_rows is None else found_rows
+        if refit_by is not None:
+            if pruned is not start:
+                routed = routed_of(pruned)
+            fitted = refit(routed, self.residual, self._tokens, refit_by, schemes[2])
+            record |= {
+                "ridge": fitted.ridge,
+                "error_before": fitted.error_before,
+                "error_after": fitted.error_after,
+            }
+            if shared:
+                ends = self._inputs, self.residual, self._tokens
+                pruned, fitted, shared_matrix = split_shared(
+                    pruned, fitted, checkpoint.scheme(shared), *ends
+                )
+            pruned = dataclasses.replace(pruned, units=fitted.units)
+            blocks = with_downs(blocks, table, fitted.stored, schemes[2])
+        if router_by is not None:
+            gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
+            found = fit_rows(
+                pruned, self._inputs, self.residual, self._tokens, router_by, gate.dtype
+            )
+            record["router"] = {
+                "ridge": found.ridge,
+                "held_out_error_before": found.error_before,
+                "held_out_error_after": found.error_after,
+            }
+            if found.ridge is not None:
+                rows = found.router.weight_ND.to(gate.dtype)
+        return FittedLayer(blocks=blocks, rows_ND=rows, shared=shared_matrix, record=record)
+
+    def _heal(
+        self,
+        layer: Layer,
+        pruned: Mixture,
+        table: LayerTable,
+        blocks: LayerBlocks,
+        by: Heal,
+        refit_by: Refit | None,
+        record: dict[str, Any],
+    ) -> tuple[torch.Tensor | None, LayerBlocks, Mixture]:
+        """Train the layer; new router rows (``None`` where nothing was gained), blocks, layer.
+
+        It starts from a re-fit of its own, which leaves the held-out tokens out: the error on them
+        is then no better before than after.
+        """
+        checkpoint = self._decoder.checkpoint
+        schemes = checkpoint.expert_scheme(layer.index)
+        start = pruned
+        if refit_by is not None:
+            routed = Routed(
+                pruned, self._inputs, self._tokens.batches, side=side_of(refit_by, table.width)
+            )
+            fitted = refit(routed, self.residual, apart(self._tokens), refit_by, schemes[2])
+            start = dataclasses.replace(pruned, units=fitted.units)
+        healed = heal(start, self._inputs, self._target, self._tokens, by)
+        record["heal"] = {"held_out_errors": list(healed.errors)}
+        rows = None
+        if min(healed.errors) < healed.errors[0]:
+            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+            rows = healed.mixture.router.weight_ND.to(dtype)
+            router = dataclasses.replace(pruned.router, weight_ND=rows.float())
+            blocks = with_units(blocks, table, healed.mixture.units, schemes)
+            whole = dataclasses.replace(pruned, router=router)
+            pruned = pruned_mixture(whole, table, blocks, schemes)
+        self._lack(Routed(pruned, self._inputs, self._tokens.batches))
+        return rows, blocks, pruned
+
+    def _lack(self, pruned: Routed) -> None:
+        """The residual: what a layer's output lacks."""
+        for number, batch in enumerate(self._tokens.batches):
+            lacking_TD = batch.load_flat(self._target) - pruned.output(number)
+            batch.store(self.residual, lacking_TD)
+
+    def advance(self, layer: Layer) -> None:
+        """The pruned stream moves past the layer as it was attempted last."""
+        self._constants = None  # It holds experts of the layer.
+        goal, after = self._trace.states[layer.index + 1], self._entrance(layer.index + 1)
+        for batch in self._tokens.batches:
+            # goal - residual is r + P W on the rounded weights: what will be served.
+            batch.store(after, batch.load(goal) - batch.load(self.residual))
+
+    def _add_constants(
+        self, pruned: Mixture, replaced: tuple[int, ...], constants_RD: torch.Tensor | None
+    ) -> Mixture:
+        """The pruned layer with its constants; what they add is taken out of the residual."""
+        if constants_RD is None or not replaced:
+            return pruned
+        whole, alone = with_constants(pruned, replaced, constants_RD)
+        for batch in self._tokens.batches:
+            added_TD = alone(batch.load_flat(self._inputs))
+            batch.store(self.residual, batch.load_flat(self.residual) - added_TD)
+        return whole
+
+    def _attend(
+        self, layer: Layer, batch: Batch, before: States
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r_BLD = layer.attend(batch.load(before), self._decoder.rotary(*batch.shape))
+        return r_BLD, layer.normed(r_BLD)
+
+
+def held_out(sequences: Sequences, share: float) -> torch.Tensor:
+    """Every n-th sequence of each domain, as a mask over tokens."""
+    every = max(2, round(1 / share))
+    seen: dict[int, int] = {}
+    parts = []
+    for tokens, domain in zip(sequences.tokens, sequences.domain, strict=True):
+        number = seen.get(domain, 0)
+        seen[domain] = number + 1
+        parts.append(torch.full((len(tokens),), number % every == every - 1))
+    return torch.cat(parts)

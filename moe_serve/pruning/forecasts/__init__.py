@@ -1,0 +1,1 @@
+"""What a run will take, and which size a GPU holds."""

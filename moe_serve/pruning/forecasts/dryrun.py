@@ -1,0 +1,190 @@
+"""The forecast of a run as requested, on this machine; writes nothing that stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.checkpoint.staging import free_bytes
+from moe_serve.errors import UsageError
+from moe_serve.families import Shape
+from moe_serve.pruning import auto
+from moe_serve.pruning.corpus import Corpus, load_corpus
+from moe_serve.pruning.forecasts.forecast import (
+    Forecast,
+    Rates,
+    Sizes,
+    Step,
+    Work,
+    apply_step,
+    calibrate_step,
+    plan_step,
+    trial_step,
+)
+from moe_serve.pruning.forecasts.probe import measure
+from moe_serve.pruning.methods.neurons import block_obs
+from moe_serve.pruning.methods.registry import AUTO, Method
+from moe_serve.pruning.native import SHORTLIST
+from moe_serve.pruning.plan import Plan, Refit
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.selection import WORST
+from moe_serve.pruning.worst import ROUNDS, TOKENS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DryRun:
+    """A forecast and what it is measured against."""
+
+    forecast: Forecast
+    rates: Rates
+    free_memory: int
+    free_disk: int
+
+    @property
+    def problems(self) -> list[str]:
+        """What this machine lacks."""
+        found = []
+        if self.forecast.memory > self.free_memory:
+            found.append(
+                f"needs {self.forecast.memory / 1e9:.1f} GB of memory, "
+                f"{self.free_memory / 1e9:.1f} GB are free; lower --batch-tokens, or use a larger "
+                "machine"
+            )
+        if self.forecast.disk > self.free_disk:
+            found.append(
+                f"needs {self.forecast.disk / 1e9:.1f} GB on disk, "
+                f"{self.free_disk / 1e9:.1f} GB are free; free some space or choose another output"
+            )
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--dry-run --json``."""
+        return self.forecast.to_json(self.rates) | {
+            "free_memory_bytes": self.free_memory,
+            "free_disk_bytes": self.free_disk,
+            "problems": self.problems,
+        }
+
+
+def dry_run(request: PruneRequest, *, only_calibrate: bool = False) -> DryRun:
+    """Resolve a request, add up its steps, measure this machine for about a second.
+
+    Raises:
+        MoeServeError: as the run itself would, before its work begins.
+    """
+    checkpoint = open_checkpoint(request.model)
+    corpus = load_corpus(checkpoint, request.texts)
+    forecast = (
+        _calibration(request, checkpoint, corpus)
+        if only_calibrate
+        else _whole(request, checkpoint, corpus)
+    )
+    return DryRun(
+        forecast=forecast,
+        rates=measure(checkpoint, request.output, request.device, request.batch_tokens),
+        free_memory=psutil.virtual_memory().available + forecast.base_memory,
+        free_disk=free_bytes(request.output),
+    )
+
+
+def _calibration(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None) -> Forecast:
+    if corpus is None:
+        raise UsageError("give texts to calibrate on", where="--calibration")
+    step = calibrate_step(Sizes.of(checkpoint), _work(request, corpus, keep=1.0))
+    return Forecast(steps=(step,), output_bytes=0, base_memory=_resident())
+
+
+def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None) -> Forecast:
+    sizes, steps = Sizes.of(checkpoint), []
+    if request.plan is not None:
+        plan = Plan.load(request.plan)
+        plan.check(checkpoint)
+        work = _work(request, corpus, keep=plan.keep, refit=plan.refit)
+    else:
+        given = request.statistics is not None and request.statistics.exists()
+        texts = corpus is not None or given
+        method, budget, refits = request.selection.resolve(checkpoint, texts=texts)
+        refit = Refit() if refits or budget.constants else None  # Both stream the texts again.
+        work = replace(
+            _work(request, corpus, keep=budget.keep, refit=refit),
+            reverse=method.loss or given or request.statistics is not None,
+            inverts=method.neurons is block_obs,
+            compares=method.compares,
+            alignments=_alignments(method, sizes.shape),
+            keeps=request.statistics is None,
+        )
+        if corpus is not None and not given:
+            if request.selection.objective == WORST:
+                steps += _rounds(sizes, replace(work, tokens=min(work.tokens, TOKENS)))
+            steps.append(calibrate_step(sizes, work))
+        steps.append(plan_step(sizes, work))
+        if corpus is not None:
+            trials, attempts = _trials(request, sizes.shape)
+            work = replace(work, trials=trials, attempts=attempts)
+        if work.trials:
+            steps.append(trial_step(sizes, work))
+    applied = apply_step(sizes, work)
+    return Forecast(steps=(*steps, applied), output_bytes=applied.written, base_memory=_resident())
+
+
+def _rounds(sizes: Sizes, work: Work) -> list[Step]:
+    """What finding a balance over domains takes before anything else."""
+    once = (calibrate_step(sizes, work), plan_step(sizes, work), apply_step(sizes, work))
+    return [
+        replace(
+            step,
+            name=f"balance domains: {step.name}",
+            passes=ROUNDS * step.passes,
+            flops=ROUNDS * step.flops,
+            read=ROUNDS * step.read,
+            written=0 if step is once[2] else ROUNDS * step.written,
+        )
+        for step in once
+    ]
+
+
+def _work(
+    request: PruneRequest,
+    corpus: Corpus | None,
+    *,
+    keep: float,
+    refit: Refit | None = None,
+) -> Work:
+    sequences = corpus.sequences if corpus else None
+    return Work(
+        tokens=sequences.total if sequences else 0,
+        domains=len(sequences.domains) if sequences else 0,
+        length=max(map(len, sequences.tokens)) if sequences else 0,
+        batch_tokens=request.batch_tokens,
+        keep=keep,
+        refit=refit if sequences else None,
+    )
+
+
+def _trials(request: PruneRequest, shape: Shape) -> tuple[int, int]:
+    """Walks by which choices are measured, and fits of a layer in all of them."""
+    trials = attempts = 2 if request.selection.router_refit else 0
+    if request.selection.uniform:
+        trials, attempts = trials + SHORTLIST, attempts + SHORTLIST
+    elif request.selection.method == AUTO:
+        options = len(auto.LEADERS) + len(auto.rivals(shape))
+        # Each leader and the mixture on the whole model; every option once, the taken one again.
+        trials += len(auto.LEADERS) + 2
+        attempts += len(auto.LEADERS) + 1 + options + 1
+    return trials, attempts
+
+
+def _alignments(method: Method, shape: Shape) -> int:
+    """Neuron assignments in a layer, at most."""
+    if method.pairs:
+        return shape.experts * (shape.experts - 1) // 2
+    return shape.experts if method.merges else 0
+
+
+def _resident() -> int:
+    """What interpreter and libraries take already."""
+    size: int = psutil.Process().memory_info().rss
+    return size

@@ -1,0 +1,1 @@
+"""Methods: pure functions from a layer's statistics to what it keeps."""

@@ -1,0 +1,85 @@
+"""Healing: it helps on tokens it never saw, and changes only what it may."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.fixtures import CALIBRATION, HELDOUT, MODEL
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.errors import UsageError
+from moe_serve.evaluation.comparison import compare
+from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.records.verify import verify
+from moe_serve.pruning.request import PruneRequest
+from moe_serve.pruning.run import prune
+from moe_serve.pruning.selection import Selection
+
+LENGTH = 128
+
+
+def healed(root: Path, name: str, **selection: object) -> Path:
+    """Half of the trained fixture by neurons."""
+    output = root / name
+    wanted = Selection(keep=0.5, method="block-obs", **selection)  # type: ignore[arg-type]
+    prune(
+        PruneRequest(
+            model=MODEL,
+            output=output,
+            texts=TextOptions(paths=(CALIBRATION,), tokens=1024, length=LENGTH),
+            selection=wanted,
+            statistics=root / "statistics",
+        ),
+        Silent(),
+    )
+    return output
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where outputs and shared statistics lie."""
+    return tmp_path_factory.mktemp("heal")
+
+
+def test_held_out_error_and_divergence_fall(root: Path) -> None:
+    """On the tokens that stop it and on other documents; `verify` knows what may differ."""
+    plain, trained = healed(root, "plain"), healed(root, "trained", heal=True)
+    record = json.loads((trained / "moe_serve.json").read_text())["refit"]
+    for layer in record.values():
+        errors = layer["heal"]["held_out_errors"]
+        assert min(errors) < errors[0]
+    unseen = TextOptions(paths=(HELDOUT,), tokens=512, length=LENGTH)
+    before, after = (
+        compare(MODEL, made, unseen, torch.device("cpu"), 4096, Silent()).mean.kl_nats
+        for made in (plain, trained)
+    )
+    assert after < 0.95 * before
+    assert verify(trained, MODEL, Silent()).problems == []
+
+
+def test_only_routed_experts_and_router_rows_change(root: Path) -> None:
+    """Attention, norms, embeddings: byte for byte."""
+    original, trained = open_checkpoint(MODEL), open_checkpoint(root / "trained")
+    routed = tuple(map(original.family.expert_prefix, original.expert_bytes()))
+    rows = {original.family.gate_name(layer) for layer in original.expert_bytes()}
+    for name in original.tensors:
+        if not name.startswith(routed) and name not in rows:
+            assert trained.read_bytes(name) == original.read_bytes(name), name
+
+
+def test_it_is_repeatable(root: Path) -> None:
+    """The same bytes again."""
+    again = healed(root, "again", heal=True)
+    for file in sorted((root / "trained").glob("*.safetensors")):
+        assert file.read_bytes() == (again / file.name).read_bytes()
+
+
+def test_what_it_needs_is_said_at_once() -> None:
+    """Before any work: no texts, no healing."""
+    selection = Selection(keep=0.5, method="block-magnitude", heal=True)
+    with pytest.raises(UsageError, match="healing needs calibration texts, there are none"):
+        selection.resolve(open_checkpoint(MODEL), texts=False)

@@ -1,0 +1,93 @@
+"""Removal paths against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from moe_serve.pruning.methods.obs import removal_path
+
+
+def added_error(p: torch.Tensor, w: torch.Tensor, kept: list[int], ridge: float) -> float:
+    """Squared error of the best re-fit on ``kept``, ridge as in the path, by least squares.
+
+    With H = PᵀP + λI the objective is tr((W' - W)ᵀ H (W' - W)); fixing rows outside ``kept`` to
+    zero, the minimum over the others is a linear system.
+    """
+    h = p.T @ p + ridge * torch.eye(p.shape[1], dtype=p.dtype)
+    full = torch.zeros_like(w)
+    full[kept] = torch.linalg.solve(h[kept][:, kept], (h @ w)[kept])
+    change = full - w
+    return float((change * (h @ change)).sum())
+
+
+def test_error_is_that_of_the_best_refit() -> None:
+    """The path's error equals least squares on the neurons it keeps, at every length."""
+    torch.manual_seed(0)
+    p = torch.randn(200, 12, dtype=torch.float64) @ torch.randn(12, 12, dtype=torch.float64)
+    down = torch.randn(5, 12, dtype=torch.float64)
+    path = removal_path((p.T @ p).float()[None], down.float()[None], ridge=0.01)
+    ridge = 0.01 * float((p.T @ p).diagonal().mean())
+    for count in range(12):
+        kept = sorted(path.kept(0, count))
+        expected = added_error(p, down.T, kept, ridge)
+        assert float(path.error_at(count)[0]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_first_neuron_to_go_is_the_cheapest() -> None:
+    """One removal is optimal over all neurons, by enumeration."""
+    torch.manual_seed(1)
+    p = torch.randn(100, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    down = torch.randn(3, 8, dtype=torch.float64)
+    path = removal_path((p.T @ p).float()[None], down.float()[None], ridge=0.01)
+    ridge = 0.01 * float((p.T @ p).diagonal().mean())
+    every = list(range(8))
+    costs = {j: added_error(p, down.T, [i for i in every if i != j], ridge) for j in every}
+    assert int(path.order_NI[0, 0]) == min(costs, key=lambda j: costs[j])
+
+
+def test_dead_and_duplicate_neurons_go_first() -> None:
+    """A neuron that never fires and one of two equal ones cost nothing."""
+    torch.manual_seed(2)
+    p = torch.randn(300, 10)
+    p[:, 4] = 0.0
+    p[:, 7] = p[:, 2]
+    path = removal_path((p.T @ p)[None], torch.randn(1, 6, 10), ridge=1e-6)
+    first = set(path.order_NI[0, :2].tolist())
+    assert first in ({4, 7}, {4, 2})
+    assert float(path.error_NI[0, 1]) < 1e-3 * float(path.error_NI[0, 2])
+
+
+def test_an_expert_no_token_reached_is_free() -> None:
+    """0/0 does not arise: all its neurons cost next to nothing."""
+    torch.manual_seed(3)
+    p = torch.randn(100, 6)
+    normal = torch.stack([p.T @ p, torch.zeros(6, 6)])
+    path = removal_path(normal, torch.randn(2, 4, 6))
+    assert torch.isfinite(path.error_NI).all()
+    assert path.error_NI[1, -1] < 0.05 * path.error_NI[0, -1]
+
+
+def test_every_neuron_goes_once_in_rounds_too() -> None:
+    """Wide experts lose several neurons a round; the order stays a permutation."""
+    torch.manual_seed(4)
+    width = 500
+    p = torch.randn(600, width)
+    path = removal_path((p.T @ p)[None], torch.randn(1, 8, width))
+    assert sorted(path.order_NI[0].tolist()) == list(range(width))
+    assert bool((path.error_NI[0].diff() >= -1e-6).all())
+
+
+def test_order_is_nearly_optimal() -> None:
+    """Half of eight neurons: within 10 % of the best of all 70 subsets."""
+    torch.manual_seed(5)
+    p = torch.randn(100, 8, dtype=torch.float64) @ torch.randn(8, 8, dtype=torch.float64)
+    down = torch.randn(3, 8, dtype=torch.float64)
+    path = removal_path((p.T @ p).float()[None], down.float()[None], ridge=0.01)
+    ridge = 0.01 * float((p.T @ p).diagonal().mean())
+    best = min(
+        added_error(p, down.T, list(kept), ridge) for kept in itertools.combinations(range(8), 4)
+    )
+    assert float(path.error_at(4)[0]) <= 1.1 * best
