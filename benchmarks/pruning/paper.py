@@ -98,7 +98,7 @@ def sizes_of(config: dict[str, Any], weight_bytes: int) -> Sizes:
     for name, weight in model.named_parameters():
         if name.startswith("model.layers."):
             layers[int(name.split(".")[2])] += weight.numel()
-    sparse = len(family.moe_layers(config))
+    sparse, lowest = len(family.moe_layers(config)), min(family.moe_layers(config))
     routed = sparse * 3 * shape.experts * shape.width * shape.hidden
     table = 2 * shape.vocabulary * shape.hidden
     decoder = weight_bytes * sum(layers)
@@ -113,6 +113,8 @@ def sizes_of(config: dict[str, Any], weight_bytes: int) -> Sizes:
         layer_bytes=weight_bytes * max(layers),
         layer_weights=max(layers),
         dense_weights=sum(layers) - routed,
+        lowest=lowest,
+        lower_bytes=weight_bytes * sum(layers[:lowest]),
     )
 
 

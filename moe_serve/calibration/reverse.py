@@ -102,6 +102,8 @@ class ReversePass:
         self._inputs = inputs
         self._omega_T = inputs.sequences.weights()
         self._batches = tuple(batches(inputs.sequences, batch_tokens, decoder.device))
+        checkpoint = decoder.checkpoint
+        self._lowest = min(checkpoint.family.moe_layers(checkpoint.config))
 
     @torch.inference_mode(mode=False)
     def begin(self) -> None:
@@ -125,15 +127,21 @@ class ReversePass:
 
     @torch.inference_mode(mode=False)
     def step(self, index: int) -> LayerGradients | None:
-        """Move the gradient below layer ``index``; its sums, or ``None`` where it is dense."""
-        layer = self._decoder.layer(index, ahead=index - 1)
+        """Move the gradient below layer ``index``; its sums, or ``None`` where it is dense.
+
+        The lowest mixture is as far as it goes: no sum wants what is felt below.
+        """
+        if index < self._lowest:
+            return None
+        onwards = index > self._lowest
+        layer = self._decoder.layer(index, ahead=index - 1 if onwards else None)
         shape = self._decoder.checkpoint.shape
         above, below = self._gradients[(index + 1) % 2], self._gradients[index % 2]
         sums = GradientSums(experts=shape.experts, width=shape.width, hidden=shape.hidden)
         for batch in self._batches:
             g_BLD = batch.load(above)
-            with torch.enable_grad():
-                x_BLD = batch.load(self._inputs.states[index]).requires_grad_()
+            with torch.set_grad_enabled(onwards):
+                x_BLD = batch.load(self._inputs.states[index]).requires_grad_(onwards)
                 r_BLD = layer.attend(x_BLD, self._decoder.rotary(*batch.shape))
                 z_BLD = layer.normed(r_BLD)
                 if layer.mixture is None:
@@ -143,8 +151,9 @@ class ReversePass:
                     z_TD, g_TD = z_BLD.detach().flatten(0, 1), g_BLD.flatten(0, 1)
                     dz_TD = sums.observe(layer.mixture, z_TD, g_TD, omega_T)
                     ends, heads = [r_BLD, z_BLD], [g_BLD, dz_TD.view_as(z_BLD)]
-                (down_BLD,) = torch.autograd.grad(ends, x_BLD, heads)
-            batch.store(below, down_BLD)
+                if onwards:
+                    (down_BLD,) = torch.autograd.grad(ends, x_BLD, heads)
+                    batch.store(below, down_BLD)
         return sums.result() if layer.mixture is not None else None
 
     def end(self) -> None:

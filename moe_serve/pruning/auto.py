@@ -1,10 +1,11 @@
 """``--method auto``: the best of the methods, layer by layer, as measured on held-out tokens.
 
-Methods that choose neurons are first tried on the whole model, each with its own budget over the
-layers. The best of them is the plan to beat: in every layer the other methods then get the bytes it
-spends there, all are compensated on the pruned model's own inputs, and the least error in the
-loss's metric is taken. The mixture of methods that comes of it has to measure better on the whole
-model than what it started from.
+Methods that choose neurons are tried on the whole model, each with its own budget over the layers.
+The best of them is the plan to beat: in every layer the other methods get the bytes it spends
+there, all are compensated on the pruned model's own inputs, and the least error in the loss's
+metric is taken. The mixture of methods that comes of it has to measure better on the whole model
+than what it started from. The first leader is weighed so before it is known to be the best: where
+it wins every layer, that walk has measured it on the whole model too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moe_serve.families import Shape
 from moe_serve.pruning.methods.registry import METHODS
 from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.plan import LayerPlan, Refit
-from moe_serve.pruning.trial import Measured, Option, Trial
+from moe_serve.pruning.trial import Measured, Option, Pick, Trial
 
 LEADERS: Final = ("block-obs", "block-heapr")
 """Tried on the whole model."""
@@ -64,36 +65,61 @@ def choose(
         trial: where they are measured.
         refit: how what is kept is re-fitted.
     """
-    measured = {name: trial.measure(layers, refit) for name, layers in leaders.items()}
-    best = min(measured, key=lambda name: measured[name].mean)
-    base = leaders[best]
+    first, *others = leaders
+    measured = {name: trial.measure(leaders[name], refit) for name in others}
+    found = _weigh(first, leaders, view, budget, trial, refit)
+    if found.pure:
+        measured[first] = found.measured
+    else:
+        measured[first] = trial.measure(leaders[first], refit)
+    best = min(leaders, key=lambda name: measured[name].mean)
+    if best != first:
+        found = _weigh(best, leaders, view, budget, trial, refit)
+    whole = {name: measured[name]._asdict() for name in leaders}
+    if not found.pure:
+        whole["mixture"] = found.measured._asdict()
+    layers = {str(i): {"taken": p.name, "error": p.errors} for i, p in found.picks.items()}
+    record = {"weighed": {"whole_model": whole, "layers": layers}}
+    if found.pure or found.measured.mean >= measured[best].mean:
+        return Weighed(layers=leaders[best], method=best, record=record)
+    mixture = {index: pick.plan for index, pick in found.picks.items()}
+    return Weighed(layers=mixture, method="auto", record=record)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Mixture:
+    """What is best in each layer, given a leader's bytes there."""
+
+    picks: dict[int, Pick]
+    measured: Measured
+    pure: bool
+    """Whether the leader is best in all."""
+
+
+def _weigh(
+    base: str,
+    leaders: Mapping[str, Layers],
+    view: Callable[[int], LayerView],
+    budget: Budget,
+    trial: Trial,
+    refit: Refit | None,
+) -> _Mixture:
+    plans = leaders[base]
 
     def options(index: int) -> list[Option]:
-        seen = view(index)
-        found = [Option(name=best, plan=base[index])]
+        found = [Option(name=base, plan=plans[index])]
         found += [
             Option(name=name, plan=layers[index])
             for name, layers in leaders.items()
-            if name != best
+            if name != base
             and index in layers
-            and layers[index].neurons_kept() <= base[index].neurons_kept()
+            and layers[index].neurons_kept() <= plans[index].neurons_kept()
         ]
-        return found + _whole_experts(seen, base[index], budget)
+        return found + _whole_experts(view(index), plans[index], budget)
 
-    picks = trial.pick(base, options, lambda index: view(index).gradients(), refit)
-    mixture = {index: pick.plan for index, pick in picks.items()}
-    names = {pick.name for pick in picks.values()}
-    record: dict[str, Any] = {
-        "whole_model": {name: kl._asdict() for name, kl in measured.items()},
-        "layers": {str(i): {"taken": p.name, "error": p.errors} for i, p in picks.items()},
-    }
-    if names == {best}:
-        return Weighed(layers=base, method=best, record={"weighed": record})
-    together: Measured = trial.measure(mixture, refit)
-    record["whole_model"]["mixture"] = together._asdict()
-    if together.mean < measured[best].mean:
-        return Weighed(layers=mixture, method="auto", record={"weighed": record})
-    return Weighed(layers=base, method=best, record={"weighed": record})
+    picks, measured = trial.pick(plans, options, lambda index: view(index).gradients(), refit)
+    pure = all(pick.name == base for pick in picks.values())
+    return _Mixture(picks=picks, measured=measured, pure=pure)
 
 
 def _whole_experts(view: LayerView, base: LayerPlan, budget: Budget) -> list[Option]:

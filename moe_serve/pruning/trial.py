@@ -18,8 +18,9 @@ from typing import Final, NamedTuple
 
 import torch
 
-from moe_serve.calibration.decoder import Decoder, OutputHead
+from moe_serve.calibration.decoder import Decoder, Layer, OutputHead
 from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.calibration.mixture import Mixture
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import batches
@@ -28,7 +29,7 @@ from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CalibrationError
 from moe_serve.progress import Progress, Silent
 from moe_serve.pruning.fitting.refit import FitTokens
-from moe_serve.pruning.fitting.walk import Walk, held_out
+from moe_serve.pruning.fitting.walk import FittedLayer, Walk, held_out
 from moe_serve.pruning.methods.neurons import loss_root
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 
@@ -135,9 +136,7 @@ class Trial:
                 else:
                     walk.fit(layer, layer.mixture, layers[index], refit, router)
                 self.progress.advance()
-            kl_T = _divergence(decoder.head(), walk.last(), measured_T, self.device)
-        means = ground.by_domain(kl_T)
-        return Measured(ground.balanced(means), max(means[n] for n in ground.parts), means)
+            return ground.measured(decoder.head())
 
     @torch.inference_mode()
     def pick(
@@ -146,16 +145,20 @@ class Trial:
         options: Callable[[int], list[Option]],
         metric: Callable[[int], LayerGradients],
         refit: Refit | None,
-    ) -> dict[int, Pick]:
+    ) -> tuple[dict[int, Pick], Measured]:
         """Take the option of least held-out error in each layer, one after the other.
 
         Each layer sees the inputs that the options taken below it leave. Ties go to the first.
+        The others are weighed with the first one's λ; one that leads with it gets its own.
 
         Args:
             changed: layers to choose for.
             options: a layer's, the first being the one to beat.
             metric: what the loss feels at a layer's output.
             refit: how each option is compensated.
+
+        Returns:
+            What was taken, by layer, and what all of it does to the model.
         """
         picks: dict[int, Pick] = {}
         sequences = trial_share(self.sequences)
@@ -171,17 +174,9 @@ class Trial:
                     continue
                 root_DD = loss_root(metric(index)).to(self.device)
                 walk.meet(layer, layer.mixture)
-                errors: dict[str, float] = {}
-                offered = options(index)
-                for option in offered:
-                    walk.attempt(layer, layer.mixture, option.plan, refit)
-                    errors[option.name] = ground.error(root_DD)
-                taken = min(offered, key=lambda option: errors[option.name])
-                if taken is not offered[-1]:
-                    walk.attempt(layer, layer.mixture, taken.plan, refit)
+                picks[index] = _pick(ground, layer, layer.mixture, options(index), root_DD, refit)
                 walk.advance(layer)
-                picks[index] = Pick(name=taken.name, plan=taken.plan, errors=errors)
-        return picks
+            return picks, ground.measured(decoder.head())
 
     def _trace(self, sequences: Sequences) -> Trace:
         """The original's states, which the first trial leaves to those after it."""
@@ -268,6 +263,12 @@ class _Ground:
         total = sum(means[name] * weight for name, weight in self.parts.items())
         return total / sum(self.parts.values())
 
+    def measured(self, head: OutputHead) -> Measured:
+        """What both streams differ in at the end of the model."""
+        device = self.decoder.device
+        means = self.by_domain(_divergence(head, self.walk.last(), self.measured_T, device))
+        return Measured(self.balanced(means), max(means[name] for name in self.parts), means)
+
     def error(self, root_DD: torch.Tensor) -> float:
         """What the layer attempted last lacks on the measured tokens, in the loss's metric."""
         found = []
@@ -275,6 +276,37 @@ class _Ground:
             lacking_TD = batch.load_flat(self.walk.residual)[self.measured_T[batch.tokens]]
             found.append((lacking_TD @ root_DD).square().sum(dim=1).double().cpu())
         return self.balanced(self.by_domain(torch.cat(found)))
+
+
+def _pick(
+    ground: _Ground,
+    layer: Layer,
+    mixture: Mixture,
+    offered: list[Option],
+    root_DD: torch.Tensor,
+    refit: Refit | None,
+) -> Pick:
+    """The option that leaves the least error in a layer; the walk then stands where it leads."""
+    walk, errors = ground.walk, {}
+
+    def attempt(option: Option, by: Refit | None) -> FittedLayer:
+        fitted = walk.attempt(layer, mixture, option.plan, by)
+        errors[option.name] = ground.error(root_DD)
+        return fitted
+
+    taken, *others = offered
+    first = attempt(taken, refit)
+    walk.keep()
+    same = refit and refit.model_copy(update={"ridges": (first.record["ridge"],)})
+    for option in others:
+        attempt(option, same)
+        if refit and errors[option.name] < errors[taken.name]:
+            attempt(option, refit)
+        if errors[option.name] < errors[taken.name]:
+            taken = option
+            walk.keep()
+    walk.recall()
+    return Pick(name=taken.name, plan=taken.plan, errors=errors)
 
 
 def trial_share(sequences: Sequences) -> Sequences:

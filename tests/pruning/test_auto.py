@@ -22,21 +22,27 @@ from tests.support.calibrated import calibrated
 from tests.support.models import make_model
 
 
-def planned(root: Path, **selection: object) -> Plan:
-    """A plan by ``auto`` at half the bytes, with what it needs to measure."""
+def trial_at(root: Path) -> Trial:
+    """What plans are measured with."""
     checkpoint = open_checkpoint(root / "m")
     texts = TextOptions(paths=(root / "texts.jsonl",), tokens=1024, length=128)
     corpus = load_corpus(checkpoint, texts)
     assert corpus is not None
-    trial = Trial(
+    return Trial(
         checkpoint=checkpoint,
         sequences=corpus.sequences,
         folder=root,
         device=torch.device("cpu"),
         batch_tokens=512,
     )
+
+
+def planned(root: Path, **selection: object) -> Plan:
+    """A plan by ``auto`` at half the bytes."""
     wanted = Selection(keep=0.5, **selection)  # type: ignore[arg-type]
-    return make_plan(checkpoint, Statistics(root / "statistics"), wanted, Silent(), trial=trial)
+    trial = trial_at(root)
+    statistics = Statistics(root / "statistics")
+    return make_plan(trial.checkpoint, statistics, wanted, Silent(), trial=trial)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +85,15 @@ def test_every_option_is_in_the_plan_with_its_figure(plain: Path) -> None:
     checkpoint = open_checkpoint(plain / "m")
     everything = 2 * checkpoint.shape.experts * checkpoint.shape.width
     assert sum(layer.neurons_kept() for layer in plan.layers.values()) <= everything // 2
+
+
+def test_figures_are_those_of_a_walk_with_the_plan_alone(plain: Path) -> None:
+    """Whatever was attempted in between: the walk that weighs goes on from what it took."""
+    plan = planned(plain)
+    name = plan.method if plan.method in LEADERS else "mixture"
+    said = plan.settings["weighed"]["whole_model"][name]
+    assert plan.refit is not None
+    assert trial_at(plain).measure(plan.layers, plan.refit)._asdict() == said
 
 
 def test_duplicates_are_merged_where_neurons_would_lose(twins: Path) -> None:

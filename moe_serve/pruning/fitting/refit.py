@@ -61,11 +61,23 @@ class Fitted:
 class _Normal:
     """Normal equations of one group over one set of tokens, FP64, for a change of its weights."""
 
-    def __init__(self, neurons: int, hidden: int) -> None:
-        self.a_FF = torch.zeros(neurons, neurons, dtype=torch.float64)
+    def __init__(self, a_FF: torch.Tensor, b_FD: torch.Tensor) -> None:
+        self.a_FF = a_FF
         """Σ ω p pᵀ."""
-        self.b_FD = torch.zeros(neurons, hidden, dtype=torch.float64)
+        self.b_FD = b_FD
         """Σ ω p eᵀ, e the residual."""
+
+    @classmethod
+    def empty(cls, neurons: int, hidden: int) -> _Normal:
+        """Before the first token."""
+        kind = torch.float64
+        return cls(
+            torch.zeros(neurons, neurons, dtype=kind), torch.zeros(neurons, hidden, dtype=kind)
+        )
+
+    def rough(self) -> _Normal:
+        """The same in FP32: enough to tell candidates for λ apart, at half the time."""
+        return _Normal(self.a_FF.float(), self.b_FD.float())
 
     @property
     def mean_diagonal(self) -> float:
@@ -186,7 +198,7 @@ def _accumulate(
 ) -> tuple[_Normal, _Normal]:
     """Normal equations of a group against what all pieces leave: of tokens that fit, and held."""
     neurons, hidden = slots[-1].columns.stop, routed.pieces[0].down_DF.shape[0]
-    fit, held = _Normal(neurons, hidden), _Normal(neurons, hidden)
+    fit, held = _Normal.empty(neurons, hidden), _Normal.empty(neurons, hidden)
     wanted = [slot.piece for slot in slots]
     for numbers in _chunks(routed.batches):
         parts: dict[bool, dict[int, list[Reached]]] = {False: {}, True: {}}
@@ -273,8 +285,12 @@ def _least(
     traces = [float(n.a_FF.diagonal().sum()) for n in (fit, held)]
     part = scale * traces[0] / sum(traces)
     best, least = max(ridges), float("inf")
+    rough_fit, rough_held, rough_FD = fit.rough(), held.rough(), pull_FD.float()
     for ridge in sorted(ridges, reverse=True):
-        error = held.error(fit.solve(pull_FD, ridge * part))
+        try:
+            error = rough_held.error(rough_fit.solve(rough_FD, ridge * part))
+        except RuntimeError:  # Too nearly singular for FP32.
+            error = held.error(fit.solve(pull_FD, ridge * part))
         if error >= least:
             break
         best, least = ridge, error

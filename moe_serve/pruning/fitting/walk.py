@@ -80,7 +80,7 @@ class Walk:
         self._trace, self._first = trace, first
         self._pruned = (states("pruned-0"), states("pruned-1"))
         self._inputs, self._target = states("inputs"), states("target")
-        self.residual = states("residual")
+        self.residual, self._kept = states("residual"), states("kept")
         self._constants: ConstantSums | None = None
 
     def begin(self) -> None:
@@ -95,7 +95,8 @@ class Walk:
 
     def end(self) -> None:
         """Remove the hidden states."""
-        for states in (*self._pruned, self._inputs, self._target, self.residual):
+        ours = (self._inputs, self._target, self.residual, self._kept)
+        for states in (*self._pruned, *ours):
             states.remove()
         self._trace.remove()
 
@@ -233,6 +234,14 @@ class Walk:
             if found.ridge is not None:
                 rows = found.router.weight_ND.to(gate.dtype)
         return FittedLayer(blocks=blocks, rows_ND=rows, shared=shared_matrix, record=record)
+
+    def keep(self) -> None:
+        """Remember what the last attempt leaves, for :meth:`recall`; :attr:`residual` is void."""
+        self.residual, self._kept = self._kept, self.residual
+
+    def recall(self) -> None:
+        """Stand where the attempt kept last has led."""
+        self.residual, self._kept = self._kept, self.residual
 
     def _heal(
         self,

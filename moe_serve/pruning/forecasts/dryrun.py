@@ -122,8 +122,8 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
             steps.append(calibrate_step(sizes, work))
         steps.append(plan_step(sizes, work))
         if corpus is not None:
-            trials, attempts = _trials(request, sizes.shape)
-            work = replace(work, trials=trials, attempts=attempts)
+            trials, attempts, screened = _trials(request, sizes.shape)
+            work = replace(work, trials=trials, attempts=attempts, screened=screened)
         if work.trials:
             steps.append(trial_step(sizes, work))
     applied = apply_step(sizes, work)
@@ -164,17 +164,19 @@ def _work(
     )
 
 
-def _trials(request: PruneRequest, shape: Shape) -> tuple[int, int]:
-    """Walks by which choices are measured, and fits of a layer in all of them."""
+def _trials(request: PruneRequest, shape: Shape) -> tuple[int, int, int]:
+    """Walks by which choices are measured; fits of a layer in all of them; those with a given λ.
+
+    As it is where a leader wins in every layer; a mixture takes a walk more.
+    """
     trials = attempts = 2 if request.selection.router_refit else 0
     if request.selection.uniform:
         trials, attempts = trials + SHORTLIST, attempts + SHORTLIST
     elif request.selection.method == AUTO:
-        options = len(auto.LEADERS) + len(auto.rivals(shape))
-        # Each leader and the mixture on the whole model; every option once, the taken one again.
-        trials += len(auto.LEADERS) + 2
-        attempts += len(auto.LEADERS) + 1 + options + 1
-    return trials, attempts
+        trials += len(auto.LEADERS)
+        attempts += len(auto.LEADERS)
+        return trials, attempts, len(auto.LEADERS) - 1 + len(auto.rivals(shape))
+    return trials, attempts, 0
 
 
 def _alignments(method: Method, shape: Shape) -> int:

@@ -51,6 +51,10 @@ class Sizes:
     """Its weights."""
     dense_weights: int
     """Decoder weights outside the routed experts: every token meets them."""
+    lowest: int = 0
+    """The first mixture layer."""
+    lower_bytes: int = 0
+    """All layers below it."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Sizes:
@@ -61,6 +65,7 @@ class Sizes:
         embedding = checkpoint.entry("model.embed_tokens.weight").size
         head = checkpoint.tensors.get("lm_head.weight")
         experts = checkpoint.expert_bytes()
+        lowest = min(experts)
         routed = len(experts) * 3 * shape.experts * shape.width * shape.hidden
         return cls(
             shape=shape,
@@ -74,6 +79,8 @@ class Sizes:
             layer_bytes=max(sum(entry.size for entry in layer) for layer in layers),
             layer_weights=max(weights),
             dense_weights=sum(weights) - routed,
+            lowest=lowest,
+            lower_bytes=sum(entry.size for layer in layers[:lowest] for entry in layer),
         )
 
     @property
@@ -124,6 +131,8 @@ class Work:
     """Walks through the model on a few tokens, by which choices are measured."""
     attempts: int = 0
     """Fits of a layer in all of them."""
+    screened: int = 0
+    """Fits of a layer with a given λ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,18 +214,21 @@ def calibrate_step(sizes: Sizes, work: Work) -> Step:
     """Forward over all tokens; where the method asks for it, back over at most 16,384 of them."""
     shape, some = sizes.shape, min(GRADIENT_TOKENS, work.tokens)
     normal = work.tokens * shape.top_k * 2 * shape.width**2 * sizes.sparse
-    # Attention forward again and backward: 3 forwards. Experts: 5 products instead of 3.
-    reverse = some * (3 * _dense(sizes, work) + 5 / 3 * _routed(sizes))
+    # Attention forward again and backward: 3 forwards, 1 in the lowest mixture's layer, none below.
+    # Experts: 5 products instead of 3.
+    attended = (3 * (shape.layers - sizes.lowest) - 2) / shape.layers
+    reverse = some * (attended * _dense(sizes, work) + 5 / 3 * _routed(sizes))
     reverse += some * (6 * shape.vocabulary * shape.hidden + 2 * shape.hidden**2 * sizes.sparse)
     rows = _original_rows(sizes, work) + ((shape.layers + 3) * some if work.reverse else 0)
     statistics = sizes.statistics_bytes(work.domains, gradients=work.reverse)
     passes = 2 if work.reverse else 1
     read = passes * sizes.decoder_bytes + sizes.embedding_bytes + statistics
+    read += sizes.head_bytes - sizes.lower_bytes if work.reverse else 0
     return Step(
         name="calibrate",
         passes=passes,
         flops=_forward(sizes, work) + normal + (reverse if work.reverse else 0.0),
-        read=read + (sizes.head_bytes if work.reverse else 0),
+        read=read,
         written=statistics,
         memory=_layer_memory(sizes, work) + shape.experts * shape.width**2 * _F32,
         disk=statistics + rows * shape.hidden * _F32,
@@ -294,20 +306,22 @@ def trial_step(sizes: Sizes, work: Work) -> Step:
     some = replace(work, tokens=min(TRIAL_TOKENS, work.tokens))
     kept = some.tokens * work.keep * _routed(sizes)
     fits = sizes.sparse * _fit(sizes, some, refit) if work.refit else 0.0
+    given = sizes.sparse * _fit(sizes, some, Refit(ridges=())) if work.refit else 0.0
     side = _side(sizes, work, refit)
     return Step(
         name="try",
         passes=work.trials,
         flops=work.trials * _streams(sizes, replace(some, keeps=True))
         + _forward(sizes, some)
-        + work.attempts * (fits + kept),
+        + work.attempts * (fits + kept)
+        + work.screened * (given + kept),
         read=work.trials * (sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes),
         written=0,
         memory=_layer_memory(sizes, work)
         + int(work.keep * sizes.layer_weights) * 2 * _F32
         + 4 * side * (side + sizes.shape.hidden) * _F64
         + _activations(sizes, some),
-        disk=(sizes.shape.layers + 1 + _WALK_STATES) * some.tokens * sizes.shape.hidden * _F32,
+        disk=(sizes.shape.layers + 2 + _WALK_STATES) * some.tokens * sizes.shape.hidden * _F32,
     )
 
 

@@ -51,12 +51,16 @@ def test_arithmetic_of_a_calibration() -> None:
 
     A token: 2·500 + 2 layers · 2·50·10 = 3,000 outside the experts; 2·2 layers·2 experts·180 =
     1,440 in them; normal matrices 2 layers · 2 experts · 2·6² = 288. Back, at most 16,384 tokens:
-    3·3,000 + 5/3·1,440 = 11,400, the loss 6·100·10, the metric 2·10²·2 layers.
+    3·1,500 + 1·1,500 (the lower of two layers) + 5/3·1,440 = 8,400, the loss 6·100·10, the metric
+    2·10²·2 layers. What lies below the lowest mixture is not read again.
     """
     step = calibrate_step(SIZES, WORK)
     assert step.passes == 2
-    assert step.flops == pytest.approx(100 * (3000 + 1440 + 288 + 11_400 + 6000 + 400))
+    assert step.flops == pytest.approx(100 * (3000 + 1440 + 288 + 8400 + 6000 + 400))
     assert step.read - SIZES.statistics_bytes(2) == 2 * 4000 + 2000 + 2000
+    above = calibrate_step(replace(SIZES, lowest=1, lower_bytes=300), WORK)
+    assert step.read - above.read == 300
+    assert step.flops - above.flops == pytest.approx(100 * 3 * 1500)
     # One layer's normal matrices: 4 experts of 6² numbers; a layer in FP32 and as stored.
     assert step.memory >= 4 * 36 * 4 + 1000 * 4 + 2000
 
@@ -168,7 +172,7 @@ def test_a_dry_run_writes_nothing(
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == []
     assert [step["name"] for step in found["steps"]] == ["calibrate", "plan", "try", "apply"]
-    assert found["passes"] == 4 + len(LEADERS) + 2
+    assert found["passes"] == 4 + len(LEADERS)
     assert sorted(tmp_path.iterdir()) == before
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: real._replace(free=1000))
