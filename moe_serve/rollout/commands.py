@@ -65,7 +65,7 @@ def start_rollout(
         reason=reason,
         actor=actor,
         shadow=shadow,
-        sticky=str(policy.sticky) if policy.sticky is not None else "",
+        sticky=policy.sticky.ways if policy.sticky != "off" else (),
         basis=Basis(state=becomes, revision=saved.revision),
     )
 

@@ -6,13 +6,14 @@ import hashlib
 import tomllib
 from datetime import datetime, time
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from moe_serve.errors import UsageError
 from moe_serve.serving.keys import KEY_HEADER
+from moe_serve.serving.routes import STICKY
 
 Metric = Literal["ttft", "tpot"]
 Part = Literal["truncated", "empty", "feedback"]
@@ -233,23 +234,42 @@ class Prometheus(_Part):
     ``variant`` (``original`` or ``pruned``), as ours do; relabel vLLM's when scraping."""
 
 
-class Sticky(_Part):
-    """What keeps a user on one variant; the proxy hashes it, a ramp moves users one way only."""
+_DEFAULT: Final = dict(way.split(":", 1) for way in STICKY)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 
-    by: Literal["header", "cookie", "key"]
-    """A header for API clients, a cookie for browsers, or the API key that the proxy asks for."""
-    name: str = Field(default="", pattern=r"^[A-Za-z0-9_-]{0,64}$")
-    """Of the header or cookie. Requests without it are split at random; the cookie is set."""
+
+class Sticky(_Part):
+    """What keeps a user, and so a conversation, on one variant.
+
+    The first of them that a request has is hashed by the proxy; a ramp moves users one way only.
+    A request that has none is split by chance.
+    """
+
+    header: Name = _DEFAULT["header"]
+    """Set by the application that calls, to whatever tells its users or conversations apart.
+    Empty: none."""
+    key: bool = False
+    """The API key that the proxy asked for. Not by default: behind one key is often a whole
+    application, which would move at once."""
+    cookie: Name = _DEFAULT["cookie"]
+    """Set for browsers, and for nothing else: a server that keeps cookies has many users behind
+    one. Empty: none."""
 
     @model_validator(mode="after")
-    def _named(self) -> Self:
-        if (self.by == "key") == bool(self.name):
-            raise ValueError("name the header or cookie; a key needs no name")
+    def _something(self) -> Self:
+        if not self.ways:
+            raise ValueError('name a header or a cookie, or write sticky = "off"')
         return self
 
-    def __str__(self) -> str:
-        """As the route file has it."""
-        return f"header:{KEY_HEADER}" if self.by == "key" else f"{self.by}:{self.name}"
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """As the route file has them."""
+        found = {
+            f"header:{self.header}": bool(self.header),
+            f"header:{KEY_HEADER}": self.key,
+            f"cookie:{self.cookie}": bool(self.cookie),
+        }
+        return tuple(way for way, used in found.items() if used)
 
 
 def _default_steps() -> tuple[Step, ...]:
@@ -290,8 +310,9 @@ class Policy(_Part):
     design_effect: float = Field(default=1.0, ge=1.0)
     """Requests that carry as much information as one independent request. With sticky users set
     it to about the requests of one user per step; all counts are divided by it."""
-    sticky: Sticky | None = None
-    """None: every request is split on its own, the most informative split."""
+    sticky: Sticky | Literal["off"] = Sticky()
+    """``off``: every request is split on its own, the most informative split, and a conversation
+    may meet both variants."""
     metrics: Prometheus | Literal["direct"] = "direct"
     """Where counters come from. ``direct``: this machine's engines and proxy, asked at each
     reading, so that nothing is older than the decision."""

@@ -21,6 +21,7 @@ from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Store
 from moe_serve.serving.envoy import Admin
 from moe_serve.serving.routes import (
+    STICKY,
     Split,
     new_split,
     put_spare,
@@ -89,7 +90,7 @@ def move(
     reason: str,
     actor: str = "",
     shadow: float = 0.0,
-    sticky: str | None = None,
+    sticky: tuple[str, ...] | None = None,
     basis: Basis | None = None,
 ) -> Moved:
     """Give the pruned variant ``percent`` of the traffic.
@@ -114,7 +115,7 @@ def move(
     new_split(percent, shadow=shadow)
     with routes_lock(state, warnings, must=basis is not None):
         present = _present(state, warnings)
-        kept = present.sticky if present is not None else ""
+        kept = present.sticky if present is not None else STICKY
         split = new_split(percent, shadow=shadow, sticky=kept if sticky is None else sticky)
         before = None if present is None else present.percent
         store, change = None, 0

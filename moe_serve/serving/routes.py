@@ -32,6 +32,10 @@ WITH_FALLBACK: Final = "pruned-or-original"
 
 COOKIE_SECONDS: Final = 7 * 86_400
 """How long a cookie that the proxy sets keeps a browser on its variant."""
+STICKY: Final = ("header:x-user-id", "cookie:moe-serve-user")
+"""What tells users apart unless a policy says otherwise."""
+_REQUEST: Final = "x-request-id"
+"""The proxy's own, random."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +47,10 @@ class Split:
     version: str
     shadow: int = 0
     """Parts of 10,000 that are copied to the pruned variant, its answers thrown away."""
-    sticky: str = ""
-    """``header:NAME`` or ``cookie:NAME``: what is hashed to choose; empty: chance."""
+    sticky: tuple[str, ...] = STICKY
+    """``header:NAME`` and ``cookie:NAME``: the first that a request has is hashed to choose;
+    without any it is chance. Cookies are set for browsers only: a program that keeps them is most
+    often a server, and its users would move all together."""
 
     @property
     def percent(self) -> float:
@@ -66,7 +72,7 @@ def route_file(state: Path) -> Path:
     return state / ROUTES / FILE
 
 
-def new_split(percent: float, *, shadow: float = 0.0, sticky: str = "") -> Split:
+def new_split(percent: float, *, shadow: float = 0.0, sticky: tuple[str, ...] = STICKY) -> Split:
     """A split under a new version.
 
     Raises:
@@ -149,7 +155,11 @@ def read_split(state: Path) -> Split:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         routes = value["resources"][0]["virtual_hosts"][0]["routes"]
-        weighted = [r["route"] for r in routes if "weighted_clusters" in r.get("route", {})]
+        weighted = [
+            route["route"]
+            for route in routes
+            if "weighted_clusters" in route.get("route", {}) and "headers" not in route["match"]
+        ]
         # All paths must say the same.
         ((pruned, shadow, sticky),) = {_shares(route) for route in weighted}
         return Split(
@@ -166,17 +176,19 @@ def read_split(state: Path) -> Split:
         ) from exc
 
 
-def _shares(route: dict[str, Any]) -> tuple[int, int, str]:
+def _shares(route: dict[str, Any]) -> tuple[int, int, tuple[str, ...]]:
     """Pruned parts, copied parts and what is hashed, of one route."""
     weights = {c["name"]: int(c["weight"]) for c in route["weighted_clusters"]["clusters"]}
     pruned = round(weights[WITH_FALLBACK] * TOTAL / sum(weights.values()))
     mirrors = route.get("request_mirror_policies", ())
     shadow = sum(int(m["runtime_fraction"]["default_value"]["numerator"]) for m in mirrors)
-    for policy in route.get("hash_policy", ()):
-        if "header" in policy:
-            return pruned, shadow, f"header:{policy['header']['header_name']}"
-        return pruned, shadow, f"cookie:{policy['cookie']['name']}"
-    return pruned, shadow, ""
+    sticky = tuple(
+        f"header:{policy['header']['header_name']}"
+        if "header" in policy
+        else f"cookie:{policy['cookie']['name']}"
+        for policy in route.get("hash_policy", ())
+    )
+    return pruned, shadow, sticky
 
 
 def _discovery(split: Split) -> dict[str, Any]:
@@ -219,20 +231,68 @@ def _routes(split: Split) -> list[dict[str, Any]]:
         weighted["request_mirror_policies"] = [mirror]
     if split.sticky:
         weighted["weighted_clusters"]["use_hash_policy"] = True
-        kind, _, name = split.sticky.partition(":")
-        weighted["hash_policy"] = [
-            {"header": {"header_name": name}}
-            if kind == "header"
-            else {"cookie": {"name": name, "ttl": f"{COOKIE_SECONDS}s"}}
-        ]
+        weighted["hash_policy"] = [_hashed(each) for each in split.sticky]
     routes = []
     for path in PATHS:
         for variant in (ORIGINAL, PRUNED):
             pinned = {"name": HEADER, "string_match": {"exact": variant}}
             match = {"path": path, "headers": [pinned]}
             routes.append({"match": match, "route": {"cluster": variant, **_patience()}})
+        routes += _first_visit(path, weighted, split.sticky)
         routes.append({"match": {"path": path}, "route": {**weighted, **_patience()}})
     return routes
+
+
+def _hashed(sticky: str) -> dict[str, Any]:
+    """One thing to hash; what is found first is all that counts."""
+    kind, _, name = sticky.partition(":")
+    what = {"header": {"header_name": name}} if kind == "header" else {"cookie": {"name": name}}
+    return {**what, "terminal": True}
+
+
+def _first_visit(
+    path: str, weighted: dict[str, Any], sticky: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """The route of a browser that is not known yet: it gets a cookie.
+
+    Envoy sets the cookies of a hash policy for a load balancer's choice only, not for a weighted
+    cluster's. The request's own id is what is hashed here and what the cookie keeps, so that the
+    first answer comes from the same variant as all after it.
+    """
+    names = [way.partition(":")[2] for way in sticky]
+    cookies = [name for way, name in zip(sticky, names, strict=True) if way.startswith("cookie:")]
+    if not cookies:
+        return []
+    unknown = [
+        {"name": name, "present_match": True, "invert_match": True}
+        for way, name in zip(sticky, names, strict=True)
+        if way.startswith("header:")
+    ]
+    unknown += [
+        {
+            "name": "cookie",
+            "string_match": {"contains": f"{name}="},
+            "invert_match": True,
+            "treat_missing_header_as_empty": True,
+        }
+        for name in cookies
+    ]
+    browser = {"name": "user-agent", "string_match": {"prefix": "Mozilla/"}}
+    kept = f"Max-Age={COOKIE_SECONDS}; Path=/; HttpOnly; SameSite=Lax"
+    cookie = {"key": "set-cookie", "value": f"{cookies[0]}=%REQ({_REQUEST})%; {kept}"}
+    return [
+        {
+            "match": {"path": path, "headers": [browser, *unknown]},
+            "route": {
+                **weighted,
+                "hash_policy": [_hashed(f"header:{_REQUEST}")],
+                **_patience(),
+            },
+            "response_headers_to_add": [
+                {"header": cookie, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
+            ],
+        }
+    ]
 
 
 def _patience() -> dict[str, Any]:

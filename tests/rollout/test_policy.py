@@ -8,7 +8,8 @@ import pytest
 
 from moe_serve.errors import UsageError
 from moe_serve.rollout import policy as module
-from moe_serve.rollout.policy import Policy, _Part, load_policy
+from moe_serve.rollout.policy import Policy, Sticky, _Part, load_policy
+from moe_serve.serving.keys import KEY_HEADER
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -24,6 +25,23 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     assert policy == Policy()
     assert [step.weight for step in policy.steps] == [0, 1, 5, 25, 50]
     assert policy.tests == 4 * 5 + 3
+
+
+@pytest.mark.parametrize(
+    ("text", "ways"),
+    [
+        ("", ("header:x-user-id", "cookie:moe-serve-user")),
+        (
+            'sticky = {header = "x-chat", key = true, cookie = ""}',
+            ("header:x-chat", f"header:{KEY_HEADER}"),
+        ),
+        ('sticky = "off"', ()),
+    ],
+)
+def test_users_stay_unless_told_otherwise(text: str, ways: tuple[str, ...], tmp_path: Path) -> None:
+    """In the order in which they are looked at."""
+    sticky = load_policy(written(tmp_path, text)).sticky
+    assert (sticky.ways if isinstance(sticky, Sticky) else ()) == ways
 
 
 def test_files_are_found_from_the_policys_folder(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from moe_serve.demo.clients import Load
 from moe_serve.metrics.sources import Endpoints
 from moe_serve.rollout.traffic import move, status
 from moe_serve.serving.listener import MAX_REQUEST_BYTES
-from moe_serve.serving.routes import read_split, route_file, write_split
+from moe_serve.serving.routes import STICKY, read_split, route_file, write_split
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
 from tests.support.proxy import Proxied, proxied
 
@@ -102,9 +102,12 @@ def test_copies_reach_pruned_and_clients_see_the_original(proxy: Proxied) -> Non
     assert proxy.pruned.started == before
 
 
-@pytest.mark.parametrize("sticky", ["header:x-user", "cookie:moe-user"])
+@pytest.mark.parametrize("sticky", STICKY)
 def test_sticky_users_move_one_way_as_the_share_grows(proxy: Proxied, sticky: str) -> None:
-    """Sixty users at 20 %, twice the same; at 60 % those on pruned stay and others join."""
+    """Sixty users at 20 %, twice the same; at 60 % those on pruned stay and others join.
+
+    Nobody asked for it: it is the default.
+    """
     kind, name = sticky.split(":")
 
     def sides() -> dict[int, str]:
@@ -116,14 +119,36 @@ def test_sticky_users_move_one_way_as_the_share_grows(proxy: Proxied, sticky: st
             found[user] = answer.headers[HEADER]
         return found
 
-    move(proxy.state, 20, decision="set", reason="", sticky=sticky)
+    move(proxy.state, 20, decision="set", reason="")
     first = sides()
     assert sides() == first
     move(proxy.state, 60, decision="set", reason="")
-    assert read_split(proxy.state).sticky == sticky
+    assert read_split(proxy.state).sticky == STICKY
     second = sides()
     assert {u for u in first if first[u] == PRUNED} < {u for u in second if second[u] == PRUNED}
-    move(proxy.state, 0, decision="rollback", reason="", sticky="")
+
+
+def test_who_does_not_say_who_they_are(proxy: Proxied) -> None:
+    """A program meets both variants; a browser is given a cookie and stays, on all paths.
+
+    A header goes before the cookie.
+    """
+    move(proxy.state, 50, decision="set", reason="")
+    with httpx.Client() as program:
+        answers = [program.get(f"{proxy.endpoint}/models") for _ in range(60)]
+    assert {answer.headers[HEADER] for answer in answers} == {ORIGINAL, PRUNED}
+    assert not any("set-cookie" in answer.headers for answer in answers)
+    with httpx.Client(headers={"user-agent": "Mozilla/5.0 (X11)"}) as browser:
+        first = browser.get(f"{proxy.endpoint}/models")
+        assert first.headers["set-cookie"].startswith(f"{STICKY[1].split(':')[1]}=")
+        later = [browser.post(f"{proxy.endpoint}/completions", json=BODY) for _ in range(15)]
+        assert {answer.headers[HEADER] for answer in later} == {first.headers[HEADER]}
+        assert not any("set-cookie" in answer.headers for answer in later)
+        told = {
+            browser.get(f"{proxy.endpoint}/models", headers={"x-user-id": f"{n}"}).headers[HEADER]
+            for n in range(40)
+        }
+    assert told == {ORIGINAL, PRUNED}
 
 
 def test_a_stream_cut_off_is_counted(tmp_path: Path) -> None:

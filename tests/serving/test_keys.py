@@ -18,6 +18,7 @@ from moe_serve.errors import UsageError
 from moe_serve.rollout.policy import Sticky
 from moe_serve.rollout.traffic import move
 from moe_serve.serving.keys import FILE, KEY_HEADER, load_keys, new_key
+from moe_serve.serving.routes import STICKY
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
 from tests.support.proxy import Proxied, proxied
 
@@ -104,7 +105,7 @@ def test_each_key_has_its_own_limit(proxy: Proxied) -> None:
 
 def test_a_key_keeps_its_variant(proxy: Proxied) -> None:
     """Sticky by key: twelve keys, each always answered by the same; at half, both answer some."""
-    move(proxy.state, 50, decision="set", reason="", sticky=str(Sticky(by="key")))
+    move(proxy.state, 50, decision="set", reason="", sticky=Sticky(key=True).ways)
     found: list[str] = []
     for number in range(12):
         key = add(proxy, f"user-{number}")
@@ -112,7 +113,7 @@ def test_a_key_keeps_its_variant(proxy: Proxied) -> None:
         assert len(answers) == 1
         found += answers
     assert set(found) == {ORIGINAL, PRUNED}
-    move(proxy.state, 0, decision="set", reason="", sticky="")
+    move(proxy.state, 0, decision="set", reason="", sticky=STICKY)
 
 
 def test_a_removed_key_is_refused_and_streams_go_on(tmp_path: Path) -> None:
