@@ -17,10 +17,11 @@ from typing import Any, Final
 
 from moe_serve.errors import PlanError
 from moe_serve.families import Shape
+from moe_serve.pruning.ground import Measured
 from moe_serve.pruning.methods.registry import METHODS
 from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.plan import LayerPlan, Refit
-from moe_serve.pruning.trial import Measured, Option, Pick, Trial
+from moe_serve.pruning.trial import Option, Pick, Trial
 
 LEADERS: Final = ("block-obs", "block-heapr")
 """Tried on the whole model."""
@@ -66,12 +67,12 @@ def choose(
         refit: how what is kept is re-fitted.
     """
     first, *others = leaders
-    measured = {name: trial.measure(leaders[name], refit) for name in others}
+    measured = {name: trial.measure(name, leaders[name], refit) for name in others}
     found = _weigh(first, leaders, view, budget, trial, refit)
     if found.pure:
         measured[first] = found.measured
     else:
-        measured[first] = trial.measure(leaders[first], refit)
+        measured[first] = trial.measure(first, leaders[first], refit)
     best = min(leaders, key=lambda name: measured[name].mean)
     if best != first:
         found = _weigh(best, leaders, view, budget, trial, refit)
@@ -117,7 +118,9 @@ def _weigh(
         ]
         return found + _whole_experts(view(index), plans[index], budget)
 
-    picks, measured = trial.pick(plans, options, lambda index: view(index).gradients(), refit)
+    picks, measured = trial.pick(
+        f"weigh-{base}", plans, options, lambda index: view(index).gradients(), refit
+    )
     pure = all(pick.name == base for pick in picks.values())
     return _Mixture(picks=picks, measured=measured, pure=pure)
 

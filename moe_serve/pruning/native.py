@@ -22,11 +22,11 @@ from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError
 from moe_serve.families import Routing, Shape
 from moe_serve.pruning.fitting.split import split_plan, steady_direction
+from moe_serve.pruning.ground import Measured
 from moe_serve.pruning.methods.neurons import Ladder, loss_root
 from moe_serve.pruning.methods.view import LayerView
 from moe_serve.pruning.numbers import tile_width
 from moe_serve.pruning.plan import Block, LayerPlan, Part
-from moe_serve.pruning.trial import Measured
 
 SHORTLIST: Final = 4
 """Pairs measured. The estimates rank within a factor of two or so, and neighbours are close."""
@@ -183,7 +183,7 @@ def _cut(ladder: Ladder, size: Size) -> Cut:
 
 
 def choose(
-    weighed: Weighed, measure: Callable[[dict[int, LayerPlan]], Measured] | None
+    weighed: Weighed, measure: Callable[[str, dict[int, LayerPlan]], Measured] | None
 ) -> tuple[dict[int, LayerPlan], dict[str, Any]]:
     """The size that measures best, or, with nothing to measure on, is estimated to.
 
@@ -196,7 +196,9 @@ def choose(
     shortlist = weighed.shortlist()
     measured: dict[Size, Measured] = {}
     if measure is not None and len(shortlist) > 1:
-        measured = {size: measure(weighed.layers(size)) for size in shortlist}
+        measured = {
+            size: measure("-".join(map(str, size)), weighed.layers(size)) for size in shortlist
+        }
         least = min(kl.mean for kl in measured.values())
         near = [size for size in shortlist if measured[size].mean <= (1 + _NEAR) * least]
         chosen = min(near, key=lambda size: (size.experts, measured[size].mean))

@@ -84,7 +84,7 @@ def make_plan(
     elif budget.uniform and method.neurons is not None and method.comparable and layers:
         planned, weighed = choose(
             weigh(every(), method.neurons, budget.keep),
-            (lambda layers: trial.measure(layers, by)) if trial is not None else None,
+            (lambda name, layers: trial.measure(name, layers, by)) if trial is not None else None,
         )
     elif method.neurons is not None:
         planned = _spend(
@@ -161,7 +161,7 @@ def _worth_it(
 ) -> tuple[RouterFit | None, dict[str, Any]]:
     """The re-fit of the router where the whole model is better with it, and what was measured."""
     fits = {
-        name: trial.measure(planned, refit, by)
+        name: trial.measure(f"{name}-router", planned, refit, by)
         for name, by in (("without", None), ("with", router))
     }
     better = fits["with"].mean < fits["without"].mean

@@ -197,6 +197,7 @@ def _planned(
             checkpoint=checkpoint,
             sequences=corpus.sequences,
             folder=staging.work,
+            staging=staging,
             device=request.device,
             batch_tokens=request.batch_tokens,
             progress=progress,

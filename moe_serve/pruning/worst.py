@@ -27,10 +27,11 @@ from moe_serve.checkpoint.staging import Staging, staged
 from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.progress import Progress, Silent
 from moe_serve.pruning.corpus import Corpus
+from moe_serve.pruning.ground import Measured
 from moe_serve.pruning.methods.registry import method_named
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.selection import Selection
-from moe_serve.pruning.trial import Measured, Trial
+from moe_serve.pruning.trial import Trial
 
 ROUNDS: Final = 4
 """Balances tried, the even one first."""

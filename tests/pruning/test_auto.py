@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.checkpoint.staging import Staging
 from moe_serve.families import Shape
 from moe_serve.progress import Silent
 from moe_serve.pruning.auto import LEADERS, RIVALS, rivals
@@ -22,7 +23,7 @@ from tests.support.calibrated import calibrated
 from tests.support.models import make_model
 
 
-def trial_at(root: Path) -> Trial:
+def trial_at(root: Path, staging: Staging | None = None) -> Trial:
     """What plans are measured with."""
     checkpoint = open_checkpoint(root / "m")
     texts = TextOptions(paths=(root / "texts.jsonl",), tokens=1024, length=128)
@@ -31,16 +32,17 @@ def trial_at(root: Path) -> Trial:
     return Trial(
         checkpoint=checkpoint,
         sequences=corpus.sequences,
-        folder=root,
+        folder=staging.work if staging else root,
+        staging=staging,
         device=torch.device("cpu"),
         batch_tokens=512,
     )
 
 
-def planned(root: Path, **selection: object) -> Plan:
+def planned(root: Path, staging: Staging | None = None, **selection: object) -> Plan:
     """A plan by ``auto`` at half the bytes."""
     wanted = Selection(keep=0.5, **selection)  # type: ignore[arg-type]
-    trial = trial_at(root)
+    trial = trial_at(root, staging)
     statistics = Statistics(root / "statistics")
     return make_plan(trial.checkpoint, statistics, wanted, Silent(), trial=trial)
 
@@ -93,7 +95,45 @@ def test_figures_are_those_of_a_walk_with_the_plan_alone(plain: Path) -> None:
     name = plan.method if plan.method in LEADERS else "mixture"
     said = plan.settings["weighed"]["whole_model"][name]
     assert plan.refit is not None
-    assert trial_at(plain).measure(plan.layers, plan.refit)._asdict() == said
+    assert trial_at(plain).measure("again", plan.layers, plan.refit)._asdict() == said
+
+
+class Dying(Staging):
+    """A journal whose process dies before a step is recorded: its files are there."""
+
+    def __init__(self, path: Path, lives: int) -> None:
+        """Record so many steps."""
+        super().__init__(path, {})
+        self._lives = lives
+
+    def finish(self, step: str, record: object = True) -> None:
+        """Record, or die."""
+        if not self._lives:
+            raise KeyboardInterrupt
+        self._lives -= 1
+        super().finish(step, record)
+
+
+@pytest.mark.parametrize("name", ["plain", "twins"])
+def test_killed_before_any_step_it_goes_on_to_the_same_plan(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Two layers and an outcome for each of two or three walks: no step is taken again."""
+    root = request.getfixturevalue(name)
+    whole = planned(root).sha256()
+    for lives in range(1, 4):
+        place = tmp_path / f"{lives}"
+        deaths = 0
+        while True:
+            try:
+                found = planned(root, Dying(place, lives))
+            except KeyboardInterrupt:
+                deaths += 1
+            else:
+                break
+        assert found.sha256() == whole
+        assert deaths == ((6 if name == "plain" else 9) - 1) // lives
+        assert list((place / "work").glob("trial-*")) == [place / "work/trial-states"]
 
 
 def test_duplicates_are_merged_where_neurons_would_lose(twins: Path) -> None:

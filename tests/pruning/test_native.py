@@ -17,6 +17,7 @@ from moe_serve.families.routing import Routing
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions, load_corpus
 from moe_serve.pruning.fitting.walk import held_out
+from moe_serve.pruning.ground import Measured
 from moe_serve.pruning.methods.neurons import Ladder
 from moe_serve.pruning.methods.obs import RemovalPath
 from moe_serve.pruning.methods.view import LayerView
@@ -27,7 +28,7 @@ from moe_serve.pruning.records.verify import verify
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import prune
 from moe_serve.pruning.selection import Selection
-from moe_serve.pruning.trial import Measured, Trial, trial_share
+from moe_serve.pruning.trial import Trial, trial_share
 from tests.support.calibrated import calibrated
 from tests.support.models import make_model
 from tests.support.references import our_logits, reference_logits
@@ -125,7 +126,7 @@ def weighed() -> Weighed:
 def test_measurement_overrules_the_estimate() -> None:
     """Estimated 2.0 against 0.5, measured 0.1 against 0.3: the first is taken, both are told."""
 
-    def measure(layers: dict[int, object]) -> Measured:
+    def measure(_name: str, layers: dict[int, object]) -> Measured:
         narrow = len(layers[0].blocks) == 2  # type: ignore[attr-defined]
         return Measured(0.1, 0.2, {"a": 0.1}) if narrow else Measured(0.3, 0.4, {})
 
@@ -144,7 +145,7 @@ def test_measurement_overrules_the_estimate() -> None:
 def test_fewer_experts_may_cost_a_tenth(one_whole: float, experts: int) -> None:
     """Two narrow ones measure 0.1: one whole expert at 0.109 is taken, at 0.111 not."""
 
-    def measure(layers: dict[int, LayerPlan]) -> Measured:
+    def measure(_name: str, layers: dict[int, LayerPlan]) -> Measured:
         mean = 0.1 if len(layers[0].blocks) == 2 else one_whole
         return Measured(mean, mean, {"a": mean})
 
@@ -203,8 +204,8 @@ def test_a_trial_says_what_a_comparison_of_the_files_says(root: Path, tmp_path: 
         device=device,
         batch_tokens=512,
     )
-    assert trial.measure({}, None).worst == pytest.approx(0.0, abs=1e-6)
-    found = trial.measure(plan.layers, None)
+    assert trial.measure("nothing", {}, None).worst == pytest.approx(0.0, abs=1e-6)
+    found = trial.measure("plan", plan.layers, None)
     request = PruneRequest(
         model=root / "m", output=tmp_path / "out", texts=TextOptions(paths=()), selection=selection
     )

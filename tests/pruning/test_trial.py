@@ -36,3 +36,13 @@ def test_short_sequences_stay_whole() -> None:
     share = trial_share(given)
     assert [len(tokens) for tokens in share.tokens] == [256] * (2 * 34)
     assert np.array_equal(share.tokens[1], given.tokens[3])
+
+
+def test_every_domain_with_two_sequences_has_one_held_out() -> None:
+    """A fifth of 1, 2, 4, 5, 8 and 10: none, then 1, 1, 1, 2, 2, always the last among them."""
+    for each, held in ((1, 0), (2, 1), (4, 1), (5, 1), (8, 2), (10, 2)):
+        given = sequences(2, each, 3)
+        mask = held_out(given, 0.2).view(2, each, 3)
+        assert mask[:, :, 0].sum(dim=1).tolist() == [held, held]
+        assert bool((mask == mask[:, :, :1]).all())
+        assert not held or mask[:, -1].all()

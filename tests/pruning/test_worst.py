@@ -16,11 +16,11 @@ from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.forecasts.dryrun import dry_run
+from moe_serve.pruning.ground import Measured
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import prune
 from moe_serve.pruning.selection import Selection
-from moe_serve.pruning.trial import Measured
 from moe_serve.pruning.worst import ROUNDS, Round, best, reweighted, split
 from tests.support.models import make_model, write_texts
 

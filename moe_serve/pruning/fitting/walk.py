@@ -6,6 +6,7 @@ Shape suffixes: B sequences, L tokens each, D hidden size, T tokens.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -314,12 +315,18 @@ class Walk:
 
 
 def held_out(sequences: Sequences, share: float) -> torch.Tensor:
-    """Every n-th sequence of each domain, as a mask over tokens."""
-    every = max(2, round(1 / share))
-    seen: dict[int, int] = {}
+    """A share of each domain's sequences, evenly spaced, as a mask over tokens.
+
+    At least one of every domain that has two; the last of a domain is among them, for neighbours
+    may come from one document.
+    """
+    count = Counter(sequences.domain)
+    held = {d: min(max(round(share * n), 1), n - 1) for d, n in count.items()}
+    seen: Counter[int] = Counter()
     parts = []
     for tokens, domain in zip(sequences.tokens, sequences.domain, strict=True):
-        number = seen.get(domain, 0)
-        seen[domain] = number + 1
-        parts.append(torch.full((len(tokens),), number % every == every - 1))
+        before = seen[domain] * held[domain] // count[domain]
+        seen[domain] += 1
+        apart = seen[domain] * held[domain] // count[domain] > before
+        parts.append(torch.full((len(tokens),), apart))
     return torch.cat(parts)
