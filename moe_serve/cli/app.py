@@ -7,38 +7,21 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any, Final
+from itertools import groupby
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from moe_serve.cli.commands import COMMANDS, EXAMPLES
 from moe_serve.cli.output import err
 from moe_serve.errors import MoeServeError
-
-COMMANDS: Final = {
-    "inspect": ("inspect", "inspect_command"),
-    "prune": ("prune", "prune_command"),
-    "calibrate": ("calibrate", "calibrate_command"),
-    "merge-statistics": ("calibrate", "merge_command"),
-    "plan": ("prune", "plan_command"),
-    "apply": ("prune", "apply_command"),
-    "export": ("files", "export_command"),
-    "verify": ("files", "verify_command"),
-    "audit": ("audit", "audit_command"),
-    "compare": ("compare", "compare_command"),
-    "report": ("report", "report_command"),
-    "pilot": ("pilot", "pilot_command"),
-    "up": ("up", "up_command"),
-    "keys": ("keys", "keys"),
-    "rollout": ("rollout", "rollout"),
-    "demo": ("demo", "demo_command"),
-}
-"""Name → module of this package and what it exports: a function or a group."""
+from moe_serve.version import __version__
 
 
 class LazyGroup(TyperGroup):
-    """Imports a command's module when the command is asked for."""
+    """Imports a command's module when the command is asked for, not to list or complete it."""
 
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 - click's signature
         """In the order of a user's work."""
@@ -48,13 +31,41 @@ class LazyGroup(TyperGroup):
         """Import and build one command."""
         if cmd_name not in COMMANDS:
             return None
-        module, name = COMMANDS[cmd_name]
-        target = getattr(importlib.import_module(f"moe_serve.cli.{module}"), name)
+        entry = COMMANDS[cmd_name]
+        target = getattr(importlib.import_module(f"moe_serve.cli.{entry.module}"), entry.name)
         if isinstance(target, typer.Typer):
-            return get_command(target)
-        single = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
-        single.command(cmd_name)(target)
-        return get_command(single)
+            command = get_command(target)
+        else:
+            single = typer.Typer(
+                add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+            )
+            single.command(cmd_name)(target)
+            command = get_command(single)
+        _teach(command, cmd_name)
+        return command
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - click's signature
+        """List them by section."""
+        for section, entries in groupby(COMMANDS.items(), lambda item: item[1].section):
+            with formatter.section(section):
+                formatter.write_dl([(name, entry.summary) for name, entry in entries])
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        """Options of this level, then commands by what they begin with."""
+        item = importlib.import_module("typer._click.shell_completion").CompletionItem
+        return [
+            *(item(n, help=e.summary) for n, e in COMMANDS.items() if n.startswith(incomplete)),
+            *(super(TyperGroup, self).shell_complete(ctx, incomplete)),
+        ]
+
+
+def _teach(command: Any, path: str) -> None:
+    """End a command's help, and those of its subcommands, with its examples."""
+    if lines := EXAMPLES[path]:
+        # \b: the lines are not to be filled.
+        command.epilog = "\b\n" + "\n".join(("Examples:", *(f"  {line}" for line in lines)))
+    for name, below in getattr(command, "commands", {}).items():
+        _teach(below, f"{path} {name}")
 
 
 app = typer.Typer(
@@ -62,14 +73,28 @@ app = typer.Typer(
     cls=LazyGroup,
     help="Prune Mixture-of-Experts models, serve the result in vLLM, and roll it out safely.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
-@app.callback()
-def root() -> None:
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="\b\n"
+    + "\n".join(("For example:", *(f"  {line}" for line in EXAMPLES[""])))
+    + "\n\nmoe-serve COMMAND --help explains each one. Exit codes: 0 done, 1 a check failed, "
+    "2 unusable input, 130 interrupted."
+)
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
     """Prune Mixture-of-Experts models, serve the result in vLLM, and roll it out safely."""
 
 

@@ -19,7 +19,12 @@ from moe_serve.serving.twin import BOUND, compare_with_twin
 def export_command(
     source: Annotated[Path, typer.Argument(help="A compact checkpoint.")],
     output: Annotated[Path, typer.Argument(help="Directory to make.")],
-    form: Annotated[str, typer.Option("--format", help="tied or native.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", help="tied or native.", autocompletion=options.words("native", "tied")
+        ),
+    ],
     as_json: options.Json = False,
 ) -> None:
     """Write a compact checkpoint in another format."""

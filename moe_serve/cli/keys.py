@@ -23,6 +23,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 keys = typer.Typer(
     no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
     help="API keys of the OpenAI endpoint. With the first one, nobody comes in without.",
 )
 

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def words(*known: str) -> Callable[[str], list[str]]:
+    """What a shell offers for an option's value."""
+    return lambda incomplete: [name for name in known if name.startswith(incomplete)]
+
+
+def _methods(incomplete: str) -> list[str]:
+    from moe_serve.pruning.methods.registry import AUTO, METHODS
+
+    return words(AUTO, *sorted(METHODS))(incomplete)
+
 
 Model = Annotated[Path, typer.Argument(help="Directory of the original checkpoint.")]
 Output = Annotated[Path, typer.Argument(help="Directory to make; resumed if unfinished.")]
@@ -23,6 +36,7 @@ ObjectiveName = Annotated[
         "--objective",
         help="mean weighs all domains alike; worst-domain finds weights under which the one that "
         "loses most loses less, in four trial runs on part of the texts.",
+        autocompletion=words("mean", "worst-domain"),
     ),
 ]
 TaskTexts = Annotated[
@@ -56,7 +70,12 @@ Tokens = Annotated[int, typer.Option("--tokens", help="At most this many tokens 
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")]
 BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens in memory at once.")]
 Device = Annotated[
-    str | None, typer.Option("--device", help="cpu or cuda; by default the GPU if there is one.")
+    str | None,
+    typer.Option(
+        "--device",
+        help="cpu or cuda; by default the GPU if there is one.",
+        autocompletion=words("cpu", "cuda"),
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Equal seeds give equal bytes.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -90,7 +109,12 @@ KvTokens = Annotated[
     ),
 ]
 MethodName = Annotated[
-    str, typer.Option("--method", help="How to choose; auto is the best we have.")
+    str,
+    typer.Option(
+        "--method",
+        help="How to choose; auto is the best we have; a wrong name lists all.",
+        autocompletion=_methods,
+    ),
 ]
 BlockWidth = Annotated[int | None, typer.Option("--block-width", help="Neurons per stored block.")]
 RefitFlag = Annotated[
@@ -121,7 +145,14 @@ HealFlag = Annotated[
         help="Train what is kept towards the original, layer by layer, while held-out tokens gain.",
     ),
 ]
-FormatName = Annotated[str, typer.Option("--format", help="compact, tied, native or substitution.")]
+FormatName = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        help="compact, tied, native or substitution.",
+        autocompletion=words("compact", "native", "substitution", "tied"),
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -141,6 +172,7 @@ CoefficientsName = Annotated[
         "--coefficients",
         help="How merged experts are weighted: uniform, frequency, saliency or qp (least squares). "
         "By default as the method was published.",
+        autocompletion=words("frequency", "qp", "saliency", "uniform"),
     ),
 ]
 DropWhenBetter = Annotated[

@@ -24,12 +24,17 @@ Reason = Annotated[str, typer.Option("--reason", help="Kept in the record.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Policy = Annotated[Path | None, typer.Option("--policy", help="policy.toml.")]
 
-rollout = typer.Typer(no_args_is_help=True, help="Drive a running stack.")
+rollout = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Drive a running stack: move traffic by hand or by policy, and back.",
+)
 
 
 @rollout.command("status")
 def status_command(state: State = Path("moe-serve-state"), as_json: Json = False) -> None:
-    """Show where traffic goes, how the rollout stands and what is missing."""
+    """Show where traffic goes, and what a rollout waits for."""
     found = status(state)
     if as_json:
         print_json(found)
@@ -79,7 +84,10 @@ def start_command(
     force: Annotated[bool, typer.Option(help="Also shortly after a rollback.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Begin a rollout by policy: step by step, each left when harm is excluded."""
+    """Begin a rollout by policy.
+
+    It goes step by step; a step is left when harm beyond the margins is excluded.
+    """
     from moe_serve.rollout.commands import start_rollout
     from moe_serve.rollout.policy import Policy as Rules
     from moe_serve.rollout.policy import load_policy
@@ -96,7 +104,7 @@ def set_command(
     reason: Reason = "",
     as_json: Json = False,
 ) -> None:
-    """Give the pruned variant a share of the traffic; pauses a rollout."""
+    """Give the pruned variant a share of the traffic. Pauses a rollout."""
     _show(move(state, weight, decision="set", reason=reason), as_json=as_json)
 
 
@@ -132,7 +140,10 @@ def promote_command(
 def rollback_command(
     state: State = Path("moe-serve-state"), reason: Reason = "", as_json: Json = False
 ) -> None:
-    """Send everything to the original, at once; works with the control process dead."""
+    """Send everything to the original, at once.
+
+    Works with the control process dead.
+    """
     _show(move(state, 0.0, decision="rollback", reason=reason), as_json=as_json)
 
 
@@ -172,7 +183,10 @@ def simulate_command(
     seed: Annotated[int, typer.Option(help="Equal seeds give equal traffic.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Play a policy against made-up traffic, beside one of fixed thresholds."""
+    """Play a policy against made-up traffic.
+
+    Beside it stands a policy of fixed thresholds on the same traffic.
+    """
     from moe_serve.rollout.policy import Policy as Rules
     from moe_serve.rollout.policy import load_policy
     from moe_serve.rollout.simulation import scenarios, simulate, summarise
