@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import CompactTable, LayerTable
@@ -15,6 +24,8 @@ from moe_serve.errors import PlanError
 from moe_serve.files import read_json, write_json
 
 VERSION: Final = 1
+_LINE: Final = re.compile(r"(?:[0-9]{1,7}(?:-[0-9]{1,7})?(?: |$))*", re.ASCII)
+_MOST_NEURONS: Final = 2**20
 
 
 class _Model(BaseModel):
@@ -26,7 +37,51 @@ class Part(_Model):
 
     expert: int
     neurons: tuple[int, ...]
+    """In the file a line of numbers and ascending runs, as in ``"0 3-7 12"``: large models keep
+    millions of neurons."""
     coefficient: float = 1.0
+
+    @field_validator("neurons", mode="before")
+    @classmethod
+    def _expand(cls, value: object) -> object:
+        return expanded(value) if isinstance(value, str) else value
+
+    @field_serializer("neurons", when_used="json")
+    def _shorten(self, neurons: tuple[int, ...]) -> str:
+        return shortened(neurons)
+
+
+def shortened(neurons: Sequence[int]) -> str:
+    """Numbers in order, runs of consecutive ones as first-last."""
+    words: list[str] = []
+    first = 0
+    for at in range(1, len(neurons) + 1):
+        if at == len(neurons) or neurons[at] != neurons[at - 1] + 1:
+            last = neurons[at - 1]
+            words.append(f"{neurons[first]}-{last}" if at - first > 1 else str(last))
+            first = at
+    return " ".join(words)
+
+
+def expanded(text: str) -> tuple[int, ...]:
+    """Undo :func:`shortened`.
+
+    Raises:
+        ValueError: not such a line, or longer than any expert is wide.
+    """
+    if not _LINE.fullmatch(text):
+        raise ValueError(f"{text[:40]!r} is no line of neurons and runs of them")
+    found: list[int] = []
+    for word in text.split():
+        first, dash, last = word.partition("-")
+        if not dash:
+            found.append(int(first))
+            continue
+        run = range(int(first), int(last) + 1)
+        if not run or len(found) + len(run) > _MOST_NEURONS:
+            raise ValueError(f"{word!r} is no run of neurons")
+        found += run
+    return tuple(found)
 
 
 class Block(_Model):
@@ -201,7 +256,7 @@ class Plan(_Model):
             PlanError: naming every malformed field.
         """
         try:
-            return cls.model_validate_json(json.dumps(read_json(path)))
+            return cls.model_validate(read_json(path))
         except ValidationError as exc:
             problems = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()[:5]
