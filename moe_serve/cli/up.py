@@ -15,6 +15,7 @@ from moe_serve.errors import ServingError
 from moe_serve.rollout.policy import load_policy
 from moe_serve.rollout.probes import load_probes
 from moe_serve.serving.config import load_stack_config
+from moe_serve.serving.listener import trim_users
 from moe_serve.serving.stack import Stack, bring_up
 from moe_serve.serving.state import StackState
 from moe_serve.serving.token import token_file
@@ -119,6 +120,7 @@ def _watch(stack: Stack) -> None:
     """Say what ended; the proxy sends everything to the engine that is left."""
     told: set[str] = set()
     while True:
+        trim_users(stack.folder)
         for child in stack.ended():
             if child.name not in told:
                 told.add(child.name)

@@ -29,7 +29,9 @@ from moe_serve.rollout.sources import Sources, sources_of
 from moe_serve.rollout.store import Saved, Store
 from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import Basis, move
+from moe_serve.rollout.users import Users
 from moe_serve.rollout.window import Reading, Window
+from moe_serve.serving.listener import users_file
 from moe_serve.serving.routes import Split, read_split
 from moe_serve.serving.state import StackState
 
@@ -66,6 +68,7 @@ class Controller:
         self._make = sources or (lambda policy: sources_of(policy, StackState.load(state)))
         self._store = Store(state)
         self._trace = Trace(state)
+        self._users = Users(path=users_file(state))
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._policy: tuple[str, Policy, Sources] | None = None
         self._window: Window | None = None
@@ -121,6 +124,7 @@ class Controller:
         probed = self._probed(saved, policy)
         with self._prober.quiet() if self._prober is not None else nullcontext():
             reading = self._complete(sources.read(policy))
+        reading = replace(reading, crowds=self._users.since(window.began + policy.warmup_seconds))
         lost = "" if split is not None else "the route file can't be read"
         window.add(reading, policy, lost=lost)
         decision = decide(window, policy, saved.state, probed=probed)

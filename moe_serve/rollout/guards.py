@@ -72,9 +72,9 @@ def _smallest_factor(passes: Callable[[float], bool]) -> float | None:
 
 def errors(window: Window, policy: Policy, step: Step, *, explain: bool) -> Evidence:
     """Failures at the proxy: a difference of rates, and the share of failures that is pruned's."""
-    guard, size = policy.guards.errors, policy.design_effect
-    failed_p, total_p = (v / size for v in window.failures[PRUNED])
-    failed_o, total_o = (v / size for v in window.failures[ORIGINAL])
+    guard = policy.guards.errors
+    failed_p, total_p = _scaled(window.failures[PRUNED], effect(window, policy, PRUNED))
+    failed_o, total_o = _scaled(window.failures[ORIGINAL], effect(window, policy, ORIGINAL))
     back, ahead = policy.alpha / policy.tests / 2.0, policy.alpha_advance / 2.0
     limit = guard.margin * step.slack
 
@@ -103,7 +103,8 @@ def errors(window: Window, policy: Policy, step: Step, *, explain: bool) -> Evid
         limit=limit,
         pruned=(window.failures[PRUNED][0], window.failures[PRUNED][1]),
         original=(window.failures[ORIGINAL][0], window.failures[ORIGINAL][1]),
-        basis=f"original; its failures {_odds(evidence)} for a ratio above {guard.ratio:g}",
+        basis=f"original; its failures {_odds(evidence)} for a ratio above {guard.ratio:g}"
+        + _widened(window, policy),
         factor=factor,
     )
 
@@ -127,9 +128,9 @@ def latency(
     The intervals of all strata hold together (a union bound over a number fixed beforehand), so
     they may be weighted by what was seen.
     """
-    size = policy.design_effect
+    size = {variant: effect(window, policy, variant) for variant in VARIANTS}
     strata = [
-        {v: _scaled(pairs[v], size) for v in VARIANTS}
+        {v: _scaled(pairs[v], size[v]) for v in VARIANTS}
         for _, pairs in sorted(window.over.get(metric, {}).items())
     ]
     total = {v: _sum([pairs[v] for pairs in strata]) for v in VARIANTS}
@@ -177,9 +178,9 @@ def latency(
         upper=upper,
         margin=guard.margin,
         limit=limit,
-        pruned=(total[PRUNED][0] * size, total[PRUNED][1] * size),
-        original=(total[ORIGINAL][0] * size, total[ORIGINAL][1] * size),
-        basis=f"{against}, requests over {edge:g} s",
+        pruned=(total[PRUNED][0] * size[PRUNED], total[PRUNED][1] * size[PRUNED]),
+        original=(total[ORIGINAL][0] * size[ORIGINAL], total[ORIGINAL][1] * size[ORIGINAL]),
+        basis=f"{against}, requests over {edge:g} s{_widened(window, policy)}",
         factor=factor,
     )
 
@@ -190,7 +191,7 @@ def share(
     """Share of answers, or of votes, of a kind: the difference of two rates."""
     pairs = window.shares.get(name, {})
     seen = {v: pairs.get(v, [0.0, 0.0]) for v in VARIANTS}
-    scaled = {v: _scaled(seen[v], policy.design_effect) for v in VARIANTS}
+    scaled = {v: _scaled(seen[v], effect(window, policy, v)) for v in VARIANTS}
     back, ahead = policy.alpha / policy.tests / 2.0, policy.alpha_advance / 2.0
     limit = guard.margin * step.slack
 
@@ -216,10 +217,24 @@ def share(
         limit=limit,
         pruned=(seen[PRUNED][0], seen[PRUNED][1]),
         original=(seen[ORIGINAL][0], seen[ORIGINAL][1]),
-        basis=f"original, {unit}{edge}",
+        basis=f"original, {unit}{edge}{_widened(window, policy)}",
         factor=factor,
         needs=f"{unit} of {' and '.join(none)}: none yet" if none and verdict == "open" else "",
     )
+
+
+def effect(window: Window, policy: Policy, variant: str) -> float:
+    """What a variant's counts are divided by, because requests of one user are alike.
+
+    Kish 1965, "Survey Sampling", section 8.2: 1 + (m-1)·r, with m the mean number of requests of a
+    request's user and r the correlation of two of them (``dependence``).
+    """
+    return max(policy.design_effect, 1.0 + policy.dependence * (window.per_user(variant) - 1.0))
+
+
+def _widened(window: Window, policy: Policy) -> str:
+    size = effect(window, policy, PRUNED)
+    return f"; users are sticky, {size:.1f} requests count as one" if size > 1.05 else ""
 
 
 def _scaled(pair: Pair, size: float) -> tuple[float, float]:
@@ -241,7 +256,9 @@ def split_mismatch(window: Window, policy: Policy) -> str:
     if not 0.0 < share < 1.0:
         return ""
     counts: list[Pair] = [window.failures[ORIGINAL], window.failures[PRUNED]]
-    seen = [pair[1] / policy.design_effect for pair in counts]
+    # All requests of a user fall on one side: of these each user counts once.
+    size = max(policy.design_effect, window.per_user(ORIGINAL, PRUNED))
+    seen = [pair[1] / size for pair in counts]
     if float(log_split_e_process(seen, [1.0 - share, share])) < -math.log(policy.alpha_split):
         return ""
     part = 100.0 * counts[1][1] / (counts[0][1] + counts[1][1])

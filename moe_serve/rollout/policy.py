@@ -307,9 +307,13 @@ class Policy(_Part):
     strata: tuple[float, ...] = (2.0, 8.0, 32.0, 128.0)
     """Edges of the concurrency strata (an engine's running requests), fourfold: latencies within
     one differ less than the margins."""
+    dependence: float = Field(default=0.02, ge=0.0, le=1.0)
+    """Correlation of two requests of one user: with m requests of each, counts are divided by
+    1 + (m-1) times this. The proxy says what m is. A fiftieth: users differ, and their requests
+    among themselves far more. 1: each user counts once."""
     design_effect: float = Field(default=1.0, ge=1.0)
-    """Requests that carry as much information as one independent request. With sticky users set
-    it to about the requests of one user per step; all counts are divided by it."""
+    """Counts are divided by this at least. For what the proxy does not see: requests that come
+    from one user under many names, or counters from a Prometheus server."""
     sticky: Sticky | Literal["off"] = Sticky()
     """``off``: every request is split on its own, the most informative split, and a conversation
     may meet both variants."""

@@ -19,6 +19,7 @@ from moe_serve.rollout.policy import Policy, QualityGuard, ShareGuard
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import BOUND, Quality
 from moe_serve.rollout.state import begin
+from moe_serve.rollout.users import Crowd
 from moe_serve.rollout.window import ArmReading, Reading, Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
@@ -59,6 +60,11 @@ class Scenario:
     """Added by the pruned variant."""
     kl: float = 0.05
     """Divergence of the pruned variant on a probe, nats, mean."""
+    users: int = 0
+    """Who stay on one variant, some with far more requests than others (log-normal, spread 1);
+    0: every request is of somebody else."""
+    alike: float = 0.05
+    """Correlation of failures, slowness and truncation between two requests of one user."""
     onset: float = 0.0
     """Seconds after the start from which the regression is there."""
     interval: float = 60.0
@@ -80,6 +86,48 @@ class Outcome:
     """Of these, expected failures that the original would not have had."""
 
 
+class _People:
+    """Users with their own share of the traffic, place in the split, and leanings."""
+
+    def __init__(self, scenario: Scenario, rng: np.random.Generator) -> None:
+        """Leanings are Beta: mean the scenario's rate, correlation ``alike``."""
+        self._rng = rng
+        number, spread = scenario.users, (1.0 - scenario.alike) / scenario.alike
+        activity = rng.lognormal(0.0, 1.0, number)
+        self._share, self._place = activity / activity.sum(), rng.random(number)
+        rates = {name: getattr(scenario, name) for name in ("failures", "slow", "truncated")}
+        self._leaning = {
+            name: rng.beta(rate * spread, (1.0 - rate) * spread, number) / rate
+            for name, rate in rates.items()
+        }
+        self._weight = -1.0
+        self._seen = np.zeros(number)
+        self.now = {variant: np.zeros(number, dtype=np.int64) for variant in VARIANTS}
+
+    def arrive(self, total: int, weight: float) -> None:
+        """Deal out an interval's requests."""
+        requests = self._rng.multinomial(total, self._share)
+        pruned = self._place < weight
+        self.now = {ORIGINAL: requests * ~pruned, PRUNED: requests * pruned}
+        if weight != self._weight:
+            self._weight = weight
+            self._seen[:] = 0.0
+        self._seen += requests
+
+    def events(self, variant: str, name: str, rate: float) -> int:
+        """Of the interval's requests, those that an event of this rate befell."""
+        each = np.minimum(self._leaning[name] * rate, 1.0)
+        return int(self._rng.binomial(self.now[variant], each).sum())
+
+    def crowds(self) -> dict[str, Crowd]:
+        """See :class:`Users`."""
+        pruned = self._place < self._weight
+        return {
+            variant: [float(self._seen[who].sum()), float((self._seen[who] ** 2).sum())]
+            for variant, who in ((ORIGINAL, ~pruned), (PRUNED, pruned))
+        }
+
+
 class Traffic:
     """Cumulative counters of both engines, grown interval by interval."""
 
@@ -88,6 +136,7 @@ class Traffic:
         self._scenario, self._rng = scenario, np.random.default_rng(seed)
         self._phase = float(self._rng.uniform(0.0, 2.0 * math.pi))
         self._counts = {v: np.zeros(8) for v in VARIANTS}
+        self._people = _People(scenario, self._rng) if scenario.users else None
         self.elapsed = 0.0
         self.exposed = self.harmed = 0.0
 
@@ -102,7 +151,11 @@ class Traffic:
         wave = 1.0 + s.diurnal * math.sin(2.0 * math.pi * self.elapsed / _DAY + self._phase)
         rate = s.rate * max(wave, 0.0) * (5.0 if rng.random() < s.burst_share else 1.0)
         total = int(rng.poisson(rate * s.interval))
-        to_pruned = int(rng.binomial(total, percent / 100.0))
+        if self._people is not None:
+            self._people.arrive(total, percent / 100.0)
+            to_pruned = int(self._people.now[PRUNED].sum())
+        else:
+            to_pruned = int(rng.binomial(total, percent / 100.0))
         copied = int(rng.binomial(total - to_pruned, shadow / 100.0))
         harmful = self.elapsed >= s.onset
         found = {}
@@ -112,16 +165,28 @@ class Traffic:
             fails = s.failures + (s.more_failures if worse else 0.0)
             slow = s.slow + s.load_slows * math.log(max(load, 1.0), 4.0)
             slow = min(slow + (s.more_slow if worse else 0.0), 1.0)
-            failed = int(rng.binomial(number, fails))
-            done = number - failed
-            late = rng.binomial(done, slow, size=2)
-            cut = rng.binomial(done, s.truncated + (s.more_truncated if worse else 0.0))
+            cuts = s.truncated + (s.more_truncated if worse else 0.0)
+            if self._people is not None and not copied:
+                failed = self._people.events(variant, "failures", fails)
+                late = np.array([self._people.events(variant, "slow", slow) for _ in range(2)])
+                cut = self._people.events(variant, "truncated", cuts)
+                done = number - failed
+                late, cut = np.minimum(late, done), min(cut, done)
+            else:
+                failed = int(rng.binomial(number, fails))
+                done = number - failed
+                late = rng.binomial(done, slow, size=2)
+                cut = rng.binomial(done, cuts)
             none = rng.binomial(done, s.empty)
             self._counts[variant] += (number, failed, late[0], done, late[1], done, cut, none)
             found[variant] = (load, self._counts[variant])
         self.exposed += to_pruned
         self.harmed += to_pruned * (s.more_failures if harmful else 0.0)
         return found
+
+    def crowds(self) -> dict[str, Crowd]:
+        """As the proxy counts users under the present split."""
+        return self._people.crowds() if self._people is not None else {}
 
     def ask(self, probed: Quality, policy: Policy) -> None:
         """Answer as many probes as fit one interval; those asked again say the same."""
@@ -149,7 +214,8 @@ def play(policy: Policy, scenario: Scenario, seed: int) -> Outcome:
     while traffic.elapsed < scenario.limit:
         arms = {v: _reading(policy, *seen) for v, seen in traffic.next(percent, shadow).items()}
         at = _START + traffic.elapsed
-        window.add(Reading(at=at, tick=traffic.elapsed, arms=arms), policy)
+        reading = Reading(at=at, tick=traffic.elapsed, arms=arms, crowds=traffic.crowds())
+        window.add(reading, policy)
         traffic.ask(probed, policy)
         found = decide(window, policy, state, probed=probed, explain=False)
         if found.kind == "hold":

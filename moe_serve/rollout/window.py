@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.users import Crowd
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 _RECENT: Final = 60.0
@@ -58,6 +59,8 @@ class Reading:
     arms: Mapping[str, ArmReading]
     edges: Mapping[str, float] = field(default_factory=dict)
     """Metric → the histogram edge that stands for the objective, seconds."""
+    crowds: Mapping[str, Crowd] = field(default_factory=dict)
+    """Variant → requests of users told apart, since the window began."""
 
 
 Pair = list[float]
@@ -89,6 +92,8 @@ class Window:
     shares: dict[str, dict[str, Pair]] = field(default_factory=dict)
     """Guard → variant → [answers or votes of the kind, all]."""
     edges: dict[str, float] = field(default_factory=dict)
+    crowds: dict[str, Crowd] = field(default_factory=_pairs)
+    """Variant → [requests of users told apart, sum of these users' requests squared]."""
     restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VARIANTS, 0))
     trouble: str = ""
     """Why the last reading could not be used."""
@@ -111,6 +116,7 @@ class Window:
         before, self.last = self.last, reading
         self.now = reading.at
         self.edges = dict(reading.edges) or self.edges
+        self.crowds = dict(reading.crowds) or self.crowds
         self._watch(reading, policy)
         self.trouble = lost or self._trouble(before, reading, policy)
         if self.trouble:
@@ -194,6 +200,18 @@ class Window:
         """Pruned requests counted."""
         return self.failures[PRUNED][1]
 
+    def per_user(self, *variants: str) -> float:
+        """Requests of one user, as a request meets it: Σn² / Σn, those of nobody known alone.
+
+        It is what all counts are divided by where a user's requests are all alike.
+        """
+        # Copies are of the same users.
+        names = [ORIGINAL] if self.shadow else variants
+        known = sum(self.crowds[name][0] for name in names)
+        more = sum(self.crowds[name][1] for name in names) - known
+        number = max(known, sum(self.failures[name][1] for name in names))
+        return 1.0 + more / number if number > 0.0 else 1.0
+
     def burst(self) -> tuple[float, float]:
         """Failed and all pruned requests of the last minute."""
         return sum(f for _, f, _ in self.recent), sum(r for _, _, r in self.recent)
@@ -209,6 +227,7 @@ class Window:
             "failures",
             "shares",
             "edges",
+            "crowds",
             "restarts",
             "now",
             "trouble",

@@ -48,6 +48,7 @@ def command(config: Path) -> list[str]:
     return [
         binary(),
         *("-c", str(config), "--use-dynamic-base-id", "--log-level", "warning"),
+        *("--file-flush-interval-msec", "1000"),
         *("--drain-strategy", "immediate", "--drain-time-s", "3600"),
     ]
 
@@ -118,7 +119,7 @@ def _overload(edge: Edge) -> dict[str, Any]:
 def _cluster(variant: str, engine: str, edge: Edge) -> dict[str, Any]:
     host, _, port = engine.rpartition(":")
     endpoint = {
-        "endpoint": {"address": address(host, int(port))},
+        "endpoint": {"address": address(host.strip("[]"), int(port))},
         "metadata": {"filter_metadata": {"moe_serve": {"variant": variant}}},
     }
     return {

@@ -7,7 +7,9 @@ times that let answers stream for as long as they last.
 from __future__ import annotations
 
 import json
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +24,8 @@ _FILTERS: Final = "type.googleapis.com/envoy.extensions.filters"
 _MAX_HEADERS_KB: Final = 64
 _MAX_HEADERS: Final = 100
 _FOLDER: Final = "listener"
+_FILE_LOG: Final = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog"
+_MOST_USERS_BYTES: Final = 32 * 1024**2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +52,18 @@ def listener_file(state: Path) -> Path:
     return state / _FOLDER / "listener.json"
 
 
+def users_file(state: Path) -> Path:
+    """Where the proxy says which variant answered which user, by hashes."""
+    return state / "logs" / "users.log"
+
+
+def trim_users(state: Path) -> None:
+    """Empty the users' file once it is large; the proxy goes on at its new end."""
+    with suppress(OSError):
+        if users_file(state).stat().st_size > _MOST_USERS_BYTES:
+            os.truncate(users_file(state), 0)
+
+
 def put_listener(state: Path, edge: Edge) -> str:
     """Write the listener with the keys that there are; Envoy takes it from the rename.
 
@@ -59,6 +75,8 @@ def put_listener(state: Path, edge: Edge) -> str:
     """
     path = listener_file(state)
     path.parent.mkdir(parents=True, exist_ok=True)
+    users_file(state).parent.mkdir(exist_ok=True)
+    users_file(state).touch(mode=0o600)
     if edge.certificate:
         write_atomic(path.with_name("tls.json"), json.dumps(_secret(edge), indent=1).encode())
     listener = {
@@ -154,8 +172,9 @@ def _manager(state: Path, edge: Edge) -> dict[str, Any]:
             },
         ],
     }
+    manager["access_log"] = [_users_log(users_file(state))]
     if edge.access_log:
-        manager["access_log"] = [_access_log(edge.access_log)]
+        manager["access_log"].append(_access_log(edge.access_log))
     return manager
 
 
@@ -210,13 +229,31 @@ def _access_log(path: str) -> dict[str, Any]:
         "variant": f"%RESP({HEADER})%",
         "key": f"%REQ({KEY_HEADER})%",
     }
-    kind = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog"
     return {
         "name": "envoy.access_loggers.file",
         "typed_config": {
-            "@type": kind,
+            "@type": _FILE_LOG,
             "path": path,
             "log_format": {"json_format": fields},
+        },
+    }
+
+
+def _users_log(path: Path) -> dict[str, Any]:
+    """A line for each request of a user who can be told apart: seconds, hash, variant."""
+    line = f"%START_TIME(%s)% %DYNAMIC_METADATA(moe_serve:user)% %RESP({HEADER})%\n"
+    known = {
+        "filter": "moe_serve",
+        "path": [{"key": "user"}],
+        "value": {"present_match": True},
+    }
+    return {
+        "name": "envoy.access_loggers.file",
+        "filter": {"metadata_filter": {"matcher": known, "match_if_key_not_found": False}},
+        "typed_config": {
+            "@type": _FILE_LOG,
+            "path": str(path.absolute()),
+            "log_format": {"text_format_source": {"inline_string": line}},
         },
     }
 

@@ -239,8 +239,19 @@ def _routes(split: Split) -> list[dict[str, Any]]:
             match = {"path": path, "headers": [pinned]}
             routes.append({"match": match, "route": {"cluster": variant, **_patience()}})
         routes += _first_visit(path, weighted, split.sticky)
-        routes.append({"match": {"path": path}, "route": {**weighted, **_patience()}})
+        routes.append(
+            {
+                "match": {"path": path},
+                "route": {**weighted, **_patience()},
+                "metadata": _told_apart(*split.sticky),
+            }
+        )
     return routes
+
+
+def _told_apart(*ways: str) -> dict[str, Any]:
+    """What the listener's filter counts users by."""
+    return {"filter_metadata": {"envoy.filters.http.lua": {"sticky": list(ways)}}}
 
 
 def _hashed(sticky: str) -> dict[str, Any]:
@@ -288,6 +299,7 @@ def _first_visit(
                 "hash_policy": [_hashed(f"header:{_REQUEST}")],
                 **_patience(),
             },
+            "metadata": _told_apart(f"header:{_REQUEST}"),
             "response_headers_to_add": [
                 {"header": cookie, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
             ],

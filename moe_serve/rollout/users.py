@@ -1,0 +1,80 @@
+"""How many requests came from how many users: what sticky requests are worth as evidence.
+
+A user stays on one variant, so a user's requests tell less than as many of different users. The
+proxy writes a line per request of a user whom it can tell apart (time, a hash, the variant); here
+they are summed since a moment. No name is read and none is kept.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from moe_serve.serving.variants import VARIANTS
+
+_MOST: Final = 100_000
+"""Users held; beyond, every second one is let go, by hash, with all of their requests."""
+
+Crowd = list[float]
+"""[requests of users told apart, sum over these users of their requests squared]."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Users:
+    """Reads the proxy's file on, as it grows."""
+
+    path: Path
+    most: int = _MOST
+    _since: float | None = None
+    _offset: int = 0
+    _requests: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _halved: int = 0
+
+    def since(self, moment: float) -> dict[str, Crowd]:
+        """Variant → its crowd since then; the file is read again from its start for another moment.
+
+        Args:
+            moment: seconds since the epoch.
+        """
+        if moment != self._since:
+            self._since, self._offset, self._halved = moment, 0, 0
+            self._requests.clear()
+        self._read_on(int(moment))
+        found = {variant: [0.0, 0.0] for variant in VARIANTS}
+        for (variant, _), number in self._requests.items():
+            found[variant][0] += number
+            found[variant][1] += number * number
+        scale = 2.0**self._halved
+        return {variant: [scale * value for value in crowd] for variant, crowd in found.items()}
+
+    def _read_on(self, moment: int) -> None:
+        try:
+            with self.path.open("rb") as file:
+                if self.path.stat().st_size < self._offset:
+                    # Cut by whoever keeps it small; what was read is kept.
+                    self._offset = 0
+                file.seek(self._offset)
+                text = file.read()
+        except OSError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            self._add(line.decode("ascii", "replace").split(), moment)
+
+    def _add(self, parts: list[str], moment: int) -> None:
+        if len(parts) != 3 or parts[2] not in VARIANTS or not parts[0].isdecimal():
+            return
+        at, user, variant = parts
+        if int(at) < moment or not self._held(user):
+            return
+        self._requests[variant, user] += 1
+        if len(self._requests) > self.most:
+            self._halved += 1
+            for key in [key for key in self._requests if not self._held(key[1])]:
+                del self._requests[key]
+
+    def _held(self, user: str) -> bool:
+        return not self._halved or int(user, 16) % 2**self._halved == 0

@@ -1,0 +1,133 @@
+"""Users told apart: what the proxy writes, what is summed, what it is worth as evidence."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from moe_serve.rollout.guards import effect, errors, split_mismatch
+from moe_serve.rollout.policy import Policy, Step
+from moe_serve.rollout.simulation import Scenario, play
+from moe_serve.rollout.traffic import move
+from moe_serve.rollout.users import Users
+from moe_serve.rollout.window import Window
+from moe_serve.serving import listener
+from moe_serve.serving.listener import trim_users, users_file
+from moe_serve.serving.routes import STICKY
+from moe_serve.serving.variants import ORIGINAL, PRUNED
+from tests.support.proxy import proxied
+from tests.support.readings import UNPROBED
+
+BODY = {"model": "m", "prompt": "x"}
+
+
+def test_the_proxy_tells_users_apart_and_names_none(tmp_path: Path) -> None:
+    """By header and by cookie, what is pinned or of nobody known not at all.
+
+    Six requests of one user and two of another, all answered by the same: 6² + 2² = 40.
+    """
+    with proxied(tmp_path, chunks=1) as proxy:
+        move(tmp_path, 100, decision="set", reason="")
+        url = f"{proxy.endpoint}/completions"
+        cookie = {"cookie": f"other=1; {STICKY[1].partition(':')[2]}=ada"}
+        for headers in (*[{"x-user-id": "ada@example.com"}] * 6, *[cookie] * 2, {}):
+            assert httpx.post(url, json=BODY, headers=headers).status_code == 200
+        pinned = {"x-moe-serve-variant": "original", "x-user-id": "eve"}
+        assert httpx.post(url, json=BODY, headers=pinned).status_code == 200
+        users, until = Users(path=users_file(tmp_path)), time.monotonic() + 60
+        while (found := users.since(0.0))[PRUNED][0] < 8:
+            assert time.monotonic() < until, users_file(tmp_path).read_text()
+            time.sleep(0.05)
+    assert found == {ORIGINAL: [0, 0], PRUNED: [8, 40]}
+    text = users_file(tmp_path).read_text()
+    assert hashlib.sha256(b"ada@example.com").hexdigest()[:16] in text
+    assert "ada" not in text
+    assert users_file(tmp_path).stat().st_mode & 0o777 == 0o600
+
+
+def line(at: int, user: int, variant: str = PRUNED) -> str:
+    """As the proxy writes it."""
+    return f"{at} {hashlib.sha256(str(user).encode()).hexdigest()[:16]} {variant}\n"
+
+
+def test_the_file_is_read_on_and_may_be_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a line waits for its rest; older lines and what is no line do not count."""
+    file = users_file(tmp_path)
+    file.parent.mkdir()
+    users = Users(path=file)
+    assert users.since(100.0)[PRUNED] == [0, 0]
+    file.write_text(
+        line(99, 1) + line(100, 1) + line(100, 2, ORIGINAL) + "- - -\n" + line(101, 1)[:9]
+    )
+    assert users.since(100.0) == {PRUNED: [1, 1], ORIGINAL: [1, 1]}
+    with file.open("a") as more:
+        more.write(line(101, 1)[9:] + line(102, 3))
+    assert users.since(100.0)[PRUNED] == [3, 2**2 + 1]
+    monkeypatch.setattr(listener, "_MOST_USERS_BYTES", 10)
+    trim_users(tmp_path)
+    assert file.stat().st_size == 0
+    with file.open("a") as more:
+        more.write(line(103, 1))
+    assert users.since(100.0)[PRUNED] == [4, 3**2 + 1]
+    assert users.since(103.0)[PRUNED] == [1, 1]
+
+
+def test_more_users_than_are_held_are_sampled(tmp_path: Path) -> None:
+    """Of 2,000 with three requests each some 200 are held: both sums within a tenth or two."""
+    file = users_file(tmp_path)
+    file.parent.mkdir()
+    file.write_text("".join(line(1, user) for user in range(2000)) * 3)
+    users = Users(path=file, most=250)
+    requests, squares = users.since(0.0)[PRUNED]
+    assert squares == 3 * requests
+    assert requests == pytest.approx(6000, rel=0.2)
+    assert len(users._requests) <= 250
+
+
+def test_one_users_requests_count_for_less() -> None:
+    """40 requests each of 50 users beside 2,000 of nobody known: m = 1 + (80,000 - 2,000) / 4,000.
+
+    At a correlation of a twentieth 1 + 19.5 / 20 = 1.975 requests count as one.
+    """
+    window = Window(began=0.0, weight=50.0)
+    window.failures = {ORIGINAL: [0.0, 4000.0], PRUNED: [0.0, 4000.0]}
+    window.crowds[PRUNED] = [2000.0, 50 * 40.0**2]
+    assert window.per_user(PRUNED) == pytest.approx(20.5)
+    policy = Policy(dependence=0.05)
+    assert effect(window, policy, PRUNED) == pytest.approx(1.975)
+    assert effect(window, policy, ORIGINAL) == 1.0
+    found = errors(window, policy, Step(weight=50.0), explain=False)
+    assert "2.0 requests count as one" in found.basis
+    window.crowds[PRUNED] = [0.0, 0.0]
+    assert errors(window, policy, Step(weight=50.0), explain=False).upper < found.upper
+
+
+def test_a_split_by_users_is_checked_by_users() -> None:
+    """Ten users of 400 requests each, four on pruned: as requests impossible, as users likely."""
+    window = Window(began=0.0, weight=50.0)
+    window.failures = {ORIGINAL: [0.0, 2400.0], PRUNED: [0.0, 1600.0]}
+    assert split_mismatch(window, Policy())
+    window.crowds = {ORIGINAL: [2400.0, 6 * 400.0**2], PRUNED: [1600.0, 4 * 400.0**2]}
+    assert not split_mismatch(window, Policy())
+
+
+def test_users_who_differ_are_no_regression() -> None:
+    """500 users, few on pruned at first, who fail and are cut short more or less than others.
+
+    With every request counted in full some of these rollouts of a healthy variant end as harmful;
+    counted by users none does.
+    """
+    policy = Policy(steps=(Step(weight=1.0, max_seconds=14_400.0),), guards=UNPROBED)
+    crowd = Scenario(users=500, alike=0.2)
+
+    def harmed(policy: Policy) -> int:
+        return sum(play(policy, crowd, seed).fate == "rolled_back" for seed in range(8))
+
+    assert harmed(policy.model_copy(update={"dependence": 0.0})) > 0
+    assert harmed(policy.model_copy(update={"dependence": 0.2})) == 0
