@@ -28,6 +28,7 @@ from moe_serve.errors import MoeServeError
 from moe_serve.metrics.exporter import Exporter
 from moe_serve.rollout import api, controller
 from moe_serve.rollout.access import Access, Bound, problem
+from moe_serve.rollout.connections import Bounded
 from moe_serve.rollout.events import Feed
 from moe_serve.rollout.exports import exporter
 from moe_serve.rollout.feedback import Votes
@@ -143,6 +144,23 @@ async def _not_valid(_request: Request, exc: Exception) -> Response:
     return problem(422, "; ".join(found))
 
 
+def server(app: FastAPI, host: str, port: int) -> uvicorn.Server:
+    """What serves it, with the limits of this port."""
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http=Bounded,
+            log_level="warning",
+            # Nothing about us, and event streams do not keep a stop waiting.
+            server_header=False,
+            timeout_graceful_shutdown=1,
+            limit_concurrency=256,
+        )
+    )
+
+
 def main() -> None:
     """Serve until told to stop."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -160,16 +178,7 @@ def main() -> None:
     # given back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
-        uvicorn.run(
-            app,
-            host=options.host,
-            port=options.port,
-            log_level="warning",
-            # Nothing about us, and event streams do not keep a stop waiting.
-            server_header=False,
-            timeout_graceful_shutdown=1,
-            limit_concurrency=256,
-        )
+        server(app, options.host, options.port).run()
     finally:
         if watching is not None:
             thread, stop = watching

@@ -130,13 +130,24 @@ class StackConfig(BaseModel):
     @property
     def control_url(self) -> str:
         """Where this machine reaches page, API and metrics."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.control_host, self.control_host)  # noqa: S104 - compared
-        return f"http://{host}:{self.control_port}"
+        return f"http://{_reached(self.control_host)}:{self.control_port}"
+
+    @property
+    def endpoint_url(self) -> str:
+        """Where this machine reaches the OpenAI endpoint."""
+        scheme = "https" if self.tls_certificate else "http"
+        return f"{scheme}://{_reached(self.host)}:{self.port}/v1"
 
     @property
     def served_model(self) -> str:
         """The name clients use."""
         return self.model or self.original.resolve().name
+
+
+def _reached(host: str) -> str:
+    """The host of an address, as this machine's own programs write it."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared
+    return f"[{host}]" if ":" in host else host
 
 
 def load_stack_config(path: Path | None, overrides: dict[str, object]) -> StackConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+from moe_serve.errors import ServingError
 
 _TAIL: Final = 12
 
@@ -97,11 +100,30 @@ def free_port() -> int:
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether one could listen there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Whether one could listen there, on every address that the host has.
+
+    Raises:
+        ServingError: the host is no address of this machine.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as exc:
+        raise _nowhere(host, exc) from exc
+    for family, _, _, _, address in found:
         try:
-            probe.bind((host, port))
-        except OSError:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except OSError as exc:
+            if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise _nowhere(host, exc) from exc
             return False
     return True
+
+
+def _nowhere(host: str, exc: OSError) -> ServingError:
+    return ServingError(
+        f"no address of this machine to listen on ({exc})",
+        where=host,
+        remedy="give 127.0.0.1, ::1, or an address that this machine has",
+    )

@@ -97,7 +97,7 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
         make_token(folder)
         stack.state = StackState(
             pid=os.getpid(),
-            endpoint=f"{'https' if config.tls_certificate else 'http'}://{config.host}:{config.port}/v1",
+            endpoint=config.endpoint_url,
             control=config.control_url,
             admin=f"127.0.0.1:{admin_port}",
             envoy_pid=proxy.pid,

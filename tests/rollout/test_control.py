@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
+import pytest
 
 from benchmarks.fixtures import MODEL
+from moe_serve.rollout import connections
 from moe_serve.rollout.store import Store
+from moe_serve.serving.config import StackConfig
 from moe_serve.serving.process import free_port
 from moe_serve.serving.routes import write_split
-from tests.support.stacks import fake_stack
+from tests.support.control import serving
+from tests.support.stacks import LOOPBACKS, fake_stack
 
 
 def until(found: Callable[[], bool]) -> None:
@@ -25,27 +31,59 @@ def until(found: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_sigterm_ends_streams_and_gives_the_lease_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", LOOPBACKS)
+def test_sigterm_ends_streams_and_gives_the_lease_back(host: str, tmp_path: Path) -> None:
     """So that the next controller need not wait for the old one's lease to run out."""
     fake_stack(tmp_path, MODEL)
     write_split(tmp_path, 3)
     port, store = free_port(), Store(tmp_path)
-    command = [sys.executable, "-m", "moe_serve.rollout.control", "--watch"]
+    command = [sys.executable, "-m", "moe_serve.rollout.control", "--watch", "--host", host]
     process = subprocess.Popen([*command, "--state", str(tmp_path), "--port", str(port)])
+    folder = Path()
+    url = StackConfig(
+        original=folder, pruned=folder, control_host=host, control_port=port
+    ).control_url
     try:
         until(lambda: store.lease_holder() is not None)
 
         def answers() -> bool:
             try:
-                return httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
+                return httpx.get(f"{url}/healthz").status_code == 200
             except httpx.TransportError:
                 return False
 
         until(answers)
-        with httpx.stream("GET", f"http://127.0.0.1:{port}/api/events") as stream:
+        with httpx.stream("GET", f"{url}/api/events") as stream:
             assert next(stream.iter_lines()) == "event: status"
             process.terminate()
             assert process.wait(30) == 0
         assert store.lease_holder() is None
     finally:
         process.kill()
+
+
+def test_who_never_finishes_a_request_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 half requests, more than connections are allowed: the page answers, and they are ended.
+
+    Those that came first make room at once, the others go when their time is up.
+    """
+    monkeypatch.setattr(connections, "_HEADERS_SECONDS", 2.0)
+    fake_stack(tmp_path, MODEL)
+    write_split(tmp_path, 3)
+    with serving(tmp_path) as address, ExitStack() as stack:
+        port = int(address.rpartition(":")[2])
+        slow = []
+        for number in range(300):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
+            one.sendall(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n")
+            slow.append(one)
+            if number % 50 == 49:
+                assert httpx.get(f"{address}/healthz", timeout=60).status_code == 200
+        for one in slow:
+            with suppress(ConnectionResetError):
+                assert one.recv(1) == b""
+        again = httpx.Client(base_url=address)
+        assert [again.get("/healthz").status_code for _ in range(3)] == [200, 200, 200]
+        again.close()

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import uvicorn
-
 from moe_serve.rollout.access import Bound
-from moe_serve.rollout.control import application
+from moe_serve.rollout.control import application, server
 from moe_serve.serving.process import free_port
 from moe_serve.serving.token import make_token
 
@@ -21,23 +19,16 @@ def serving(state: Path, bound: Bound | None = None) -> Iterator[str]:
     """Its address, until left."""
     make_token(state)
     port = free_port()
-    config = uvicorn.Config(
-        application(state, bound),
-        host="127.0.0.1",
-        port=port,
-        log_level="error",
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    running = server(application(state, bound), "127.0.0.1", port)
+    thread = threading.Thread(target=running.run, daemon=True)
     thread.start()
-    until = time.monotonic() + 20
-    while not server.started:
+    until = time.monotonic() + 60
+    while not running.started:
         assert thread.is_alive()
         assert time.monotonic() < until
         time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
-        server.should_exit = True
+        running.should_exit = True
         thread.join(10)

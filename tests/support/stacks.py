@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import socket
+from contextlib import suppress
 from pathlib import Path
 
 from moe_serve.serving.process import free_port
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.token import make_token
+
+
+def _loopbacks() -> list[str]:
+    """That of IPv6 only where this machine has one."""
+    found = ["127.0.0.1"]
+    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        found.append("::1")
+    return found
+
+
+LOOPBACKS = _loopbacks()
+"""Addresses that only this machine reaches."""
 
 
 def fake_stack(state: Path, model: Path | None = None) -> None:
