@@ -1,4 +1,4 @@
-"""What the plugin relies on in vLLM, read from source without importing it.
+"""What the plugin relies on in vLLM, compared with a vLLM's source.
 
 ``python -m moe_serve_vllm.contract PATH`` compares an unpacked vLLM, or a wheel, with what
 the plugin was written for, and prints what differs; ``scripts/check-vllm VERSION`` downloads the
@@ -8,87 +8,31 @@ wheel first. An engine of another version is refused with the same list.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
+from moe_serve_vllm.clauses import Called, Clause, Holds, Overridden
 from moe_serve_vllm.errors import UnsupportedSettings
 from moe_serve_vllm.families import FAMILIES
-
-SUPPORTED: Final = ("0.32.",)
-"""vLLM versions this plugin was tested with."""
+from moe_serve_vllm.releases import RELEASES, Release, release_of
 
 Read = Callable[[str], str | None]
 """Source of a file by its path within the package; ``None`` where there is none."""
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Called:
-    """A function we call: it takes our arguments and asks for no others."""
-
-    file: str
-    name: str
-    arguments: tuple[str, ...] = ()
-
-    def difference(self, tree: ast.Module) -> str | None:
-        """What changed, in words."""
-        function = _function(tree, self.name)
-        if function is None:
-            return f"{self.name} is gone"
-        taken, required = _parameters(function)
-        if lacking := [a for a in self.arguments if a not in taken]:
-            return f"{self.name} takes no {', '.join(lacking)}"
-        if more := [a for a in required if a not in self.arguments]:
-            return f"{self.name} also requires {', '.join(more)}"
-        return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Overridden:
-    """A method we override: its parameters are exactly those we hand on."""
-
-    file: str
-    name: str
-    parameters: tuple[str, ...]
-
-    def difference(self, tree: ast.Module) -> str | None:
-        """What changed, in words."""
-        function = _function(tree, self.name)
-        if function is None:
-            return f"{self.name} is gone"
-        taken, _ = _parameters(function)
-        if tuple(taken) != self.parameters:
-            return f"{self.name} takes ({', '.join(taken)}), not ({', '.join(self.parameters)})"
-        return None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Holds:
-    """Names that a class (or, without one, the module) defines."""
-
-    file: str
-    name: str = ""
-    members: tuple[str, ...] = ()
-
-    def difference(self, tree: ast.Module) -> str | None:
-        """What changed, in words."""
-        scope = _scope(tree, self.name)
-        if scope is None:
-            return f"{self.name} is gone"
-        there = _defined(scope)
-        if lacking := [m for m in self.members if m not in there]:
-            return f"{self.name or self.file} has no {', '.join(lacking)}"
-        return None
-
-
-Clause = Called | Overridden | Holds
-
 _MOE: Final = "model_executor/layers/fused_moe/"
 CONTRACT: Final[tuple[Clause, ...]] = (
     # Registration.
+    Holds(
+        file="plugins/__init__.py",
+        members=("DEFAULT_PLUGINS_GROUP", "STAT_LOGGER_PLUGINS_GROUP"),
+    ),
+    Holds(file="version.py", members=("__version__",)),
+    Called(file="logger.py", name="init_logger", arguments=("name",)),
     Holds(file="model_executor/models/registry.py", members=("ModelRegistry",)),
     Called(
         file="model_executor/models/registry.py",
@@ -146,6 +90,12 @@ CONTRACT: Final[tuple[Clause, ...]] = (
             "moe_parallel_config",
             "moe_backend",
         ),
+    ),
+    Holds(file=f"{_MOE}config.py", name="FusedMoEParallelConfig", members=("tp_size",)),
+    Holds(
+        file=f"{_MOE}expert_map_manager.py",
+        name="ExpertMapManager",
+        members=("num_fused_shared_experts",),
     ),
     Called(
         file=f"{_MOE}expert_map_manager.py",
@@ -214,7 +164,7 @@ CONTRACT: Final[tuple[Clause, ...]] = (
     Holds(
         file=f"{_MOE}unquantized_fused_moe_method.py",
         name="UnquantizedFusedMoEMethod",
-        members=("unquantized_backend",),
+        members=("unquantized_backend", "w13_weight", "w2_weight"),
     ),
     Holds(file=f"{_MOE}oracle/unquantized.py", name="UnquantizedMoeBackend", members=("TRITON",)),
     # The router.
@@ -246,7 +196,14 @@ CONTRACT: Final[tuple[Clause, ...]] = (
         members=("static_forward_context",),
     ),
     Holds(file="config/cache.py", name="CacheConfig", members=("num_gpu_blocks", "block_size")),
-    Holds(file="config/model.py", name="ModelConfig", members=("served_model_name",)),
+    Holds(
+        file="config/model.py",
+        name="ModelConfig",
+        members=("model", "hf_config", "served_model_name"),
+    ),
+    Holds(
+        file="model_executor/layers/attention/attention.py", name="Attention", members=("kv_cache",)
+    ),
     # What is refused.
     Holds(
         file="config/parallel.py",
@@ -275,12 +232,18 @@ CONTRACT: Final[tuple[Clause, ...]] = (
         name="VllmConfig",
         members=(
             "model_config",
+            "load_config",
+            "parallel_config",
+            "scheduler_config",
+            "cache_config",
+            "compilation_config",
             "quant_config",
             "lora_config",
             "speculative_config",
             "kernel_config",
         ),
     ),
+    Holds(file="platforms/__init__.py", members=("current_platform",)),
     Holds(file="platforms/interface.py", name="Platform", members=("is_cpu", "is_cuda")),
     # The models.
     *(
@@ -303,6 +266,23 @@ CONTRACT: Final[tuple[Clause, ...]] = (
 )
 
 
+_MODULAR: Final = Holds(
+    file=f"{_MOE}config.py", name="FusedMoEConfig", members=("require_decomposed_backend",)
+)
+
+
+def clauses_for(release: Release | None) -> tuple[Clause, ...]:
+    """What is relied on in a release; an unknown version is compared with the newest one."""
+    asks = (release or RELEASES[-1]).asks_for_modular
+    return (*CONTRACT, _MODULAR) if asks else CONTRACT
+
+
+def version_of(read: Read) -> str:
+    """The version that a vLLM's sources state; empty where they don't."""
+    found = re.search(r"^__version__ = .*'(.+)'$", read("_version.py") or "", re.MULTILINE)
+    return found[1] if found else ""
+
+
 def differences(read: Read) -> list[str]:
     """What is not as the plugin expects, one line for each.
 
@@ -311,7 +291,7 @@ def differences(read: Read) -> list[str]:
     """
     found: list[str] = []
     trees: dict[str, ast.Module | None] = {}
-    for clause in CONTRACT:
+    for clause in clauses_for(release_of(version_of(read))):
         if clause.file not in trees:
             source = read(clause.file)
             trees[clause.file] = None if source is None else ast.parse(source)
@@ -323,23 +303,34 @@ def differences(read: Read) -> list[str]:
     return found
 
 
-def require_supported() -> None:
-    """Refuse a vLLM that the plugin was not tested with.
+def require_supported() -> Release:
+    """The installed vLLM's release.
+
+    One that the tests don't run with is compared again, for its patches may differ.
 
     Raises:
-        UnsupportedSettings: listing what differs in the installed one.
+        UnsupportedSettings: the version is unknown, or differs; listing what.
     """
     import vllm
 
-    if vllm.__version__.startswith(SUPPORTED):
-        return
-    found = differences(from_directory(Path(vllm.__path__[0])))
-    tested = ", ".join(f"{version}x" for version in SUPPORTED)
+    release = release_of(vllm.__version__)
+    if release is not None and release.tested:
+        return release
+    found = _installed(Path(vllm.__path__[0]))
+    if release is not None and not found:
+        return release
+    known = ", ".join(f"{r.series}.x" for r in RELEASES)
     raise UnsupportedSettings(
         f"vLLM {vllm.__version__}",
-        [f"tested with {tested}", *(found or ["nothing the plugin relies on has changed"])],
-        "install a tested version, or a plugin tested with this one",
+        [f"made for {known}", *(found or ["nothing the plugin relies on has changed"])],
+        "install one of these versions, or a plugin made for this one",
     )
+
+
+@cache
+def _installed(package: Path) -> list[str]:
+    """Read once per process: every layer asks."""
+    return differences(from_directory(package))
 
 
 def from_directory(package: Path) -> Read:
@@ -353,71 +344,33 @@ def from_wheel(wheel: zipfile.ZipFile) -> Read:
     return lambda file: wheel.read(f"vllm/{file}").decode() if f"vllm/{file}" in names else None
 
 
-def _scope(tree: ast.Module, name: str) -> ast.Module | ast.ClassDef | None:
-    if not name:
-        return tree
-    return next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
-
-
-def _function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
-    """A function or method; of overloads the last, and where absent that of a base class here."""
-    owner, _, last = name.rpartition(".")
-    scope = _scope(tree, owner)
-    if scope is None:
-        return None
-    here = [n for n in scope.body if isinstance(n, ast.FunctionDef) and n.name == last]
-    if here:
-        return here[-1]
-    bases = scope.bases if isinstance(scope, ast.ClassDef) else []
-    inherited = (_function(tree, f"{b.id}.{last}") for b in bases if isinstance(b, ast.Name))
-    return next((function for function in inherited if function is not None), None)
-
-
-def _parameters(function: ast.FunctionDef) -> tuple[list[str], list[str]]:
-    """All parameters but ``self`` and ``cls``, and those without a default."""
-    arguments = function.args
-    places = [*arguments.posonlyargs, *arguments.args]
-    bare = places[: len(places) - len(arguments.defaults)]
-    keywords = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
-    required = [*bare, *(a for a, default in keywords if default is None)]
-    all_of_them = [*places, *arguments.kwonlyargs]
-    return (
-        [a.arg for a in all_of_them if a.arg not in ("self", "cls")],
-        [a.arg for a in required if a.arg not in ("self", "cls")],
-    )
-
-
-def _defined(scope: ast.Module | ast.ClassDef) -> set[str]:
-    """Names a class or module defines: functions, what is assigned, and buffers."""
-    names: set[str] = set()
-    for node in ast.walk(scope):
-        match node:
-            case ast.FunctionDef(name=name):
-                names.add(name)
-            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
-                names.add(name)
-            case ast.Call(
-                func=ast.Attribute(attr="register_buffer"), args=[ast.Constant(value=str(name)), *_]
-            ):
-                names.add(name)
-    return names
-
-
 def main(arguments: Sequence[str]) -> int:
     """Print the differences; 0 where there are none, 1 otherwise, 2 without a vLLM to read."""
     path = Path(arguments[0]) if len(arguments) == 1 else Path()
     if path.suffix == ".whl":
         with zipfile.ZipFile(path) as wheel:
-            found = differences(from_wheel(wheel))
-    elif (path / "model_executor").is_dir():
-        found = differences(from_directory(path))
-    else:
-        sys.stderr.write("contract: give a vLLM wheel or an unpacked vllm directory\n")
-        return 2
+            return _compare(from_wheel(wheel))
+    if (path / "model_executor").is_dir():
+        return _compare(from_directory(path))
+    sys.stderr.write("contract: give a vLLM wheel or an unpacked vllm directory\n")
+    return 2
+
+
+def _compare(read: Read) -> int:
+    found, version = differences(read), version_of(read)
+    release = release_of(version)
     for line in found:
         print(line)
-    print(f"{path.name}: {len(found)} differences, {len(CONTRACT)} clauses")
+    print(
+        f"vLLM {version or 'of unknown version'}: {len(found)} differences in "
+        f"{len(clauses_for(release))} clauses; "
+        + ("unknown to the plugin, refused" if release is None else _status(release))
+    )
     return 1 if found else 0
+
+
+def _status(release: Release) -> str:
+    return "the tests run with it" if release.tested else "compared by its source, never run"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
 from vllm.platforms import current_platform
 
+from moe_serve_vllm.contract import require_supported
 from moe_serve_vllm.errors import UnsupportedSettings, WeightsError
 from moe_serve_vllm.remap import Remap, sum_used
 from moe_serve_vllm.reports import Selections, counted_tokens, watch
@@ -175,6 +176,8 @@ def _resize(moe_config: FusedMoEConfig, table: LayerTable) -> ExpertMapManager:
     if current_platform.is_cuda():
         # Others route inside the kernel or take no block twice per token.
         moe_config.moe_backend = "triton"
+    if require_supported().asks_for_modular:
+        moe_config.require_decomposed_backend = True
     moe_config.intermediate_size_per_partition = table.width // parallel.tp_size
     moe_config.intermediate_size_per_partition_unpadded = table.width // parallel.tp_size
     return ExpertMapManager(
