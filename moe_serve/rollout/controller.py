@@ -21,6 +21,7 @@ from moe_serve.errors import MoeServeError, Overtaken, RolloutError
 from moe_serve.rollout.decision import Decision, apply, decide
 from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.hooks import notify
+from moe_serve.rollout.people import ACTOR, People
 from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.prober import Prober, prober_of
 from moe_serve.rollout.quality import Quality
@@ -35,7 +36,6 @@ from moe_serve.serving.listener import users_file
 from moe_serve.serving.routes import Split, read_split
 from moe_serve.serving.state import StackState
 
-ACTOR: Final = "controller"
 _IDLE: Final = 5.0
 """Seconds between looks while no rollout is under way."""
 _LEASE: Final = 3.0
@@ -68,6 +68,7 @@ class Controller:
         self._make = sources or (lambda policy: sources_of(policy, StackState.load(state)))
         self._store = Store(state)
         self._trace = Trace(state)
+        self._people = People(state, tell)
         self._users = Users(path=users_file(state))
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._policy: tuple[str, Policy, Sources] | None = None
@@ -114,6 +115,11 @@ class Controller:
             # Envoy goes on with the last good routes. Blind, and rolled back when that lasts.
             self._say(str(exc))
             split = None
+        try:
+            self._people.look()
+        except MoeServeError as exc:
+            # Who is not told now is told later; traffic does not wait for it.
+            self._say(f"hooks wait: {exc}")
         saved = self._store.saved()
         if not saved.state.active or saved.policy is None:
             self._policy = self._window = None
@@ -199,7 +205,13 @@ class Controller:
     def _act(self, decision: Decision, saved: Saved, policy: Policy) -> None:
         at = time.time()
         becomes = apply(decision, saved.state, policy, at)
-        event = {"at": at, "state": becomes.phase, "step": becomes.step, **decision.to_json()}
+        event = {
+            "at": at,
+            "actor": ACTOR,
+            "state": becomes.phase,
+            "step": becomes.step,
+            **decision.to_json(),
+        }
         if policy.dry_run:
             last = saved.seen.get("decision", {})
             if (last.get("kind"), last.get("reason")) != (decision.kind, decision.reason):

@@ -11,8 +11,8 @@ from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
 from moe_serve.metrics.sources import Endpoints, Source
-from moe_serve.rollout import controller
 from moe_serve.rollout.feedback import Votes
+from moe_serve.rollout.people import ACTOR
 from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import DECISIONS, status
@@ -70,7 +70,7 @@ def _decisions(state: Path) -> dict[tuple[str, str], int]:
     counted.update({(known, "by hand"): 0 for known in DECISIONS})
     counted.update({(known, "by guards"): 0 for known in ("advance", "rollback")})
     for (decision, actor), count in changes.items():
-        counted[decision, "by guards" if actor == controller.ACTOR else "by hand"] += count
+        counted[decision, "by guards" if actor == ACTOR else "by hand"] += count
     return dict(counted)
 
 

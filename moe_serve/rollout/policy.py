@@ -212,7 +212,11 @@ class Freeze(_Part):
 
 
 class Hooks(_Part):
-    """Told of every decision but a hold, as one JSON object. None can delay or prevent it."""
+    """Told of every decision but a hold, a person's too, as one JSON object.
+
+    None can delay or prevent it. The controller tells, whoever decided: with none running (``up``
+    without ``--policy``) nobody is told until one is.
+    """
 
     webhook: str | None = Field(default=None, pattern=r"^https?://")
     """Posted to; what cannot be delivered is tried again for some minutes."""
