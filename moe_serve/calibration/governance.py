@@ -27,7 +27,9 @@ class Approval(_Part):
     """Who allowed the use, and when."""
 
     by: Word
+    """A person or office."""
     on: date
+    """From this day on."""
 
 
 class Declared(_Part):
@@ -38,10 +40,13 @@ class Declared(_Part):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     """The file's; with ``path``, it must not have changed since."""
     owner: Word
+    """Who answers for the texts."""
     licence: Word
+    """As its holder names it."""
     purposes: tuple[Word, ...] = ()
     """What it may be used for; empty: anything."""
     personal_data: Literal["none", "pseudonymised", "present"]
+    """Unless ``none``, an approval is needed."""
     retain_until: date | None = None
     """The last day on which it may be used; ``None``: no end."""
     machines: tuple[Word, ...] = ()
@@ -49,6 +54,7 @@ class Declared(_Part):
     approval_required: bool = False
     """Texts with personal data always need one."""
     approval: Approval | None = None
+    """Who allowed it."""
 
     @model_validator(mode="after")
     def _named(self) -> Self:
@@ -85,6 +91,7 @@ class Declaration(_Part):
     """The whole file."""
 
     source: tuple[Declared, ...]
+    """One ``[[source]]`` for each file, folder or hash."""
 
     @classmethod
     def load(cls, path: Path) -> Declaration:

@@ -40,11 +40,17 @@ class CalibrationRecord:
     fingerprint: str
     """:meth:`Checkpoint.fingerprint` of it."""
     domains: tuple[str, ...]
+    """In the order of the statistics' C axis."""
     tokens: dict[str, int]
+    """Domain → tokens observed."""
     tokens_sha256: str
+    """Of the token ids."""
     sources: tuple[dict[str, Any], ...]
+    """Files with hashes, licences and terms."""
     seed: int
+    """Of the choice of texts and tokens."""
     reservoir: int
+    """Tokens of which whole vectors are kept, per layer."""
     share: Share = WHOLE
     """The part of the texts that was observed; the other fields describe the whole."""
     gradients: bool = True

@@ -24,7 +24,9 @@ class Original(_Model):
     """The checkpoint that was pruned."""
 
     name: str
+    """Of its directory."""
     config_sha256: str
+    """Of its ``config.json``."""
     weights: dict[str, str]
     """Shard name → SHA-256."""
 
@@ -33,15 +35,20 @@ class ExpertBytes(_Model):
     """Bytes of all routed experts."""
 
     original: int
+    """Before."""
     kept: int
+    """After."""
 
 
 class LayerCounts(_Model):
     """What one changed layer stores."""
 
     width: int
+    """Neurons per block."""
     blocks: int
+    """Stored blocks."""
     dropped: int
+    """Experts that the router never selects."""
     replaced: int = 0
     """Experts that are a constant."""
 
@@ -50,7 +57,9 @@ class PredictionLayers(_Model):
     """The original's layers for multi-token prediction."""
 
     layers: tuple[int, ...]
+    """Their numbers."""
     bytes: int
+    """Of all of them."""
     kept: bool
     """They draft for the original, so they go where anything else changes."""
 
@@ -59,14 +68,22 @@ class Manifest(_Model):
     """The file's content. Equal inputs and seed give equal bytes: it holds no date."""
 
     schema_version: Literal[1] = 1
+    """Of this file."""
     moe_serve_version: str
+    """That wrote it."""
     format: str
+    """``compact``, ``tied``, ``native`` or ``substitution``."""
     original: Original
     method: str
+    """Name of the rule that chose."""
     settings: dict[str, Any]
+    """The method's, as they were in force."""
     seed: int
+    """Of all that was drawn."""
     plan_sha256: str
+    """Of the plan's content."""
     statistics_sha256: str | None
+    """Of the statistics; ``null``: chosen from the weights alone."""
     calibration: dict[str, Any] | None
     """Sources with licences and hashes, token counts; never a text."""
     refit: dict[str, Any] | None
@@ -76,9 +93,11 @@ class Manifest(_Model):
     """Quantised experts: schemes, tile, and how many blocks of each projection were copied byte
     for byte or rounded again."""
     layers: dict[int, LayerCounts]
+    """Layer → what it stores."""
     prediction_layers: PredictionLayers | None = None
     """``None``: the original's files hold none."""
     quality: dict[str, Any] | None = None
+    """Measured, if it was."""
     files: dict[str, str] = {}
     """File name → SHA-256 of every file of the checkpoint but this one."""
 

@@ -25,12 +25,17 @@ class Comparison:
     """What ``compare --json`` prints."""
 
     original: Path | str
+    """A directory, or an engine's URL."""
     pruned: Path | str
-    """Directories, or URLs of engines."""
+    """The same."""
     domains: dict[str, DomainQuality]
+    """Each domain's figures with their intervals."""
     expert_bytes: dict[str, int]
+    """Variant → bytes of the routed experts."""
     total_bytes: dict[str, int]
+    """Variant → bytes of all weights."""
     speed: dict[str, Any] = field(default_factory=dict)
+    """Of two results of ``vllm bench serve``, where there are any."""
     overlap: tuple[str, ...] = ()
     """Text files that the pruned checkpoint was calibrated on, wholly or in some documents."""
     top: int | None = None

@@ -57,11 +57,13 @@ class Prices(_Part):
     """In one currency. All are assumptions of yours; the page says so."""
 
     currency: str = "USD"
+    """Printed beside each amount."""
     gpu_hour: Price = 0.6
     """One serving card for an hour, bought or rented."""
     machine_hour: Price = 2.0
     """The machine that prunes, for an hour."""
     person_hour: Price = 100.0
+    """One person for an hour."""
     hours_a_month: float = Field(default=730.0, gt=0.0, le=744.0)
     """In which the cards are paid for."""
 
@@ -102,13 +104,19 @@ class PilotSettings(_Part):
     keep: tuple[Share, ...] = (0.75, 0.5)
     """Shares of the routed experts' bytes to try."""
     methods: tuple[str, ...] = ("auto",)
+    """Those to try, each with each size."""
     format: Literal["compact", "native"] = "compact"
+    """Of the results."""
     tokens: int = Field(default=DEFAULT_TOKENS, ge=1)
     """Per domain, for calibration and for measuring."""
     sequence_length: int = Field(default=DEFAULT_LENGTH, ge=2)
+    """Tokens per sequence."""
     batch_tokens: int = Field(default=DEFAULT_BATCH, ge=1)
+    """Tokens in memory at once."""
     seed: int = 0
+    """Equal seeds give equal bytes."""
     device: str | None = None
+    """``cpu`` or ``cuda``; by default the GPU if there is one."""
     prefer: Literal["memory", "quality"] = "memory"
     """Among results within tolerance on the fewest cards: the smallest, or the best."""
     tolerance: Tolerance = Tolerance()

@@ -31,13 +31,17 @@ class TextOptions:
     """Which texts, and how much of them."""
 
     paths: tuple[Path, ...]
+    """``.jsonl``, ``.txt``, or folders of them."""
     task_paths: tuple[Path, ...] = ()
     """Texts of one task."""
     task_weight: float | None = None
     """The task's part of the weight of all tokens; ``None``: half."""
     tokens: int = DEFAULT_TOKENS
+    """At most, from each domain."""
     length: int = DEFAULT_LENGTH
+    """Tokens of a sequence, at most."""
     seed: int = 0
+    """Of the choice among more texts than are taken."""
     declaration: Path | None = None
     """``calibration.toml``: the terms that texts come with."""
     purpose: str | None = None

@@ -36,10 +36,12 @@ class Part(_Model):
     """Neurons of one original expert, in the order in which they enter a block."""
 
     expert: int
+    """Number in the original."""
     neurons: tuple[int, ...]
     """In the file a line of numbers and ascending runs, as in ``"0 3-7 12"``: large models keep
     millions of neurons."""
     coefficient: float = 1.0
+    """By which its weights are multiplied."""
 
     @field_validator("neurons", mode="before")
     @classmethod
@@ -91,6 +93,7 @@ class Block(_Model):
     """
 
     parts: tuple[Part, ...]
+    """What is summed."""
 
 
 class Split(_Model):
@@ -113,8 +116,11 @@ class LayerPlan(_Model):
     """One layer's blocks and remapping."""
 
     width: int
+    """Neurons per block."""
     blocks: tuple[Block, ...]
+    """In the order in which they are stored."""
     experts: tuple[tuple[int, ...] | None, ...]
+    """For each original expert its blocks; ``null``: never selected."""
     constants: bool = False
     """Experts without a block put out a constant, which ``apply`` fits; else nothing."""
     split: Split | None = None
@@ -160,6 +166,7 @@ class NumberFormat(_Model):
     """What happens to the stored numbers of quantised experts."""
 
     schemes: tuple[str, ...]
+    """As the original's configuration names them."""
     tile: int
     """Neurons whose bytes and scales stay together."""
     kept: dict[str, int]
@@ -200,16 +207,27 @@ class Plan(_Model):
     """What ``apply`` carries out."""
 
     version: Literal[1] = VERSION
+    """Of this file."""
     model: str
+    """Path of the original, as given."""
     fingerprint: str
+    """Of its configuration and tensor headers."""
     statistics_sha256: str | None
+    """Of the statistics; ``null``: from the weights alone."""
     method: str
+    """Name of the rule."""
     settings: dict[str, Any]
+    """The method's."""
     seed: int
+    """Of all that was drawn."""
     keep: float
+    """Share of the routed experts' bytes."""
     refit: Refit | None
+    """``null``: nothing is re-fitted."""
     router: RouterFit | None = None
+    """``null``: the router stays."""
     heal: Heal | None = None
+    """``null``: nothing is trained."""
     balance: dict[str, float] | None = None
     """Each domain's part of the weight in statistics and re-fits; ``None``: all the same."""
     layers: dict[int, LayerPlan]

@@ -24,12 +24,19 @@ class PruneRequest:
     """One offline run."""
 
     model: Path
+    """The original checkpoint."""
     output: Path
+    """Folder to make; an unfinished one is resumed."""
     texts: TextOptions
+    """What is calibrated and re-fitted on."""
     selection: Selection
+    """How much to keep, and how it is chosen."""
     form: str = "compact"
+    """``compact``, ``tied``, ``native`` or ``substitution``."""
     device: torch.device = CPU
+    """Where is computed."""
     batch_tokens: int = DEFAULT_BATCH
+    """Tokens in memory at once."""
     plan: Path | None = None
     """Carry out this plan instead of making one."""
     statistics: Path | None = None

@@ -42,10 +42,15 @@ class PruneResult:
     """What ``prune --json`` prints."""
 
     output: Path
+    """The finished checkpoint."""
     manifest: Manifest
+    """Its ``moe_serve.json``."""
     statistics: Path | None
+    """Those it rests on; ``None``: chosen from the weights alone."""
     seconds: dict[str, float]
+    """Of each phase."""
     peak_rss_bytes: int
+    """The process's largest resident memory."""
 
     def to_json(self) -> dict[str, Any]:
         """The contract's shape."""

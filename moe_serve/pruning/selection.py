@@ -29,15 +29,19 @@ class Selection:
     """How much to keep, and by which method."""
 
     keep: float | None = None
+    """Share of the routed experts' bytes."""
     experts: int | None = None
+    """Instead: the bytes of this many experts in each layer."""
     memory: int | None = None
-    """Bytes of the GPU that it must fit."""
+    """Instead: bytes of the GPU that it must fit."""
     kv_tokens: int = DEFAULT_KV_TOKENS
     """Tokens whose cache must fit beside the weights."""
     gpu_count: int = 1
     """GPUs of that memory that share the model."""
     method: str = AUTO
+    """How to choose; ``docs/methods.md`` lists them."""
     block_width: int | None = None
+    """Neurons per stored block; ``None``: the least that the number format allows."""
     refit: bool | None = None
     """``None``: as the method does."""
     router_refit: bool = False
@@ -45,9 +49,11 @@ class Selection:
     heal: bool = False
     """Whether what is kept is trained towards the original, layer by layer."""
     uniform: bool = False
+    """Whether all layers get one number of experts of one width, as stock formats need."""
     constants: bool = False
     """Whether experts that go leave a constant."""
     across_layers: bool = True
+    """Whether the budget is spent where the loss needs it, or evenly."""
     coefficients: str | None = None
     """``None``: as the method does."""
     drop_when_better: bool | None = None
@@ -58,6 +64,7 @@ class Selection:
     objective: str = MEAN
     """What the balance over domains is for: the mean over them, or the worst one."""
     seed: int = 0
+    """Equal seeds give equal bytes."""
 
     def resolve(self, checkpoint: Checkpoint, *, texts: bool) -> tuple[Method, Budget, bool]:
         """Method, budget and whether to re-fit, with every impossible wish refused.

@@ -38,12 +38,15 @@ class Evidence(_Model):
     """The file's content."""
 
     version: Literal[1] = 1
+    """Of this file."""
     experts: int
     """N of the original."""
     width: int
     """Neurons of one of its experts, I."""
     top_k: int
+    """Experts selected per token."""
     moe_layers: tuple[int, ...]
+    """Numbers of the layers with experts."""
     domains: tuple[str, ...] = ()
     """In the order of the C axis."""
     tokens: dict[str, int] = {}
