@@ -152,7 +152,7 @@ def api() -> str:
             parts += _docstring(found)
         else:
             parts += _docstring(found)
-            if dataclasses.is_dataclass(found):
+            if isinstance(found, type) and dataclasses.is_dataclass(found):
                 parts += _fields(found)
             parts += _members(found)
     return "\n".join(parts)

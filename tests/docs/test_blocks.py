@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
 from tests.support.lines import parse
 
 ROOT: Final = Path(__file__).parents[2]

@@ -24,7 +24,7 @@ def test_what_a_page_names_exists(page: Path) -> None:
         assert (ROOT / path).exists(), path
     for module in re.findall(r"python -m (benchmarks[\w.]+)", text):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
-    for command in re.findall(r"`?moe-serve ([a-z][a-z-]*)", text):
+    for command in re.findall(r"`moe-serve ([a-z][a-z-]*)", text):
         assert command in COMMANDS, command
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from tests.support.calibrated import calibrated
-from tests.support.models import make_model
 
 from docs.tools.hooks import linked
 from docs.tools.reference import FOLDER, pages
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.pruning.methods.view import Budget, LayerView
+from tests.support.calibrated import calibrated
+from tests.support.models import make_model
 
 ROOT: Final = Path(__file__).parents[2]
 
