@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from moe_serve.checkpoint.formats import LayerBlocks, form_named
+from moe_serve.checkpoint.form import LayerBlocks
+from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.layout import carry_over, write_config
 from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.shards import ShardWriter

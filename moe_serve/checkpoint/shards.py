@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from moe_serve.checkpoint.dtypes import DTYPE_NAMES, itemsize
-from moe_serve.checkpoint.source import INDEX, SINGLE
+from moe_serve.checkpoint.listing import INDEX, SINGLE
 from moe_serve.errors import OutputError
 from moe_serve.files import write_json, writing
 

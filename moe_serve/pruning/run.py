@@ -12,7 +12,8 @@ from typing import Any, Final
 
 from moe_serve.calibration.group import started
 from moe_serve.calibration.store import Statistics
-from moe_serve.checkpoint.formats import Form, form_named
+from moe_serve.checkpoint.form import Form
+from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.manifest import (
     Manifest,
 )

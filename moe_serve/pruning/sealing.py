@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_serve.calibration.store import Statistics
-from moe_serve.checkpoint.formats import Form
+from moe_serve.checkpoint.form import Form
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import carry_over, write_config
 from moe_serve.checkpoint.manifest import (

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe_serve.calibration.decoder import Decoder, Layer
-from moe_serve.checkpoint.formats import ROUTER_MASK
+from moe_serve.checkpoint.form import ROUTER_MASK
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CheckpointError
 from moe_serve.files import reading

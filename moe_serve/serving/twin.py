@@ -15,7 +15,7 @@ from typing import Any, Final
 import httpx
 
 from moe_serve.checkpoint.export import export
-from moe_serve.checkpoint.formats import ROUTER_MASK
+from moe_serve.checkpoint.form import ROUTER_MASK
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import ServingError
 from moe_serve.progress import Progress

@@ -12,7 +12,7 @@ from moe_serve.calibration.mixture import read_mixture
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.stream import batches
 from moe_serve.calibration.trace import Trace
-from moe_serve.checkpoint.formats import Form
+from moe_serve.checkpoint.form import Form
 from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from moe_serve.calibration.mixture import Mixture, Unit, blocks_by_owners, make_units
-from moe_serve.checkpoint.formats import LayerBlocks
+from moe_serve.checkpoint.form import LayerBlocks
 from moe_serve.checkpoint.quantisation import COLUMNS, ROWS, Matrix, Scheme
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import LayerTable

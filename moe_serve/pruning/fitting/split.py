@@ -26,7 +26,7 @@ from typing import Final
 import torch
 
 from moe_serve.calibration.mixture import Mixture, Router, whole_experts
-from moe_serve.checkpoint.formats import LayerBlocks
+from moe_serve.checkpoint.form import LayerBlocks
 from moe_serve.checkpoint.quantisation import Scheme
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.table import LayerTable

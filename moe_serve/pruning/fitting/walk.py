@@ -19,7 +19,7 @@ from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
 from moe_serve.calibration.trace import Trace
-from moe_serve.checkpoint.formats import LayerBlocks
+from moe_serve.checkpoint.form import LayerBlocks
 from moe_serve.checkpoint.quantisation import Matrix
 from moe_serve.checkpoint.table import LayerTable
 from moe_serve.pruning.fitting.build import build_blocks, pruned_mixture, with_downs, with_units
