@@ -132,12 +132,13 @@ def remove_key(state: Path, name: str) -> None:
 
 
 def filters(
-    keys: list[Key] | None, *, pin_allowed: bool, requests_per_second: int
+    keys: list[Key] | None, *, salt: str, pin_allowed: bool, requests_per_second: int
 ) -> list[dict[str, Any]]:
     """Envoy's HTTP filters that know clients apart and hold them to their limits.
 
     Args:
         keys: who may come in; ``None``: everybody.
+        salt: hexadecimal, of the hashes by which users are counted.
         pin_allowed: whether a header may choose the variant at all.
         requests_per_second: of all clients without a limit of their own, together; 0: no limit.
     """
@@ -147,7 +148,9 @@ def filters(
             "name": "envoy.filters.http.lua",
             "typed_config": {
                 "@type": f"{kind}.lua.v3.Lua",
-                "default_source_code": {"inline_string": _script(keys, pin_allowed=pin_allowed)},
+                "default_source_code": {
+                    "inline_string": _script(keys, salt, pin_allowed=pin_allowed)
+                },
             },
         }
     ]
@@ -186,13 +189,14 @@ def _bucket(tokens: int, interval: str) -> dict[str, Any]:
     return {"max_tokens": tokens, "tokens_per_fill": tokens, "fill_interval": interval}
 
 
-def _script(keys: list[Key] | None, *, pin_allowed: bool) -> str:
+def _script(keys: list[Key] | None, salt: str, *, pin_allowed: bool) -> str:
     """The Lua filter with the table of keys in it; names and hashes hold no quote (checked)."""
     rows = [_row(key) for key in keys or ()]
     text = files("moe_serve.serving").joinpath("keys.lua").read_text(encoding="utf-8")
     for mark, value in {
         "@KEYS@": "{\n" + ",\n".join(rows) + "\n}",
         "@REQUIRED@": _lua(keys is not None),
+        "@SALT@": salt,
         "@PIN_ALLOWED@": _lua(pin_allowed),
         "@KEY_HEADER@": KEY_HEADER,
         "@PIN_HEADER@": HEADER,

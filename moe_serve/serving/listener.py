@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.files import write_atomic
+from moe_serve.files import reading, write_atomic
 from moe_serve.serving.keys import KEY_HEADER, filters, load_keys
 from moe_serve.serving.routes import NAME, route_file
 from moe_serve.serving.variants import HEADER
@@ -24,6 +25,7 @@ _FILTERS: Final = "type.googleapis.com/envoy.extensions.filters"
 _MAX_HEADERS_KB: Final = 64
 _MAX_HEADERS: Final = 100
 _FOLDER: Final = "listener"
+_SALT: Final = "users.salt"
 _FILE_LOG: Final = "type.googleapis.com/envoy.extensions.access_loggers.file.v3.FileAccessLog"
 _MOST_USERS_BYTES: Final = 32 * 1024**2
 
@@ -156,6 +158,7 @@ def _manager(state: Path, edge: Edge) -> dict[str, Any]:
         "http_filters": [
             *filters(
                 load_keys(state),
+                salt=_salt(state),
                 pin_allowed=edge.pin_allowed,
                 requests_per_second=edge.requests_per_second,
             ),
@@ -237,6 +240,15 @@ def _access_log(path: str) -> dict[str, Any]:
             "log_format": {"json_format": fields},
         },
     }
+
+
+def _salt(state: Path) -> str:
+    """A stack keeps its own, for its owner to read, as long as its state directory is kept."""
+    path = listener_file(state).with_name(_SALT)
+    if not path.exists():
+        write_atomic(path, secrets.token_hex(16).encode(), mode=0o600)
+    with reading(path):
+        return path.read_text(encoding="ascii")
 
 
 def _users_log(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from moe_serve.rollout.traffic import move
 from moe_serve.rollout.users import Users
 from moe_serve.rollout.window import Window
 from moe_serve.serving import listener
-from moe_serve.serving.listener import trim_users, users_file
+from moe_serve.serving.listener import listener_file, trim_users, users_file
 from moe_serve.serving.routes import STICKY
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.proxy import proxied
@@ -44,9 +44,13 @@ def test_the_proxy_tells_users_apart_and_names_none(tmp_path: Path) -> None:
             time.sleep(0.05)
     assert found == {ORIGINAL: [0, 0], PRUNED: [8, 40]}
     text = users_file(tmp_path).read_text()
-    assert hashlib.sha256(b"ada@example.com").hexdigest()[:16] in text
+    salt = listener_file(tmp_path).with_name("users.salt")
+    salted = salt.read_bytes() + b"ada@example.com"
+    assert hashlib.sha256(salted).hexdigest()[:16] in text
+    assert hashlib.sha256(b"ada@example.com").hexdigest()[:16] not in text
     assert "ada" not in text
-    assert users_file(tmp_path).stat().st_mode & 0o777 == 0o600
+    modes = {file.stat().st_mode & 0o777 for file in (users_file(tmp_path), salt)}
+    assert modes == {0o600}
 
 
 def line(at: int, user: int, variant: str = PRUNED) -> str:

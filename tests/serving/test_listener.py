@@ -131,10 +131,11 @@ def test_all_that_waited_on_an_engine_is_asked_of_the_other(tmp_path: Path) -> N
     """The pruned engine dies with 48 requests before their first byte: none fails."""
     with proxied(tmp_path, chunks=1, pause=0.0) as proxy:
         move(proxy.state, 100, decision="set", reason="")
-        proxy.pruned.hang()
+        # Were it found ill before all of them are there, some would not come to wait on it.
+        proxy.pruned.hang(healthy=True)
         with ThreadPoolExecutor(48) as clients:
             answers = [clients.submit(_ask, proxy) for _ in range(48)]
-            until = time.monotonic() + 10
+            until = time.monotonic() + 60
             while proxy.pruned.started < 48:
                 assert time.monotonic() < until
                 time.sleep(0.02)

@@ -34,6 +34,7 @@ class Upstream:
         self._finished, self._slow, self._cut, self._short = 0, 0, 0, 0
         self.headers: dict[str, str] = {}
         """Of the last completion asked for."""
+        self._healthy = False
         self._open = asyncio.Event()
         self._open.set()
         self._chunks, self._pause = chunks, pause
@@ -79,15 +80,20 @@ class Upstream:
         self.stop()
 
     def _reset(self) -> None:
+        # The port first, or what is tried again arrives here once more and is answered 500.
+        for server in self._server.servers:
+            server.close()
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()
 
-    def hang(self) -> None:
-        """Take requests from now on, and answer none."""
+    def hang(self, *, healthy: bool = False) -> None:
+        """Take requests from now on, and answer none but, while ``healthy``, for its health."""
+        self._healthy = healthy
         self._open.clear()
 
     async def _health(self, _request: Request) -> Response:
-        await self._open.wait()
+        if not self._healthy:
+            await self._open.wait()
         return PlainTextResponse("ok")
 
     async def _models(self, _request: Request) -> Response:
