@@ -32,6 +32,7 @@ from moe_serve.rollout.connections import Bounded
 from moe_serve.rollout.events import Feed
 from moe_serve.rollout.exports import exporter
 from moe_serve.rollout.feedback import Votes
+from moe_serve.rollout.installed import Installed
 from moe_serve.rollout.vitals import Watch
 from moe_serve.rollout.web.page import Page
 from moe_serve.serving.state import StackState
@@ -42,18 +43,30 @@ _LOOK: Final = 5.0
 """Seconds between looks at the engines, so that a page has rates when it is opened."""
 
 
-def application(state: Path, bound: Bound | None = None, votes: Votes | None = None) -> FastAPI:
+def application(
+    state: Path,
+    bound: Bound | None = None,
+    votes: Votes | None = None,
+    installed: Installed | None = None,
+) -> FastAPI:
     """The ASGI application of one stack.
 
     Args:
         state: its directory, with a token in it.
         bound: where it listens; by default loopback.
         votes: where feedback is counted; the controller reads it.
+        installed: the package as this process began with it.
 
     Raises:
         MoeServeError: there is no stack or no token.
     """
     stack, votes = StackState.load(state), votes or Votes()
+    installed = installed or Installed()
+
+    async def broken(_request: Request, exc: Exception) -> Response:
+        changed = await run_in_threadpool(installed.changed)
+        return problem(503, changed) if changed else problem(500, f"{type(exc).__name__} here")
+
     collector = exporter(state, stack, votes)
     watch, feed = Watch(collector), Feed(state)
 
@@ -79,6 +92,7 @@ def application(state: Path, bound: Bound | None = None, votes: Votes | None = N
             MoeServeError: _failed,
             HTTPException: _not_served,
             RequestValidationError: _not_valid,
+            Exception: broken,
         },
     )
     app.include_router(api.routes(state, watch, feed))
@@ -171,9 +185,9 @@ def main() -> None:
     parser.add_argument("--watch", action="store_true", help="drive rollouts by their policy")
     options = parser.parse_args()
     bound = Bound(host=options.host, names=tuple(options.name))
-    votes = Votes()
-    app = application(options.state, bound, votes)
-    watching = controller.start(options.state, _log, votes) if options.watch else None
+    votes, installed = Votes(), Installed()
+    app = application(options.state, bound, votes, installed)
+    watching = controller.start(options.state, _log, votes, installed) if options.watch else None
     # uvicorn hands a signal on once it has stopped; the default would end us before the lease is
     # given back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -21,6 +21,7 @@ from moe_serve.errors import MoeServeError, Overtaken, RolloutError
 from moe_serve.rollout.decision import Decision, apply, decide
 from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.hooks import notify
+from moe_serve.rollout.installed import Installed
 from moe_serve.rollout.people import ACTOR, People
 from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.prober import Prober, prober_of
@@ -53,6 +54,7 @@ class Controller:
         tell: Tell,
         sources: Callable[[Policy], Sources] | None = None,
         votes: Votes | None = None,
+        installed: Installed | None = None,
     ) -> None:
         """Nothing is done before :meth:`tick`.
 
@@ -61,7 +63,9 @@ class Controller:
             tell: takes one line for the log.
             sources: makes the source of readings; by default as the policy says.
             votes: where feedback is counted.
+            installed: the package as this process began with it.
         """
+        self._installed = installed or Installed()
         self._votes = votes or Votes()
         self._prober: Prober | None = None
         self._folder, self._tell = state, tell
@@ -89,7 +93,8 @@ class Controller:
             except MoeServeError as exc:
                 self._say(f"no decision: {exc}")
             except Exception as exc:  # noqa: BLE001 - a loop that ends in silence guards nothing
-                self._say(f"no decision: {type(exc).__name__}: {exc}")
+                why = self._installed.changed() or f"{type(exc).__name__}: {exc}"
+                self._say(f"no decision: {why}")
             stop.wait(max(0.1, self.interval - (time.monotonic() - began)))
         self._ask_no_more()
         try:
@@ -247,11 +252,11 @@ class Controller:
 
 
 def start(
-    state: Path, tell: Tell, votes: Votes | None = None
+    state: Path, tell: Tell, votes: Votes | None = None, installed: Installed | None = None
 ) -> tuple[threading.Thread, threading.Event]:
     """Run a controller in a thread of this process; set the event to end it."""
     stop = threading.Event()
-    controller = Controller(state, tell, votes=votes)
+    controller = Controller(state, tell, votes=votes, installed=installed)
     thread = threading.Thread(target=controller.run, args=(stop,), daemon=True, name="controller")
     thread.start()
     return thread, stop

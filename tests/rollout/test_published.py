@@ -1,9 +1,9 @@
 """The statistics against values that are not ours.
 
 The betting sequence against ``confseq`` 0.0.11, the authors' own package (its C++ part needs a
-compiler and Boost, so it is no dependency; ``confseq.betting`` is plain Python, and what it gave for
-the values below is written down here). Everything against the published formulas once more, value
-by value in 50 digits or in exact fractions, where the product works on arrays of logarithms.
+compiler and Boost, so it is no dependency; ``confseq.betting`` is plain Python, and what it gave
+for the values below is written down here). And the published formulas once more, value by value
+in 50 digits or in exact fractions, where the product works on arrays of logarithms.
 """
 
 from __future__ import annotations
