@@ -77,7 +77,7 @@ CATALOGUE: Final = {
             "moe_serve_traffic_weight_ratio",
             "gauge",
             _V,
-            "Share of new requests that the route file gives a variant, 0 to 1.",
+            "Share of new requests that the routes give a variant, 0 to 1.",
         ),
         Metric(
             "moe_serve_rollout_state", "gauge", ("state",), "1 for the present state, 0 for others."

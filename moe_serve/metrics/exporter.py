@@ -17,7 +17,7 @@ from prometheus_client.samples import Sample
 
 from moe_serve.metrics.catalogue import CATALOGUE
 from moe_serve.metrics.memory import process_tree, read_gpus, resident_bytes
-from moe_serve.metrics.sources import Endpoints, Source, buckets, total
+from moe_serve.metrics.sources import Counts, Source, buckets, total
 
 _STATES: Final = ("idle", "shadow", "canary", "paused", "promoted", "rolled_back")
 _HISTOGRAMS: Final = {
@@ -45,9 +45,9 @@ class Exporter(Collector):
 
     model: str
     engines: list[Watched]
-    proxy: Endpoints
+    proxy: Counts
     weight: Callable[[], float | None]
-    """The pruned variant's share from the route file, 0 to 1."""
+    """The pruned variant's share from the routes, 0 to 1."""
     state: Callable[[], str | None]
     decisions: Callable[[], dict[tuple[str, str], int]]
     guards: Callable[[], tuple[int, dict[tuple[str, str], float]] | None] = lambda: None
@@ -72,8 +72,9 @@ class Exporter(Collector):
         self._traffic(families)
         for (layer, kind), size in sorted(self.expert_bytes.items()):
             families["moe_serve_checkpoint_expert_bytes"].add_metric([layer, kind], size)
-        for source in (*(e.source for e in self.engines), self.proxy):
-            families["moe_serve_input_age_seconds"].add_metric([source.name], source.age)
+        ages = {source.name: source.age for source in (e.source for e in self.engines)}
+        for name, age in {**ages, self.proxy.name: self.proxy.age}.items():
+            families["moe_serve_input_age_seconds"].add_metric([name], age)
         yield from (family for family in families.values() if family.samples)
 
     def _engine(self, families: dict[str, Any], engine: Watched) -> None:

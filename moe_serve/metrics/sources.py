@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -59,6 +59,67 @@ class Host:
     def outcomes(self) -> dict[str, int]:
         """Outcome → requests."""
         return {"answered": self.answered, "failed": self.failed, "cut": self.cut}
+
+
+class Counts(Protocol):
+    """Counts requests by who answered: the proxy, or the engines themselves."""
+
+    @property
+    def name(self) -> str:
+        """Of the source, for its age."""
+        ...
+
+    @property
+    def age(self) -> float:
+        """Seconds since it last answered."""
+        ...
+
+    def read(self) -> dict[str, Host] | None:
+        """Variant → what is known; ``None`` when it does not answer."""
+        ...
+
+
+class EngineCounts:
+    """Requests as the engines count them, where the proxy is not ours to ask.
+
+    vLLM counts answers by class of status. What never reached an engine it does not know, nor that
+    a stream broke off: ``cut`` stays 0, and an engine that does not answer is unhealthy, its
+    counts as they last were.
+    """
+
+    name: Final = "gateway"
+
+    def __init__(self, urls: Mapping[str, str]) -> None:
+        """Variant → address of an engine."""
+        self._sources = {v: Source(name=v, url=f"{url}/metrics") for v, url in urls.items()}
+        self._last: dict[str, Host] = {}
+
+    @property
+    def age(self) -> float:
+        """Of the engine that is silent longest."""
+        return max(source.age for source in self._sources.values())
+
+    def read(self) -> dict[str, Host] | None:
+        """Variant → counts; one that never answered is absent."""
+        for variant, source in self._sources.items():
+            if (samples := source.read()) is not None:
+                self._last[variant] = _counted(samples)
+            elif variant in self._last:
+                self._last[variant] = replace(self._last[variant], healthy=False)
+        return dict(self._last) or None
+
+
+def _counted(samples: list[Sample]) -> Host:
+    found = {"failed": 0, "answered": 0}
+    for sample in samples:
+        if sample.name == _HTTP and sample.labels.get("handler") in _HANDLERS:
+            outcome = "failed" if sample.labels.get("status", "").startswith("5") else "answered"
+            found[outcome] += int(sample.value)
+    return Host(**found, cut=0, healthy=True)
+
+
+_HTTP: Final = "http_requests_total"
+_HANDLERS: Final = ("/v1/completions", "/v1/chat/completions")
 
 
 class Endpoints(_Asked):

@@ -12,7 +12,7 @@ from moe_serve.rollout.probes import load_probes
 from moe_serve.rollout.state import begin, pause, resume
 from moe_serve.rollout.store import Saved, Store
 from moe_serve.rollout.traffic import Basis, Moved, move
-from moe_serve.serving.routes import read_split
+from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
 
 
@@ -32,7 +32,7 @@ def start_rollout(
         RolloutError: one is under way, none can be watched, or it is too early.
         UsageError: the probes are not those that the policy names.
     """
-    StackState.load(state)
+    _can_stick(state, policy)
     store = Store(state)
     saved = store.saved()
     now = time.time()
@@ -68,6 +68,16 @@ def start_rollout(
         sticky=policy.sticky.ways if policy.sticky != "off" else (),
         basis=Basis(state=becomes, revision=saved.revision),
     )
+
+
+def _can_stick(state: Path, policy: Policy) -> None:
+    """Nobody is told that users stay where they do not."""
+    if policy.sticky != "off" and not routing_of(state).sticks:
+        raise RolloutError(
+            "an HTTPRoute cannot keep a user on one variant",
+            where="policy",
+            remedy='write sticky = "off", or let moe-serve\'s own Envoy split',
+        )
 
 
 def _pinned(policy: Policy) -> Policy:
@@ -115,7 +125,7 @@ def resume_rollout(state: Path, *, reason: str, actor: str = "") -> Moved | None
     policy = Policy.model_validate_json(saved.policy)
     becomes = resume(saved.state, time.time())
     percent, shadow = becomes.target(policy)
-    split = read_split(state)
+    split = routing_of(state).read()
     if (round(split.percent, 2), round(split.shadow_percent, 2)) != (percent, shadow):
         basis = Basis(state=becomes, revision=saved.revision)
         return move(

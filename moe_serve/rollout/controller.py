@@ -1,4 +1,4 @@
-"""The loop: read, decide, act. It owns no truth: state is in the store, traffic in the route file.
+"""The loop: read, decide, act. It owns no truth: state is in the store, traffic in the routes.
 
 A person always wins: what they did since the state was read makes the controller's own move fail,
 and it reads again. It acts only while it holds the lease.
@@ -34,7 +34,8 @@ from moe_serve.rollout.traffic import Basis, move
 from moe_serve.rollout.users import Users
 from moe_serve.rollout.window import Reading, Window
 from moe_serve.serving.listener import users_file
-from moe_serve.serving.routes import Split, read_split
+from moe_serve.serving.routes import Split
+from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
 
 _IDLE: Final = 5.0
@@ -113,11 +114,11 @@ class Controller:
         try:
             for line in recover(self._folder):
                 self._tell(line)
-            split: Split | None = read_split(self._folder)
+            split: Split | None = routing_of(self._folder).read()
         except Overtaken:
             raise
         except RolloutError as exc:
-            # Envoy goes on with the last good routes. Blind, and rolled back when that lasts.
+            # The proxy goes on with the last good routes. Blind, and rolled back when that lasts.
             self._say(str(exc))
             split = None
         try:
@@ -136,7 +137,7 @@ class Controller:
         with self._prober.quiet() if self._prober is not None else nullcontext():
             reading = self._complete(sources.read(policy))
         reading = replace(reading, crowds=self._users.since(window.began + policy.warmup_seconds))
-        lost = "" if split is not None else "the route file can't be read"
+        lost = "" if split is not None else "the routes can't be read"
         window.add(reading, policy, lost=lost)
         decision = decide(window, policy, saved.state, probed=probed)
         seen = {"window": window.to_json(), "decision": decision.to_json()}
@@ -187,7 +188,10 @@ class Controller:
         for name, arm in reading.arms.items():
             shares = {**arm.shares, "feedback": self._votes.counted(name)}
             probes = self._prober.counted(name, reading.edges) if self._prober is not None else {}
-            arms[name] = replace(arm, shares=shares, probes=probes)
+            requests = arm.requests
+            if arm.counts_probes and requests is not None and "truncated" in probes:
+                requests -= probes["truncated"][1]
+            arms[name] = replace(arm, requests=requests, shares=shares, probes=probes)
         if self._prober is not None:
             self._prober.crowded({name: arm.waiting for name, arm in arms.items()})
         return replace(reading, arms=arms)

@@ -10,13 +10,14 @@ from moe_serve.errors import MoeServeError
 from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.files import read_json
 from moe_serve.metrics.exporter import Exporter, Watched
-from moe_serve.metrics.sources import Endpoints, Source
+from moe_serve.metrics.sources import Source
 from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.people import ACTOR
 from moe_serve.rollout.quality import Quality
+from moe_serve.rollout.sources import counts_of
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import DECISIONS, status
-from moe_serve.serving.routes import read_split
+from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
 
 
@@ -25,7 +26,7 @@ def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
 
     def share() -> float | None:
         try:
-            return read_split(state).percent / 100.0
+            return routing_of(state).read().percent / 100.0
         except MoeServeError:
             return None
 
@@ -48,7 +49,7 @@ def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
     return Exporter(
         model=stack.served_model,
         engines=engines,
-        proxy=Endpoints(name="envoy", url=f"http://{stack.admin}/clusters?format=json"),
+        proxy=counts_of(stack),
         weight=share,
         state=name,
         decisions=lambda: _decisions(state),

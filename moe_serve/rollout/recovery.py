@@ -1,52 +1,53 @@
-"""Making record and route file tell the same again: after a crash, or after an edit by hand.
+"""Making record and routes tell the same again: after a crash, or after an edit by hand.
 
-The route file is the truth about traffic, and a person's edit of it wins. Each row is a place
+The routes are the truth about traffic, and a person's edit of them wins. Each row is a place
 where a process can die between two writes:
 
 ======================================  ============================================
 found                                   done
 ======================================  ============================================
-intended, file not written: a rollback  written now (the side of safety)
-intended, file not written: all else    given up; the state before it holds again
-file written, not recorded as such      recorded
-written, not confirmed                  Envoy is asked, and it is recorded
-the file says something of nobody's     recorded as an edit; a rollout is paused, or
-                                        rolled back where the edit says 0 %
+intended, not written: a rollback       written now (the side of safety)
+intended, not written: all else         given up; the state before it holds again
+written, not recorded as such           recorded
+written, not confirmed                  the proxy is asked, and it is recorded
+the routes say something of nobody's    recorded as an edit; a rollout is paused, or
+                                        rolled back where the edit says 0 %; or
+                                        put back, where the stack says so (for routes
+                                        that a deployment tool applies again)
 ======================================  ============================================
 """
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
 from moe_serve.errors import RolloutError
+from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Change, Store
 from moe_serve.rollout.traffic import routes_lock
-from moe_serve.serving.envoy import Admin
-from moe_serve.serving.routes import Split, new_split, put_split, read_split, route_file
-from moe_serve.serving.state import StackState
+from moe_serve.serving.routes import Split, new_split
+from moe_serve.serving.routing import Routing, routing_of
 
 
 def recover(state: Path) -> tuple[str, ...]:
     """Do what the table says; return it in words.
 
     Raises:
-        RolloutError: the record or the route file can't be read.
+        RolloutError: the record or the routes can't be read.
         Overtaken: someone moves traffic right now; ask again.
     """
-    store = Store(state)
+    store, routing = Store(state), routing_of(state)
     with routes_lock(state, [], must=True):
-        split = read_split(state)
+        split = routing.read()
         done: list[str] = []
         changes = [c for c in store.history() if c.abandoned_at is None]
         while changes and changes[0].version != split.version and changes[0].written_at is None:
             last = changes[0]
             if last.decision == "rollback":
                 split = replace(new_split(0.0, sticky=split.sticky), version=last.version)
-                put_split(state, split)
+                routing.put(split)
                 done.append("a rollback that was only intended is carried out")
             else:
                 store.abandoned(last.id)
@@ -55,9 +56,11 @@ def recover(state: Path) -> tuple[str, ...]:
         if not changes:
             return tuple(done)
         if _is_its_own(changes[0], split):
-            done += _finish(state, store, changes[0])
+            done += _finish(routing, store, changes[0])
+        elif routing.restores:
+            done.append(_restored(routing, store, changes[0], split))
         else:
-            done.append(_edited(state, store, changes[0], split))
+            done.append(_edited(routing, store, changes[0], split))
         return tuple(done)
 
 
@@ -65,15 +68,15 @@ def _is_its_own(change: Change, split: Split) -> bool:
     return change.version == split.version and abs(change.percent_after - split.percent) < 0.005
 
 
-def _finish(state: Path, store: Store, change: Change) -> list[str]:
-    """The file holds it: let the record say so, and Envoy's word with it."""
+def _finish(routing: Routing, store: Store, change: Change) -> list[str]:
+    """The routes hold it: let the record say so, and the proxy's word with it."""
     done = []
     if change.written_at is None:
         store.written(change.id)
         done.append(f"{change.decision} to {change.percent_after:g} % had been written")
     if change.confirmed_at is None:
         try:
-            in_force = Admin(StackState.load(state).admin).route_version() == change.version
+            in_force = routing.in_force() == change.version
         except RolloutError:
             return done
         if in_force:
@@ -82,13 +85,26 @@ def _finish(state: Path, store: Store, change: Change) -> list[str]:
     return done
 
 
-def _edited(state: Path, store: Store, last: Change, split: Split) -> str:
-    present = store.saved().state
+def _restored(routing: Routing, store: Store, last: Change, found: Split) -> str:
+    """Put back what the record says, under its own version, and say who was overruled."""
+    saved, (who, _) = store.saved(), routing.edited()
+    shadow = 0.0
+    if saved.state.active and saved.policy is not None:
+        percent, copied = saved.state.target(Policy.model_validate_json(saved.policy))
+        shadow = copied if percent == last.percent_after else 0.0
+    wanted = replace(new_split(last.percent_after, shadow=shadow), version=last.version)
+    words = f"{who}: {found.percent:g} %; put back to {last.percent_after:g} %"
+    body = {"words": words, "found": found.percent, "restored": last.percent_after}
+    store.note("restored", body)
+    routing.put(wanted)
+    return words
+
+
+def _edited(routing: Routing, store: Store, last: Change, split: Split) -> str:
+    present, (who, at) = store.saved().state, routing.edited()
     becomes: State | None = None
-    reason = f"the route file was edited by hand: {split.percent:g} %"
-    found = route_file(state)
+    reason = f"{who}: {split.percent:g} %"
     if present.active:
-        at = found.stat().st_mtime
         becomes = pause(present, reason) if split.pruned else roll_back(present, reason, at)
     change = store.intend(
         actor="by hand",
@@ -97,7 +113,7 @@ def _edited(state: Path, store: Store, last: Change, split: Split) -> str:
         before=last.percent_after,
         after=split.percent,
         version=split.version,
-        hashes=(last.hash_after, hashlib.sha256(found.read_bytes()).hexdigest()),
+        hashes=(last.hash_after, routing.digest()),
         state=becomes,
     )
     store.written(change)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 import httpx
 
-from moe_serve.metrics.sources import Endpoints, Host, Source, buckets, total
+from moe_serve.metrics.sources import Counts, Endpoints, EngineCounts, Host, Source, buckets, total
 from moe_serve.rollout.policy import Metric, Policy, Prometheus
 from moe_serve.rollout.window import ArmReading, Reading
 from moe_serve.serving.state import StackState
@@ -59,7 +60,7 @@ def over_edge(counts: list[tuple[str, float]], objective: float) -> tuple[Over, 
 
 
 class DirectSources:
-    """Asks the engines' ``/metrics`` and Envoy's admin interface."""
+    """Asks the engines' ``/metrics``, and Envoy's admin interface where Envoy is ours."""
 
     def __init__(self, stack: StackState) -> None:
         """For a stack on this machine."""
@@ -67,7 +68,8 @@ class DirectSources:
             name: Source(name=name, url=f"{engine.url}/metrics")
             for name, engine in stack.engines.items()
         }
-        self._proxy = Endpoints(name="envoy", url=f"http://{stack.admin}/clusters?format=json")
+        self._proxy = counts_of(stack)
+        self._at_engines = stack.http_route is not None
 
     def read(self, policy: Policy) -> Reading:
         """Engines one after the other, then the proxy."""
@@ -75,7 +77,10 @@ class DirectSources:
         found = {name: self._engines[name].read() for name in VARIANTS}
         hosts = self._proxy.read() or {}
         arms = {
-            name: _arm(samples or [], hosts.get(name), policy, edges)
+            name: replace(
+                _arm(samples or [], hosts.get(name), policy, edges),
+                counts_probes=self._at_engines,
+            )
             for name, samples in found.items()
         }
         return Reading(at=time.time(), tick=time.monotonic(), arms=arms, edges=edges)
@@ -128,8 +133,21 @@ def _requests(host: Host | None) -> tuple[float | None, float | None]:
 class PrometheusSources:
     """Asks a Prometheus server; sums over all engines of a variant."""
 
-    def __init__(self, settings: Prometheus, client: httpx.Client | None = None) -> None:
-        """Every series must carry the label ``variant``."""
+    def __init__(
+        self,
+        settings: Prometheus,
+        client: httpx.Client | None = None,
+        *,
+        at_engines: bool = False,
+    ) -> None:
+        """Every series must carry the label ``variant``.
+
+        Args:
+            settings: where it is.
+            client: to ask it.
+            at_engines: requests are counted there, and not at a proxy.
+        """
+        self._at_engines = at_engines
         self._url = f"{settings.prometheus.rstrip('/')}/api/v1/query"
         self._more = f",{settings.selector}" if settings.selector else ""
         self._client = client or httpx.Client(timeout=5.0)
@@ -166,6 +184,7 @@ class PrometheusSources:
             waiting=self._one(f"sum(vllm:num_requests_waiting{{{labels}}})"),
             kv_usage=self._one(f"min(vllm:kv_cache_usage_perc{{{labels}}})"),
             started=self._one(f"max(process_start_time_seconds{{{labels}}})"),
+            counts_probes=self._at_engines,
         )
 
     def _shares(self, labels: str, edges: dict[str, float]) -> dict[str, Over]:
@@ -200,5 +219,12 @@ class PrometheusSources:
 def sources_of(policy: Policy, stack: StackState) -> Sources:
     """As the policy says."""
     if isinstance(policy.metrics, Prometheus):
-        return PrometheusSources(policy.metrics)
+        return PrometheusSources(policy.metrics, at_engines=stack.http_route is not None)
     return DirectSources(stack)
+
+
+def counts_of(stack: StackState) -> Counts:
+    """Who counts a stack's requests."""
+    if stack.http_route is not None:
+        return EngineCounts({name: engine.url for name, engine in stack.engines.items()})
+    return Endpoints(name="envoy", url=f"http://{stack.admin}/clusters?format=json")

@@ -1,4 +1,4 @@
-"""Changing the split: intent on record, then the route file, then Envoy's word that it holds.
+"""Changing the split: intent on record, then the routes, then the proxy's word that they hold.
 
 Needs nothing but the state directory: the control process may be dead, the record locked, the disk
 full. Then the traffic still moves and the gap in the record is said.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import fcntl
 import getpass
-import hashlib
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,16 +18,8 @@ from typing import Any, Final, Literal
 from moe_serve.errors import OutputError, Overtaken, RolloutError
 from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Store
-from moe_serve.serving.envoy import Admin
-from moe_serve.serving.routes import (
-    STICKY,
-    Split,
-    new_split,
-    put_spare,
-    put_split,
-    read_split,
-    route_file,
-)
+from moe_serve.serving.routes import STICKY, Split, new_split
+from moe_serve.serving.routing import Routing, routing_of
 from moe_serve.serving.state import StackState
 
 Decision = Literal["set", "start", "advance", "resume", "promote", "rollback"]
@@ -53,9 +44,9 @@ class Moved:
     before: float | None
     version: str
     written_at: float
-    """Seconds since the epoch when the file was in place."""
+    """Seconds since the epoch when the routes were written."""
     effective_seconds: float | None
-    """From the write until Envoy had it in force; ``None`` where Envoy could not be asked."""
+    """From the write until it was in force; ``None`` where nobody could be asked."""
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -102,19 +93,19 @@ def move(
         reason: for a person.
         actor: who; by default the user.
         shadow: percent to copy.
-        sticky: as the route file has it; ``None`` keeps what is there.
+        sticky: as the routes have it; ``None`` keeps what is there.
         basis: of a controller; a person's move needs none and always wins.
 
     Raises:
         RolloutError: no stack was ever here, or the share is out of range.
         Overtaken: the basis no longer holds; nothing was moved.
-        OutputError: the route file can't be written.
+        OutputError: the routes can't be written.
     """
-    stack = StackState.load(state)
+    routing = routing_of(state)
     warnings: list[str] = []
     new_split(percent, shadow=shadow)
     with routes_lock(state, warnings, must=basis is not None):
-        present = _present(state, warnings)
+        present = _present(routing, warnings)
         kept = present.sticky if present is not None else STICKY
         split = new_split(percent, shadow=shadow, sticky=kept if sticky is None else sticky)
         before = None if present is None else present.percent
@@ -122,7 +113,7 @@ def move(
         who = actor or getpass.getuser()
         try:
             store = Store(state)
-            change = _intend(store, state, split, before, decision, reason, who, basis)
+            change = _intend(store, routing, split, before, decision, reason, who, basis)
         except Overtaken:
             raise
         except RolloutError as exc:
@@ -131,16 +122,18 @@ def move(
                 raise
             warnings.append(f"not recorded: {exc}")
         try:
-            put_split(state, split)
+            # A rollback is never too late.
+            steps = basis is not None and decision != "rollback"
+            routing.put(split, over=present if steps else None)
         except OutputError as exc:
             if decision != "rollback":
                 raise
-            split, change = put_spare(state), 0
+            split, change = routing.fall_back(exc), 0
             warnings.append(f"the spare routes are in force: {exc}")
         written_at, began = time.time(), time.monotonic()
         effective = None
         try:
-            Admin(stack.admin).confirm(split.version)
+            routing.confirm(split.version)
             effective = time.monotonic() - began
         except RolloutError as exc:
             warnings.append(f"written, but not confirmed: {exc}")
@@ -158,7 +151,7 @@ def move(
 
 def _intend(
     store: Store,
-    state: Path,
+    routing: Routing,
     split: Split,
     before: float | None,
     decision: Decision,
@@ -176,7 +169,7 @@ def _intend(
         before=before,
         after=split.percent,
         version=split.version,
-        hashes=(_digest(state), hashlib.sha256(split.encode()).hexdigest()),
+        hashes=(routing.digest(), routing.digest_of(split)),
         evidence=basis.evidence if basis is not None else None,
         state=becomes,
         revision=basis.revision if basis is not None else None,
@@ -196,12 +189,6 @@ def _by_hand(present: State, decision: Decision, percent: float, reason: str) ->
     return pause(present, f"set to {percent:g} % by hand: {reason}")
 
 
-def _digest(state: Path) -> str | None:
-    with suppress(OSError):
-        return hashlib.sha256(route_file(state).read_bytes()).hexdigest()
-    return None
-
-
 def _record(warnings: list[str], store: Store, change: int, *, in_force: bool) -> None:
     try:
         store.written(change)
@@ -213,7 +200,7 @@ def _record(warnings: list[str], store: Store, change: int, *, in_force: bool) -
 
 @contextmanager
 def routes_lock(state: Path, warnings: list[str], *, must: bool) -> Iterator[None]:
-    """One mover at a time, so that record and file tell the same order.
+    """One mover at a time, so that record and routes tell the same order.
 
     Who must have it and does not get it is :class:`Overtaken`; a person goes on with a warning.
     """
@@ -234,9 +221,9 @@ def routes_lock(state: Path, warnings: list[str], *, must: bool) -> Iterator[Non
         yield
 
 
-def _present(state: Path, warnings: list[str]) -> Split | None:
+def _present(routing: Routing, warnings: list[str]) -> Split | None:
     try:
-        return read_split(state)
+        return routing.read()
     except RolloutError as exc:
         warnings.append(f"the split before is unknown: {exc}")
         return None
@@ -249,11 +236,11 @@ def status(state: Path) -> dict[str, Any]:
         RolloutError: no stack was ever here.
     """
     stack = StackState.load(state)
-    split = read_split(state)
-    admin = Admin(stack.admin)
+    routing = routing_of(state)
+    split = routing.read()
     in_force: bool | None = None
     try:
-        in_force = admin.route_version() == split.version
+        in_force = routing.in_force() == split.version
     except RolloutError:
         in_force = None
     store = Store(state)

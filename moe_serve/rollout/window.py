@@ -44,6 +44,8 @@ class ArmReading:
     kv_usage: float | None = None
     """Of its KV cache, 0 to 1."""
     healthy: bool | None = None
+    counts_probes: bool = False
+    """Whether ``requests`` has the probes in it: where engines count, and not a proxy."""
     started: float | None = None
     """When the engine's process started, seconds since the epoch; a change is a restart."""
 

@@ -50,6 +50,14 @@ class StackConfig(BaseModel):
     ``original`` is only read for its configuration."""
     pruned_url: str | None = None
     """The same for the pruned model's."""
+    http_route: str | None = Field(default=None, pattern=r"^[a-z0-9.-]+/[a-z0-9.-]+$")
+    """``namespace/name`` of a Gateway API HTTPRoute that splits the traffic on Kubernetes; no Envoy
+    is started then. Its rules lead to Services named as the hosts of ``original_url`` and
+    ``pruned_url``."""
+    http_route_restores: bool = False
+    """Whether weights that someone else wrote into it are put back, and that is said; otherwise
+    they are kept and recorded, and pause a rollout. For routes that a deployment tool applies
+    again and again."""
     tls_certificate: Path | None = None
     """PEM chain of the OpenAI endpoint; with one it speaks TLS only. Read again when replaced."""
     tls_key: Path | None = None
@@ -104,6 +112,12 @@ class StackConfig(BaseModel):
         for file in (self.tls_certificate, self.tls_key):
             if file is not None and not file.is_file():
                 raise ValueError(f"{file} is no file")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_are_elsewhere(self) -> Self:
+        if self.http_route is not None and None in (self.original_url, self.pruned_url):
+            raise ValueError("http_route needs original_url and pruned_url")
         return self
 
     def edge(self) -> Edge:

@@ -7,9 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from moe_serve.errors import RolloutError, ServingError
 from moe_serve.files import write_atomic
@@ -18,7 +18,8 @@ from moe_serve.serving.config import StackConfig
 from moe_serve.serving.engine import EngineSpec, answers, has_gpu, is_ready
 from moe_serve.serving.listener import put_listener
 from moe_serve.serving.process import Child, free_port, port_is_free, start
-from moe_serve.serving.routes import put_split, read_split, route_file, write_split
+from moe_serve.serving.routes import new_split, put_split, read_split, route_file, write_split
+from moe_serve.serving.routing import http_route_of
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.token import make_token
 from moe_serve.serving.variants import VARIANTS
@@ -81,10 +82,10 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
     """
     folder = config.state.absolute()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    for name, host, port in (
-        ("--port", config.host, config.port),
-        ("--control-port", config.control_host, config.control_port),
-    ):
+    ports = [("--control-port", config.control_host, config.control_port)]
+    if config.http_route is None:
+        ports.insert(0, ("--port", config.host, config.port))
+    for name, host, port in ports:
         if not port_is_free(host, port):
             raise ServingError(
                 f"port {port} is taken on {host}", where=name, remedy="choose another port"
@@ -92,18 +93,13 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
     stack = Stack(config=config, folder=folder)
     try:
         engines = _engines(stack, tell)
-        admin_port = free_port()
-        proxy = _envoy(stack, engines, admin_port)
         make_token(folder)
         stack.state = StackState(
             pid=os.getpid(),
-            endpoint=config.endpoint_url,
+            **_proxied(stack, engines, tell),
             control=config.control_url,
-            admin=f"127.0.0.1:{admin_port}",
-            envoy_pid=proxy.pid,
             served_model=config.served_model,
             engines=engines,
-            edge=config.edge(),
             policy=str(config.policy.absolute()) if config.policy is not None else None,
         )
         stack.state.save(folder)
@@ -182,6 +178,33 @@ def _await_elsewhere(engines: dict[str, EngineState], seconds: float, tell: Tell
                     remedy=f"start it, or correct {variant}_url",
                 )
             time.sleep(_POLL)
+
+
+def _proxied(stack: Stack, engines: dict[str, EngineState], tell: Tell) -> dict[str, Any]:
+    """What splits: our Envoy, or a route of the cluster's gateway; for ``stack.json``."""
+    config = stack.config
+    if config.http_route is None:
+        admin_port = free_port()
+        proxy = _envoy(stack, engines, admin_port)
+        return {
+            "endpoint": config.endpoint_url,
+            "admin": f"127.0.0.1:{admin_port}",
+            "envoy_pid": proxy.pid,
+            "edge": config.edge(),
+        }
+    urls = {name: engine.url for name, engine in engines.items()}
+    route = http_route_of(config.http_route, urls, restores=config.http_route_restores)
+    split = route.read()
+    # What is there once more, to learn now and not in an emergency whether we may.
+    route.put(replace(split, version=split.version or new_split(0.0).version))
+    tell(f"{route.where}: {split.percent:g} % pruned")
+    return {
+        "endpoint": route.where,
+        "admin": "",
+        "envoy_pid": 0,
+        "http_route": config.http_route,
+        "http_route_restores": config.http_route_restores,
+    }
 
 
 def _envoy(stack: Stack, engines: dict[str, EngineState], admin_port: int) -> Child:

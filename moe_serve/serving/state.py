@@ -32,12 +32,16 @@ class StackState:
     endpoint: str
     control: str
     admin: str
-    """Envoy's admin address, host:port on loopback."""
+    """Envoy's admin address, host:port on loopback; empty where an HTTPRoute splits."""
     envoy_pid: int
     served_model: str
     engines: dict[str, EngineState]
     edge: Edge | None = None
     """What clients meet; commands that change keys write it again."""
+    http_route: str | None = None
+    """``namespace/name`` of the HTTPRoute that splits; ``None``: our own Envoy does."""
+    http_route_restores: bool = False
+    """Whether weights in it that someone else wrote are put back."""
     policy: str | None = None
     """File of the rollout's policy, where ``up`` was given one."""
 

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any, Final
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -16,9 +18,11 @@ from compose_spec import PyCompose
 
 from moe_serve.rollout.policy import load_policy
 from moe_serve.serving.config import load_stack_config
+from moe_serve.serving.routes import PATHS
+from tests.support.cluster import SPEC
 
 DEPLOY: Final = Path(__file__).parents[2] / "deploy"
-OVERLAYS: Final = ("base", "overlays/cpu", "overlays/prometheus-operator")
+OVERLAYS: Final = ("base", "overlays/cpu", "overlays/prometheus-operator", "overlays/gateway-api")
 KUBERNETES: Final = "1.33"
 """A version of some age: what is valid in it still is in later ones."""
 SETTINGS: Final = {"MODELS": "/models", "ORIGINAL": "a", "PRUNED": "b"}
@@ -51,19 +55,21 @@ def compose() -> dict[str, Any]:
 def test_kubernetes_takes_it(overlay: str) -> None:
     """Kustomize builds it; each object passes its schema, with no field that there is not."""
     for item in built(overlay):
-        if item["apiVersion"].startswith("monitoring.coreos.com/"):
+        if item["kind"] == "HTTPRoute":
+            jsonschema.validate(item["spec"], SPEC)
+        if item["apiVersion"].startswith(("monitoring.coreos.com/", "gateway.networking.k8s.io/")):
             continue
         kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_have_no_rights_and_limits(overlay: str) -> None:
-    """No root, nothing writable but volumes, no capability, no token of the cluster, a limit."""
+    """No root, nothing writable but volumes, no capability, a limit; a token only with a role."""
     pods = [i for i in built(overlay) if i["kind"] in ("Deployment", "StatefulSet")]
     assert len(pods) == 3
     for item in pods:
         spec = item["spec"]["template"]["spec"]
-        assert spec["automountServiceAccountToken"] is False
+        assert spec["automountServiceAccountToken"] is ("serviceAccountName" in spec)
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["runAsUser"] > 0
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -98,6 +104,42 @@ def test_every_selector_finds_its_pods() -> None:
         assert any(wanted.items() <= labels.items() for labels in pods), item["metadata"]["name"]
 
 
+def test_the_controller_may_change_one_route() -> None:
+    """The one that its settings name, and read or change it: nothing else in the cluster."""
+    items = {(i["kind"], i["metadata"]["name"]): i for i in built("overlays/gateway-api")}
+    route = tomllib.loads((DEPLOY / "kubernetes/overlays/gateway-api/stack.toml").read_text())[
+        "http_route"
+    ]
+    namespace, name = route.split("/")
+    assert items["HTTPRoute", name]["metadata"]["namespace"] == namespace
+    (rule,) = items["Role", "controller"]["rules"]
+    assert rule == {
+        "apiGroups": ["gateway.networking.k8s.io"],
+        "resources": ["httproutes"],
+        "resourceNames": [name],
+        "verbs": ["get", "patch"],
+    }
+    assert items["Role", "controller"]["metadata"]["namespace"] == namespace
+    bound = items["RoleBinding", "controller"]
+    assert (bound["roleRef"]["kind"], bound["roleRef"]["name"]) == ("Role", "controller")
+    pod = items["StatefulSet", "gateway"]["spec"]["template"]["spec"]
+    assert [s["name"] for s in bound["subjects"]] == [pod["serviceAccountName"]]
+    assert not [kind for kind, _ in items if kind.startswith("Cluster")]
+    # Its record is on a volume that outlives the pod.
+    (claim,) = items["StatefulSet", "gateway"]["spec"]["volumeClaimTemplates"]
+    assert {"name": claim["metadata"]["name"], "mountPath": "/state"} in pod["containers"][0][
+        "volumeMounts"
+    ]
+
+
+def test_a_route_lets_the_same_paths_through_as_our_proxy() -> None:
+    """Exact paths alone; the engines' control paths stay closed."""
+    (route,) = (i for i in built("overlays/gateway-api") if i["kind"] == "HTTPRoute")
+    paths = [m["path"] for rule in route["spec"]["rules"] for m in rule["matches"]]
+    assert {path["type"] for path in paths} == {"Exact"}
+    assert {path["value"] for path in paths} == set(PATHS)
+
+
 def test_the_cpu_overlay_asks_for_no_gpu() -> None:
     """And the base does."""
     assert "nvidia.com/gpu" in json.dumps(built("base"))
@@ -124,13 +166,17 @@ def test_services_have_no_rights_and_limits() -> None:
 def test_the_settings_inside_are_ours(tmp_path: Path) -> None:
     """stack.toml and policy.toml of both are read by what reads them there."""
     configs = compose()["configs"]
-    for name, text in {
+    for text in {
         "compose": (configs["stack"]["content"], configs["policy"]["content"]),
-        "kubernetes": tuple(
-            (DEPLOY / "kubernetes" / "base" / f).read_text() for f in ("stack.toml", "policy.toml")
-        ),
-    }.items():
-        stack, policy = tmp_path / f"{name}-stack.toml", tmp_path / f"{name}-policy.toml"
+        **{
+            folder: tuple(
+                (DEPLOY / "kubernetes" / folder / f).read_text()
+                for f in ("stack.toml", "policy.toml")
+            )
+            for folder in ("base", "overlays/gateway-api")
+        },
+    }.values():
+        stack, policy = tmp_path / "stack.toml", tmp_path / "policy.toml"
         stack.write_text(text[0])
         policy.write_text(text[1])
         assert load_stack_config(stack, {}).urls() == {

@@ -243,13 +243,14 @@ from pathlib import Path
 from moe_serve.rollout import traffic
 from moe_serve.rollout.state import State
 from moe_serve.rollout.store import Store
+from moe_serve.serving import routing
 
 def die(*_args, **_named):
     os.kill(os.getpid(), signal.SIGKILL)
 
 state, point = Path(sys.argv[1]), sys.argv[2]
 if point == "put":
-    traffic.put_split = die
+    routing.put_split = die
 else:
     setattr(Store, point, die)
 basis = traffic.Basis(

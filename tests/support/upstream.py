@@ -32,6 +32,7 @@ class Upstream:
         self.asked: list[dict[str, object]] = []
         """Bodies of the requests that asked for ``prompt_logprobs``."""
         self._finished, self._slow, self._cut, self._short = 0, 0, 0, 0
+        self._failed = 0
         self.headers: dict[str, str] = {}
         """Of the last completion asked for."""
         self._healthy = False
@@ -111,6 +112,9 @@ class Upstream:
         lines += ["vllm:kv_cache_usage_perc 0.1"]
         lines += [f"vllm:{k}_tokens_total {self._finished}" for k in ("prompt", "generation")]
         lines += ['vllm:cache_config_info{block_size="16",num_gpu_blocks="1000"} 1']
+        counted = {"2xx": self._finished, "5xx": self._failed}
+        http = 'http_requests_total{handler="/v1/completions",method="POST",status'
+        lines += [f'{http}="{status}"}} {number}' for status, number in counted.items()]
         edges = {"time_to_first_token": 1.0, "request_time_per_output_token": 0.1}
         for name, edge in {**edges, "inter_token_latency": 0.1}.items():
             lines.append(f"# TYPE vllm:{name}_seconds histogram")
@@ -155,6 +159,7 @@ class Upstream:
         self.started += 1
         await self._open.wait()
         if self.fail_every and self.started % self.fail_every == 0:
+            self._failed += 1
             return PlainTextResponse("no", status_code=500)
         self._finished += 1
         asked = json.loads(raw) if raw else {}
