@@ -37,16 +37,20 @@ _BASE: Final = 0x9E3779B97F4A7C15
 _MASK: Final = 2**64 - 1
 
 
-def passages(text: str) -> tuple[int, ...]:
-    """Hashes of a document's passages in ascending order; none of a short one."""
+def passages(text: str, least: int = _LEAST) -> tuple[int, ...]:
+    """Hashes of a document's passages in ascending order; none of a short one.
+
+    ``least`` is what a document gives of its own where its content chooses fewer; with 0 what is
+    left is found inside a longer document too.
+    """
     plain = re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text).casefold())
     if len(plain) < LETTERS:
         return ()
     codes = np.frombuffer(plain.encode("utf-32-le", "surrogatepass"), dtype="<u4")
     order = _mixed(_rolling(codes.astype(np.uint64)))
     starts = np.flatnonzero(order % np.uint64(_EVERY) == 0).tolist()
-    if len(starts) < _LEAST:
-        starts += np.argsort(order, kind="stable")[:_LEAST].tolist()
+    if len(starts) < least:
+        starts += np.argsort(order, kind="stable")[:least].tolist()
     return tuple(sorted({_hash(plain[start : start + LETTERS]) for start in starts}))
 
 

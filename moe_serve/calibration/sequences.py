@@ -148,7 +148,7 @@ def tokenize(
     Raises:
         CalibrationError: no tokenizer, ids beyond the vocabulary, or a domain with hardly a token.
     """
-    encode, end = _tokenizer(model)
+    encode, end = tokenizer(model)
     packed = pack(texts, encode, end, tokens_per_domain, length, seed)
     if (most := max(int(ids.max()) for ids in packed.tokens)) >= vocabulary:
         raise CalibrationError(
@@ -221,11 +221,16 @@ def _spread(
     return ids[:tokens]
 
 
-def _tokenizer(model: Path) -> tuple[Any, int | None]:
+def tokenizer(model: Path) -> tuple[Callable[[str], list[int]], int | None]:
+    """A model's own: what makes token ids of a text, and its end-of-text token.
+
+    Raises:
+        CalibrationError: there is none.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
     except (OSError, ValueError) as exc:
         raise CalibrationError(
             f"no usable tokenizer ({str(exc).splitlines()[0]})",
@@ -234,7 +239,7 @@ def _tokenizer(model: Path) -> tuple[Any, int | None]:
         ) from exc
 
     def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[int] = found(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
-    return encode, tokenizer.eos_token_id
+    return encode, found.eos_token_id

@@ -42,6 +42,8 @@ class Comparison:
     """Where KL is a lower bound: the log-probabilities per token that it is from."""
     generation: tuple[SideBySide, ...] = ()
     """Answers to prompts, where there were any."""
+    tasks: dict[str, Any] = field(default_factory=dict)
+    """What lm-eval's tasks came to, where there were any."""
 
     @property
     def mean(self) -> Figures:
@@ -66,6 +68,8 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """The contract's shape."""
         worst = self.domains[self.worst].figures
+        more = {"generation": generation_json(self.generation)} if self.generation else {}
+        more |= {"tasks": self.tasks} if self.tasks else {}
         return {
             "original": str(self.original),
             "pruned": str(self.pruned),
@@ -85,7 +89,7 @@ class Comparison:
             "memory": self._memory(),
             "speed": self.speed,
             "overlap": list(self.overlap),
-        } | ({"generation": generation_json(self.generation)} if self.generation else {})
+        } | more
 
     def _memory(self) -> dict[str, dict[str, int]]:
         """Nothing of engines: what they hold is more than weights, and theirs to say."""

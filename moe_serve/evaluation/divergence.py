@@ -117,11 +117,11 @@ def divergence(
     layers = pruned.shape.layers + (0 if known else original.shape.layers)
     progress.start("compare", layers + 1)
     if not known:
-        made = _run(original, sequences, work / "original", device, batch_tokens, progress)
+        made = final_states(original, sequences, work / "original", device, batch_tokens, progress)
         # Under its own name only when it is whole; ``work`` may lie on another disk.
         shutil.move(made.path, kept.path.with_suffix(".partial"))
         kept.path.with_suffix(".partial").replace(kept.path)
-    final = [kept, _run(pruned, sequences, work / "pruned", device, batch_tokens, progress)]
+    final = [kept, final_states(pruned, sequences, work / "pruned", device, batch_tokens, progress)]
     heads = [Decoder(checkpoint, device).head() for checkpoint in (original, pruned)]
     sums = []
     for tokens, start in zip(sequences.tokens, sequences.offsets, strict=True):
@@ -141,7 +141,7 @@ def divergence(
     return sums
 
 
-def _run(
+def final_states(
     checkpoint: Checkpoint,
     sequences: Sequences,
     stem: Path,

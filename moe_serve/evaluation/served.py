@@ -1,4 +1,4 @@
-"""``compare`` of two engines by URL.
+"""``compare`` of two models of which one or both are engines, by URL.
 
 Both get the same token ids and list what they expect at each place. Per token:
 
@@ -12,89 +12,96 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Final
 
-import httpx
-
+from moe_serve.calibration.passages import passages
 from moe_serve.calibration.sequences import pack
 from moe_serve.calibration.texts import read_texts
+from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import Comparison
 from moe_serve.evaluation.divergence import Sums, by_domain
+from moe_serve.evaluation.models import Model, is_url
 from moe_serve.progress import Progress
-from moe_serve.pruning.corpus import TextOptions
-from moe_serve.serving.client import ServedModel
+from moe_serve.pruning.corpus import Corpus, TextOptions, refuse_overlap
 from moe_serve.serving.logprobs import Place, divergence
 
 DEFAULT_TOP: Final = 20
 """The most that vLLM lists unless ``--max-logprobs`` says otherwise."""
 DEFAULT_CONCURRENCY: Final = 4
-PATIENCE: Final = 300.0
-"""Seconds for one answer."""
 
 
 def compare_served(
-    original: str,
-    pruned: str,
+    before: Model,
+    after: Model,
     texts: TextOptions,
     top: int,
-    concurrency: int,
     progress: Progress,
+    *,
+    allow_overlap: bool = False,
 ) -> Comparison:
-    """Measure one engine against another; the original's tokenizer makes the token ids.
+    """Measure one model against another; the original's tokenizer makes the token ids.
 
     Args:
-        original: URL of the engine that is measured against.
-        pruned: URL of the other.
+        before: what is measured against.
+        after: the pruned one.
         texts: what to measure on.
         top: log-probabilities listed per place.
-        concurrency: requests at once to each engine.
-        progress: told about sequences.
+        progress: told about sequences and, of a directory, layers.
+        allow_overlap: measure even on texts that the pruned directory was calibrated on.
 
     Raises:
-        UsageError: no texts, or a bound that is not positive.
+        UsageError: no texts, texts that were calibrated on, or a bound that is not positive.
         CalibrationError: the texts can't be used.
         ServingError: an engine doesn't answer as it should.
     """
     if not texts.paths:
         raise UsageError("give texts to compare on", where="--texts")
-    if min(texts.tokens, texts.length - 1, top, concurrency) < 1:
-        raise UsageError(
-            "must be positive",
-            where="--tokens, --sequence-length (from 2), --top, --concurrency",
-        )
+    if min(texts.tokens, texts.length - 1, top) < 1:
+        raise UsageError("must be positive", where="--tokens, --sequence-length (from 2), --top")
     documents = read_texts(texts.paths)
+    limits = [n for n in (before.length, after.length) if n]
+    length = min([texts.length, *limits])
+    sequences = pack(documents, before.tokenize, before.end, texts.tokens, length, texts.seed)
+    corpus = Corpus(
+        sequences=sequences,
+        sources=documents.sources,
+        passages=tuple(
+            tuple(passages(document.text) for document in of_source)
+            for _, of_source in documents.by_source()
+        ),
+    )
+    shared = corpus.shared(calibration_of(after.name))
+    if not allow_overlap:
+        refuse_overlap(shared, f"to calibrate {after.name}")
+    rows = [[int(i) for i in ids] for ids in sequences.tokens]
+    progress.start("compare", len(rows) + before.steps + after.steps)
+    every = []
     with (
-        httpx.Client(timeout=PATIENCE, limits=httpx.Limits(max_connections=2 * concurrency)) as c,
-        ThreadPoolExecutor(concurrency) as pool,
+        closing(before.expect(rows, top, progress)) as one,
+        closing(after.expect(rows, top, progress)) as other,
     ):
-        before, after = ServedModel.at(original, c), ServedModel.at(pruned, c)
-        # One token is generated: the engine refuses a prompt that fills its context.
-        limits = [n - 1 for n in (before.length, after.length) if n]
-        length = min([texts.length, *limits])
-        sequences = pack(documents, before.tokenize, None, texts.tokens, length, texts.seed)
-        progress.start("compare", len(sequences.tokens))
-
-        def measured(ids: Sequence[int]) -> Sums:
-            found = sums(ids, before.expect(ids, top), after.expect(ids, top))
+        for ids, expected, found in zip(rows, one, other, strict=True):
+            every.append(sums(ids, expected, found))
             progress.advance()
-            return found
-
-        tasks = [pool.submit(measured, [int(i) for i in ids]) for ids in sequences.tokens]
-        try:
-            every = [task.result() for task in tasks]
-        finally:
-            for task in tasks:
-                task.cancel()
     return Comparison(
-        original=original,
-        pruned=pruned,
+        original=before.name,
+        pruned=after.name,
         domains=by_domain(sequences, every),
         expert_bytes={},
         total_bytes={},
+        overlap=shared,
         top=top,
     )
+
+
+def calibration_of(name: str) -> dict[str, Any]:
+    """What a pruned directory says of its calibration; nothing of an engine."""
+    if is_url(name) or not (Path(name) / MANIFEST).exists():
+        return {}
+    return Manifest.load(Path(name)).calibration or {}
 
 
 def sums(ids: Sequence[int], original: Sequence[Place], pruned: Sequence[Place]) -> Sums:

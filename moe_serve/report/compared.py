@@ -31,6 +31,7 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
         rows=[_row(name, row, highest) for name, row in rows],
         speed=_speed(found["speed"]) if found["speed"] else [],
         answers=found.get("generation"),
+        tasks=_tasks(found["tasks"], t) if found.get("tasks") else [],
         mean=found["quality"]["mean"],
         sizes=[
             (label, sizes["original"], sizes["pruned"])
@@ -58,6 +59,12 @@ def _headline(name: str, worst: Mapping[str, Any], t: Catalogue) -> str:
         perplexity=f"{worst['perplexity_ratio']:.3f}",
         agreement=words.percent(worst["top1_agreement"]),
     )
+
+
+def _tasks(found: Mapping[str, Any], t: Catalogue) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Name, metric and figures; the means of several tasks last."""
+    rows = [(row["task"], row["metric"], row) for row in found["tasks"]]
+    return rows + [(t("compare_tasks_mean"), name, row) for name, row in found["mean"].items()]
 
 
 def _speed(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:

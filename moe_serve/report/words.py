@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -37,3 +38,20 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def measured(value: float, share: bool) -> str:
+    """A task's figure: of a share of right answers in per cent."""
+    return f"{100 * value:.1f}" if share else f"{value:.3g}"
+
+
+def apart(row: Mapping[str, Any]) -> str:
+    """A paired difference with the reach of its interval, as in ``-0.8 ± 0.5``."""
+    share = row["only_original"] is not None
+    found = measured(row["difference"], share)
+    if float(found) == 0:
+        found = found.removeprefix("-")
+    elif row["difference"] > 0:
+        found = f"+{found}"
+    interval = row["interval"]
+    return found if interval is None else f"{found} ± {measured(interval['half'], share)}"

@@ -85,6 +85,19 @@ class ServedModel:
                 "gives no token_ids", where=self.url, remedy="vLLM 0.10.2 or later does"
             ) from exc
 
+    def text(self, prompt: str, tokens: int, until: Sequence[str]) -> str:
+        """Greedy continuation up to where one of ``until`` would begin, without special tokens.
+
+        Raises:
+            ServingError: it doesn't answer as it should.
+        """
+        body = {"prompt": prompt, "max_tokens": tokens, "stop": list(until)}
+        choice = self._complete(body | {"add_special_tokens": False})
+        try:
+            return str(choice["text"])
+        except KeyError as exc:
+            raise ServingError("answers without a text", where=self.url) from exc
+
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = {"model": self.model, "temperature": 0.0, "seed": 0, **body}
         found = _json(self.url, self.client, "POST", "/v1/completions", asked)

@@ -12,9 +12,10 @@ import typer
 from typer.testing import CliRunner
 
 from moe_serve.cli.compare import compare_command
-from moe_serve.errors import MoeServeError, ServingError, UsageError
+from moe_serve.errors import CheckpointError, MoeServeError, ServingError
+from moe_serve.evaluation.comparison import Comparison
 from moe_serve.evaluation.generation import first_divergence, generation_json, side_by_side
-from moe_serve.evaluation.served import compare_served
+from moe_serve.evaluation.measure import Wanted, measure
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.serving.process import free_port
@@ -34,6 +35,12 @@ def url(engine: Upstream) -> str:
     return f"http://127.0.0.1:{engine.port}"
 
 
+def compared(one: str, other: str, texts: TextOptions, top: int, concurrency: int) -> Comparison:
+    """Both by URL."""
+    wanted = Wanted(original=one, pruned=other, texts=texts, top=top, concurrency=concurrency)
+    return measure(wanted, Silent())
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """Sixty letters, which the server's tokenizer makes 2, 1 and so on."""
@@ -50,7 +57,7 @@ def test_figures_by_hand(engines: tuple[Upstream, Upstream], texts: Path) -> Non
     (0.1 + 3.0) / 2 and (0.6 + 3.5) / 2; the likeliest tokens always differ.
     """
     options = TextOptions(paths=(texts,), tokens=31, length=31)
-    found = compare_served(url(engines[0]), url(engines[1]), options, 2, 3, Silent())
+    found = compared(url(engines[0]), url(engines[1]), options, 2, 3)
     r, s = (1 - math.exp(a) - math.exp(b) for a, b in ((-0.1, -3.0), (-0.6, -3.5)))
     expected = math.exp(-0.1) * 3.4 - math.exp(-3.0) * 2.4 + r * math.log(r / s)
     for quality in found.domains.values():
@@ -66,7 +73,7 @@ def test_figures_by_hand(engines: tuple[Upstream, Upstream], texts: Path) -> Non
 def test_an_engine_and_itself(engines: tuple[Upstream, Upstream], texts: Path) -> None:
     """Nothing differs, exactly."""
     options = TextOptions(paths=(texts,), tokens=32, length=16)
-    found = compare_served(url(engines[0]), url(engines[0]), options, 2, 2, Silent())
+    found = compared(url(engines[0]), url(engines[0]), options, 2, 2)
     for quality in found.domains.values():
         assert quality.low == quality.high == quality.figures
         assert (quality.figures.kl_nats, quality.figures.perplexity_ratio) == (0.0, 1.0)
@@ -78,11 +85,11 @@ def test_an_engine_that_fails_is_named(engines: tuple[Upstream, Upstream], texts
     with Upstream("c", free_port()) as broken:
         broken.fail_every = 1
         with pytest.raises(ServingError, match="status 500") as caught:
-            compare_served(url(engines[0]), url(broken), options, 2, 2, Silent())
+            compared(url(engines[0]), url(broken), options, 2, 2)
         assert url(broken) in str(caught.value)
         assert "abab" not in str(caught.value)
     with pytest.raises(ServingError, match="no answer"):
-        compare_served(url(engines[0]), url(broken), options, 2, 2, Silent())
+        compared(url(engines[0]), url(broken), options, 2, 2)
 
 
 def test_side_by_side(engines: tuple[Upstream, Upstream], texts: Path) -> None:
@@ -129,6 +136,6 @@ def test_the_command(engines: tuple[Upstream, Upstream], texts: Path, tmp_path: 
     assert "2.500" in said
     assert "lower bound" in page.read_text()
     _, wrong = invoke(str(tmp_path), url(engines[1]), *common)
-    assert isinstance(wrong, UsageError)
+    assert isinstance(wrong, CheckpointError)
     _, wrong = invoke(url(engines[0]), url(engines[1]), *common, "--lang", "fr")
     assert isinstance(wrong, MoeServeError)

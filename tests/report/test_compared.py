@@ -42,6 +42,20 @@ def result(domains: dict[str, float]) -> dict[str, Any]:
     }
 
 
+def task(difference: float, half: float, p: float, verdict: str) -> dict[str, Any]:
+    """A task's figures, of 120 items."""
+    return {
+        "items": 120,
+        "original": 0.5,
+        "pruned": 0.5 + difference,
+        "difference": difference,
+        "interval": {"low": difference - half, "high": difference + half, "half": half},
+        "p": p,
+        "only_original": 3,
+        "verdict": verdict,
+    }
+
+
 def whole() -> dict[str, Any]:
     """With all there can be."""
     pair = {"original": 4.0, "pruned": 2.0, "ratio": 0.5}
@@ -55,6 +69,15 @@ def whole() -> dict[str, Any]:
             "throughput": {"output_throughput": {"unit": "tokens/s", **pair}},
             "latency": latency,
             "unlike": ["num_prompts"],
+        },
+        "tasks": {
+            "tool": "lm-eval 0.4.13",
+            "tasks": [
+                {"task": "cloze", "metric": "acc"} | task(-0.008, 0.005, 0.004, "worse"),
+                {"task": MARKUP, "metric": "acc"} | task(0.0, 0.0, 1.0, "same"),
+            ],
+            "mean": {"acc": task(0.004, 0.02, 0.7, "unsettled")},
+            "overlap": [],
         },
         "generation": {
             "prompts": 3,
@@ -84,6 +107,12 @@ def test_the_page_opens(tmp_path: Path) -> None:
             assert rows[2].split("\t") == ["one", "0.01", "", "1.010", "", "99 %", "9"]
             speeds = shown.locator("#speed tbody tr").all_inner_texts()
             assert speeds[1].split("\t") == ["ttft mean", "ms", "4", "2", "0.50"]
+            tasks = [row.split("\t") for row in shown.locator("#tasks tbody tr").all_inner_texts()]
+            assert tasks[0][:5] == ["cloze", "acc (%)", "50.0", "49.2", "-0.8 ± 0.5"]
+            assert tasks[0][6:] == ["0.004", "120"]
+            assert tasks[1][0] == MARKUP
+            assert [row[4] for row in tasks[1:]] == ["0.0 ± 0.0", "+0.4 ± 2.0"]
+            assert len({row[5] for row in tasks}) == 3
             answers = shown.locator("#answers tbody tr").all_inner_texts()
             assert answers[1].split("\t")[1:] == ["5.0", "0", "1", "0", "0"]
             assert shown.evaluate("document.documentElement.scrollWidth") <= 390

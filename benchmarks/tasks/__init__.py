@@ -1,0 +1,1 @@
+"""A small pack of lm-eval tasks from texts in this repository."""

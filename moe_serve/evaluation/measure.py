@@ -1,0 +1,119 @@
+"""Everything that ``compare`` measures of two models, each a directory or an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from moe_serve.errors import UsageError
+from moe_serve.evaluation.comparison import Comparison, compare
+from moe_serve.evaluation.generation import DEFAULT_ANSWER, side_by_side
+from moe_serve.evaluation.models import is_url, opened
+from moe_serve.evaluation.served import DEFAULT_CONCURRENCY, DEFAULT_TOP, compare_served
+from moe_serve.evaluation.tasks import compare_tasks
+from moe_serve.progress import Progress
+from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.request import CPU, DEFAULT_BATCH
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What to measure, of what, on what."""
+
+    original: str
+    """A directory or an engine's URL."""
+    pruned: str
+    texts: TextOptions
+    allow_overlap: bool = False
+    device: torch.device = CPU
+    """Where a directory is computed."""
+    batch_tokens: int = DEFAULT_BATCH
+    top: int = DEFAULT_TOP
+    """Where one is an engine: log-probabilities per token."""
+    concurrency: int = DEFAULT_CONCURRENCY
+    """Requests at once to an engine."""
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    prompts: Path | None = None
+    """For both to go on from; two engines only."""
+    answer_tokens: int = DEFAULT_ANSWER
+
+    def check(self) -> None:
+        """Before anything is measured: a wrong option must not cost an hour.
+
+        Raises:
+            UsageError: one is out of range, or asks of a directory what only an engine can do.
+        """
+        if min(self.concurrency, self.answer_tokens, self.task_limit or 1) < 1:
+            raise UsageError(
+                "must be positive", where="--concurrency, --answer-tokens, --task-limit"
+            )
+        if self.prompts is not None and not self.engines:
+            raise UsageError("needs two engines", where="--prompts", remedy="give their URLs")
+
+    @property
+    def engines(self) -> bool:
+        """Whether both are."""
+        return is_url(self.original) and is_url(self.pruned)
+
+    @property
+    def stored(self) -> bool:
+        """Whether both are directories."""
+        return not is_url(self.original) and not is_url(self.pruned)
+
+
+def measure(wanted: Wanted, progress: Progress) -> Comparison:
+    """All that is wanted, in one result.
+
+    Raises:
+        UsageError: see :meth:`Wanted.check`; or the texts or tasks overlap with the calibration.
+        MoeServeError: a model, the texts or a task can't be used.
+    """
+    wanted.check()
+    found = _quality(wanted, progress)
+    if wanted.prompts is not None:
+        answers = side_by_side(
+            wanted.original,
+            wanted.pruned,
+            wanted.prompts,
+            wanted.answer_tokens,
+            wanted.concurrency,
+            progress,
+        )
+        found = replace(found, generation=answers)
+    return found
+
+
+def _quality(wanted: Wanted, progress: Progress) -> Comparison:
+    """On texts, and on tasks where there are any."""
+    if wanted.stored and not wanted.tasks:
+        return _directories(wanted, progress)
+    sides = (wanted.device, wanted.batch_tokens, wanted.concurrency)
+    with opened(wanted.original, *sides) as before, opened(wanted.pruned, *sides) as after:
+        overlap = wanted.allow_overlap
+        if wanted.stored:
+            found = _directories(wanted, progress)
+        else:
+            found = compare_served(
+                before, after, wanted.texts, wanted.top, progress, allow_overlap=overlap
+            )
+        if wanted.tasks:
+            tasks = compare_tasks(
+                before, after, wanted.tasks, wanted.task_limit, progress, allow_overlap=overlap
+            )
+            found = replace(found, tasks=tasks)
+        return found
+
+
+def _directories(wanted: Wanted, progress: Progress) -> Comparison:
+    return compare(
+        Path(wanted.original),
+        Path(wanted.pruned),
+        wanted.texts,
+        wanted.device,
+        wanted.batch_tokens,
+        progress,
+        allow_overlap=wanted.allow_overlap,
+    )
