@@ -60,7 +60,10 @@ def compare_command(
     ] = DEFAULT_ANSWER,
     bench: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Results of vllm bench serve: the original's, then the pruned one's."),
+        typer.Option(
+            help="Results of one load generator (vllm bench serve, GuideLLM, AIPerf or "
+            "inference-perf): the original's, then the pruned one's."
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None,

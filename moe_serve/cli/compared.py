@@ -11,6 +11,7 @@ from moe_serve.cli.output import out
 from moe_serve.evaluation.comparison import Comparison
 from moe_serve.evaluation.generation import generation_json
 from moe_serve.evaluation.paired import UNSETTLED
+from moe_serve.evaluation.results import DEFINITIONS
 from moe_serve.report import words
 
 
@@ -87,7 +88,9 @@ def speed_table(found: Mapping[str, Any]) -> Table:
     for name, unit, pair in rows:
         values = [pair[key] for key in ("original", "pruned", "ratio")]
         table.add_row(name, unit, *("" if value is None else f"{value:.3f}" for value in values))
-    table.caption = "tpot: without the first token; itl: each gap counted"
+    names = [*found["throughput"], *found["latency"]]
+    table.caption = "\n".join([found["tool"], *(f"{n}: {DEFINITIONS[n]}" for n in names)])
+    table.caption_justify = "left"
     return table
 
 

@@ -30,6 +30,9 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
         found=found,
         rows=[_row(name, row, highest) for name, row in rows],
         speed=_speed(found["speed"]) if found["speed"] else [],
+        defined=[
+            name for kind in ("throughput", "latency") for name in found["speed"].get(kind, ())
+        ],
         answers=found.get("generation"),
         tasks=_tasks(found["tasks"], t) if found.get("tasks") else [],
         mean=found["quality"]["mean"],

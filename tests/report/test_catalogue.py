@@ -11,6 +11,7 @@ import pytest
 import moe_serve.report
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.paired import VERDICTS
+from moe_serve.evaluation.results import DEFINITIONS
 from moe_serve.report.catalogue import LANGUAGES, Catalogue
 from moe_serve.report.facts import STATES
 
@@ -36,6 +37,7 @@ def test_every_sentence_is_used_and_every_use_has_one() -> None:
     used |= set(re.findall(r't\("([a-z_]+)" if ', text))
     used |= set(re.findall(r't\("[a-z_]+" if [a-z.]+ else "([a-z_]+)"', text))
     used |= {f"state_{state}" for state in STATES}
+    used |= {f"speed_{name}" for name in DEFINITIONS}
     used |= {f"compare_is_{verdict}" for verdict in VERDICTS}
     used |= {f"similarity_{measure}" for measure in ("cosine", "similarity", "distance")}
     assert used == set(Catalogue.of("en").messages)
