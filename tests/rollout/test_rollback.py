@@ -138,6 +138,21 @@ def test_a_pruned_engine_that_accepts_and_never_answers(proxy: Proxied) -> None:
     assert {who for _, who in load.outcomes} == {ORIGINAL}
 
 
+def test_a_pruned_engine_that_is_gone(proxy: Proxied) -> None:
+    """Killed with streams in flight, which are cut; what comes then is answered, all of it."""
+    with Load(endpoint=proxy.endpoint, model="m", streams=8, tokens=10) as load:
+        load.phase = "before"
+        while proxy.pruned.started < 16:
+            time.sleep(0.02)
+        proxy.pruned.die()
+        moved = rollback(proxy)
+        load.phase = "after"
+        time.sleep(0.7)
+    assert moved["effective_seconds"] is not None
+    assert {who for when, who in load.outcomes if when == "after"} == {ORIGINAL}
+    assert load.failed <= 8
+
+
 def test_the_same_split_again_is_confirmed_too(proxy: Proxied) -> None:
     """From probes alone to a rollback nothing changes but the version, and Envoy says so."""
     for _ in range(2):
