@@ -12,8 +12,10 @@ from moe_serve.cli import options
 from moe_serve.cli.compared import show
 from moe_serve.cli.output import err, print_json
 from moe_serve.cli.progress import progress_bar
-from moe_serve.evaluation.bench import speed
+from moe_serve.errors import UsageError
+from moe_serve.evaluation.bench import speed as results_of
 from moe_serve.evaluation.generation import DEFAULT_ANSWER
+from moe_serve.evaluation.load import Load
 from moe_serve.evaluation.measure import Wanted, measure
 from moe_serve.evaluation.served import DEFAULT_CONCURRENCY, DEFAULT_TOP
 from moe_serve.files import write_atomic
@@ -75,6 +77,21 @@ def compare_command(
     task_limit: Annotated[
         int | None, typer.Option(help="With --tasks: items of each task, at most.")
     ] = None,
+    speed: Annotated[
+        bool,
+        typer.Option(
+            "--speed",
+            help="Also measure memory and load time of directories; of two engines throughput and "
+            "latency, asked in turn.",
+        ),
+    ] = False,
+    speed_requests: Annotated[
+        int, typer.Option(help="With --speed: requests to each engine.")
+    ] = Load().requests,
+    save_bench: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="With --speed: write both results as vllm bench serve does."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Also write a page of the figures.")] = None,
     lang: Annotated[str, typer.Option(help="The page's language: en or ja.")] = "en",
     as_json: options.Json = False,
@@ -94,12 +111,19 @@ def compare_command(
         task_limit=task_limit,
         prompts=prompts,
         answer_tokens=answer_tokens,
+        load=Load(requests=speed_requests, answer_tokens=answer_tokens, concurrency=concurrency)
+        if speed
+        else None,
+        results=save_bench,
     )
+    if speed and bench:
+        raise UsageError("contradict each other", where="--speed, --bench", remedy="give one")
     # Read before anything is measured: a wrong file must not cost an hour.
-    measured = speed(*bench) if bench else {}
+    measured = results_of(*bench) if bench else {}
     with progress_bar() as progress:
-        found = replace(measure(wanted, progress), speed=measured)
-    for name in measured.get("unlike", ()):
+        found = measure(wanted, progress)
+    found = replace(found, speed=measured or found.speed)
+    for name in found.speed.get("unlike", ()):
         err.print(f"warning: the two benchmarks differ in {name}", markup=False)
     for name in (*found.overlap, *found.tasks.get("overlap", ())):
         err.print(

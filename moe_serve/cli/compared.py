@@ -22,6 +22,8 @@ def show(found: Comparison) -> None:
         out.print(generation_table(found))
     if found.tasks:
         out.print(tasks_table(found.tasks))
+    if found.held:
+        out.print(held_table(found.held))
     if found.speed:
         out.print(speed_table(found.speed))
     if found.top is not None:
@@ -111,4 +113,14 @@ def tasks_table(found: Mapping[str, Any]) -> Table:
             words.number(row["items"]),
         )
     table.caption = "item by item; p: McNemar's exact test where items are right or wrong, else t"
+    return table
+
+
+def held_table(found: Mapping[str, Any]) -> Table:
+    """Memory and load time, and how they were measured."""
+    table = Table("memory and loading", "original", "pruned")
+    for name, row in found.items():
+        table.add_row(name, *(words.of_unit(name, row[side]) for side in ("original", "pruned")))
+    table.caption = "\n".join(f"{name}: {row['definition']}" for name, row in found.items())
+    table.caption_justify = "left"
     return table

@@ -42,6 +42,8 @@ class Comparison:
     """Where KL is a lower bound: the log-probabilities per token that it is from."""
     generation: tuple[SideBySide, ...] = ()
     """Answers to prompts, where there were any."""
+    held: dict[str, Any] = field(default_factory=dict)
+    """What each holds in memory and how long loading took, where that was measured."""
     tasks: dict[str, Any] = field(default_factory=dict)
     """What lm-eval's tasks came to, where there were any."""
 
@@ -69,6 +71,7 @@ class Comparison:
         """The contract's shape."""
         worst = self.domains[self.worst].figures
         more = {"generation": generation_json(self.generation)} if self.generation else {}
+        more |= {"held": self.held} if self.held else {}
         more |= {"tasks": self.tasks} if self.tasks else {}
         return {
             "original": str(self.original),

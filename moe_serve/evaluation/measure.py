@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import httpx
 import torch
 
+from moe_serve.calibration.texts import read_texts
 from moe_serve.errors import UsageError
+from moe_serve.evaluation.bench import paired
 from moe_serve.evaluation.comparison import Comparison, compare
 from moe_serve.evaluation.generation import DEFAULT_ANSWER, side_by_side
-from moe_serve.evaluation.models import is_url, opened
+from moe_serve.evaluation.load import Load, as_result, measure_load
+from moe_serve.evaluation.memory import held
+from moe_serve.evaluation.models import PATIENCE, is_url, opened
 from moe_serve.evaluation.served import DEFAULT_CONCURRENCY, DEFAULT_TOP, compare_served
 from moe_serve.evaluation.tasks import compare_tasks
+from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.request import CPU, DEFAULT_BATCH
+from moe_serve.serving.client import ServedModel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +48,10 @@ class Wanted:
     prompts: Path | None = None
     """For both to go on from; two engines only."""
     answer_tokens: int = DEFAULT_ANSWER
+    load: Load | None = None
+    """Measure memory, and of two engines speed."""
+    results: tuple[Path, Path] | None = None
+    """Where to write both engines' speed, in the shape of ``vllm bench serve``."""
 
     def check(self) -> None:
         """Before anything is measured: a wrong option must not cost an hour.
@@ -50,8 +63,14 @@ class Wanted:
             raise UsageError(
                 "must be positive", where="--concurrency, --answer-tokens, --task-limit"
             )
-        if self.prompts is not None and not self.engines:
-            raise UsageError("needs two engines", where="--prompts", remedy="give their URLs")
+        load = self.load or Load()
+        if min(load.requests, load.prompt_tokens, load.answer_tokens, load.concurrency) < 1:
+            raise UsageError("must be positive", where="--speed-requests, --answer-tokens")
+        for option, wanted in (("--prompts", self.prompts), ("--save-bench", self.results)):
+            if wanted is not None and not self.engines:
+                raise UsageError("needs two engines", where=option, remedy="give their URLs")
+        if self.results is not None and self.load is None:
+            raise UsageError("has nothing to save", where="--save-bench", remedy="give --speed")
 
     @property
     def engines(self) -> bool:
@@ -83,7 +102,28 @@ def measure(wanted: Wanted, progress: Progress) -> Comparison:
             progress,
         )
         found = replace(found, generation=answers)
+    if wanted.load is not None:
+        found = replace(found, held=held(wanted.original, wanted.pruned))
+        if wanted.engines:
+            found = replace(found, speed=_speed(wanted, wanted.load, progress))
     return found
+
+
+def _speed(wanted: Wanted, load: Load, progress: Progress) -> dict[str, Any]:
+    """Of two engines; prompts are cut from the texts."""
+    limits = httpx.Limits(max_connections=2 * load.concurrency)
+    with httpx.Client(timeout=PATIENCE, limits=limits) as client:
+        before, after = (ServedModel.at(url, client) for url in (wanted.original, wanted.pruned))
+        documents = read_texts(wanted.texts.paths).documents
+        stream: list[int] = []
+        for document in documents:
+            stream += before.tokenize(document.text)
+            if len(stream) > (load.requests + load.concurrency) * (load.prompt_tokens + 1):
+                break
+        contents = measure_load((before, after), stream, load, progress)
+    for path, content in zip(wanted.results or (), contents, strict=False):
+        write_atomic(path, json.dumps(content, indent=2).encode())
+    return paired(*map(as_result, contents))
 
 
 def _quality(wanted: Wanted, progress: Progress) -> Comparison:

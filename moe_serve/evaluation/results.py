@@ -75,9 +75,11 @@ class Tool:
     def read(self, content: Mapping[str, Any]) -> Result | None:
         """The file's figures; ``None`` where it holds not exactly one run."""
         run = self.run(content)
-        if run is None:
-            return None
-        version = _at(content, self.version)
+        version = _at(content, self.version) if self.version else None
+        return None if run is None else self.result(run, version)
+
+    def result(self, run: Mapping[str, Any], version: object = None) -> Result:
+        """One run's figures."""
         return Result(
             tool=self.name,
             version=None if version is None else str(version),

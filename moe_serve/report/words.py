@@ -55,3 +55,12 @@ def apart(row: Mapping[str, Any]) -> str:
         found = f"+{found}"
     interval = row["interval"]
     return found if interval is None else f"{found} ± {measured(interval['half'], share)}"
+
+
+def of_unit(name: str, value: float | None) -> str:
+    """A value in the unit that its name ends in; nothing where nothing is known."""
+    if value is None:
+        return ""
+    if name.endswith("_bytes"):
+        return size(value)
+    return f"{value:.3g} s" if name.endswith("_seconds") else number(value)

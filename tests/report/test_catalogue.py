@@ -10,6 +10,7 @@ import pytest
 
 import moe_serve.report
 from moe_serve.errors import UsageError
+from moe_serve.evaluation import memory
 from moe_serve.evaluation.paired import VERDICTS
 from moe_serve.evaluation.results import DEFINITIONS
 from moe_serve.report.catalogue import LANGUAGES, Catalogue
@@ -37,6 +38,7 @@ def test_every_sentence_is_used_and_every_use_has_one() -> None:
     used |= set(re.findall(r't\("([a-z_]+)" if ', text))
     used |= set(re.findall(r't\("[a-z_]+" if [a-z.]+ else "([a-z_]+)"', text))
     used |= {f"state_{state}" for state in STATES}
+    used |= {f"held_{name}" for name in memory.DEFINITIONS}
     used |= {f"speed_{name}" for name in DEFINITIONS}
     used |= {f"compare_is_{verdict}" for verdict in VERDICTS}
     used |= {f"similarity_{measure}" for measure in ("cosine", "similarity", "distance")}

@@ -70,6 +70,10 @@ def whole() -> dict[str, Any]:
             "latency": latency,
             "unlike": ["num_prompts"],
         },
+        "held": {
+            "load_seconds": {"definition": "", "original": 2.0, "pruned": None},
+            "load_resident_bytes": {"definition": "", "original": 2048, "pruned": 1024},
+        },
         "tasks": {
             "tool": "lm-eval 0.4.13",
             "tasks": [
@@ -107,6 +111,8 @@ def test_the_page_opens(tmp_path: Path) -> None:
             assert rows[2].split("\t") == ["one", "0.01", "", "1.010", "", "99 %", "9"]
             speeds = shown.locator("#speed tbody tr").all_inner_texts()
             assert speeds[1].split("\t") == ["ttft mean", "ms", "4", "2", "0.50"]
+            held = [row.split("\t") for row in shown.locator("#held tbody tr").all_inner_texts()]
+            assert [row[1:3] for row in held] == [["2 s", ""], ["2.0 KiB", "1.0 KiB"]]
             tasks = [row.split("\t") for row in shown.locator("#tasks tbody tr").all_inner_texts()]
             assert tasks[0][:5] == ["cloze", "acc (%)", "50.0", "49.2", "-0.8 ± 0.5"]
             assert tasks[0][6:] == ["0.004", "120"]

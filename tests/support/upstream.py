@@ -31,6 +31,8 @@ class Upstream:
         """Nats by which its log-probabilities are off; with any its likeliest token is another."""
         self.asked: list[dict[str, object]] = []
         """Bodies of the requests that asked for ``prompt_logprobs``."""
+        self.prompts: list[list[int]] = []
+        """Token ids that streamed answers were asked for."""
         self._finished, self._slow, self._cut, self._short = 0, 0, 0, 0
         self._failed = 0
         self.headers: dict[str, str] = {}
@@ -167,6 +169,8 @@ class Upstream:
             return self._probed(asked)
         if asked.get("return_token_ids"):
             return self._answered()
+        if isinstance(prompt := asked.get("prompt"), list):
+            self.prompts.append(prompt)
         whole = not self.truncated_every or self._finished % self.truncated_every != 0
         end = "stop" if whole else "length"
         self._cut += not whole
