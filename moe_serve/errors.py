@@ -19,6 +19,9 @@ Foreign exceptions are translated once, where they enter.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class MoeServeError(Exception):
     """What happened, where, and what to do about it.
@@ -51,6 +54,16 @@ def _rebuild(
     kind: type[MoeServeError], what: str, where: str | None, remedy: str | None
 ) -> MoeServeError:
     return kind(what, where=where, remedy=remedy)
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Whatever goes wrong within, without naming a place, happened here."""
+    try:
+        yield
+    except MoeServeError as exc:
+        exc.where = exc.where or where
+        raise
 
 
 class UsageError(MoeServeError):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
-from moe_serve.errors import PlanError
+import pytest
+
+from moe_serve import errors
+from moe_serve.errors import MoeServeError, PlanError, located
 
 
 def test_a_message_has_place_fault_and_remedy() -> None:
@@ -15,6 +19,33 @@ def test_a_message_has_place_fault_and_remedy() -> None:
     error = PlanError("is too small", where="--keep", remedy="keep more")
     assert str(error) == "--keep: is too small; keep more"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)  # noqa: S301 - our own
+
+
+def test_every_error_says_what_where_and_what_to_do() -> None:
+    """At each place of the package that raises one; a layer's arithmetic is told its place."""
+    kinds = {
+        k for k, v in vars(errors).items() if isinstance(v, type) and issubclass(v, MoeServeError)
+    }
+    package = Path(errors.__file__).parent
+    told = {package / "calibration" / name for name in ("gradients.py", "statistics.py")}
+    told.add(package / "pruning" / "fitting" / "refit.py")
+    short = []
+    for path in sorted(package.rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+                continue
+            wanted = {"remedy"} if path in told else {"where", "remedy"}
+            if call.func.id in kinds and not wanted <= {k.arg for k in call.keywords}:
+                short.append(f"{path.name}:{call.lineno}")
+    assert short == []
+
+
+def test_a_place_is_added_where_none_was_named() -> None:
+    """And one that was named stays."""
+    with pytest.raises(PlanError, match=r"^layer 3: too small; keep more$"), located("layer 3"):
+        raise PlanError("too small", remedy="keep more")
+    with pytest.raises(PlanError, match=r"^--keep: too small$"), located("layer 3"):
+        raise PlanError("too small", where="--keep")
 
 
 def test_errors_become_exit_codes(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from moe_serve.calibration.stream import Batch, batches, embed
 from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging, require_space
-from moe_serve.errors import CalibrationError, UsageError
+from moe_serve.errors import UsageError, located
 from moe_serve.progress import Progress
 
 RESERVOIR: Final = 1024
@@ -175,21 +175,14 @@ class _Steps:
         for index in layers:
             key = f"{name}/{index}"
             if not self.group.all(self.staging.done(key) is not None):
-                if (found := _naming(step, index)) is not None:
+                with located(f"layer {index}"):
+                    found = step(index)
+                if found is not None:
                     self.group.sum(found.tensors().values())
                     if store is not None:
                         store(index, found)
                 self.staging.finish(key)
             self.progress.advance()
-
-
-def _naming(step: Callable[[int], _Found | None], layer: int) -> _Found | None:
-    """Take a step; what goes wrong without a place happened in this layer."""
-    try:
-        return step(layer)
-    except CalibrationError as exc:
-        where = exc.where or f"layer {layer}"
-        raise CalibrationError(exc.what, where=where, remedy=exc.remedy) from exc
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

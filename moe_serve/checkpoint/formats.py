@@ -106,6 +106,7 @@ def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
             raise PlanError(
                 f"layer {i}: experts share blocks, a stock router can't send two ids to one expert",
                 remedy="use --format compact, or a method that drops",
+                where="--format",
             )
         kept[i] = tuple(e for e, blocks in enumerate(layer.experts) if blocks is not None)
         sizes |= {(len(kept[i]), len(layer.experts[e] or ()) * layer.width) for e in kept[i]}
@@ -114,6 +115,7 @@ def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
             "stock software wants one expert count and one width for all layers, "
             f"this plan has {len(sizes)} combinations",
             remedy="use --format compact, or prune with --format native from the start",
+            where="--format",
         )
     count, width = sizes.pop()
     groups = checkpoint.family.routing_of(checkpoint.config).groups
@@ -126,6 +128,7 @@ def native_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
             "the router selects among groups of experts, and dropping would shift their bounds",
             remedy="drop the same number from each group, use --format compact, or a method that "
             "keeps every expert",
+            where="--format",
         )
     shared = checkpoint.family.shared_count(checkpoint.config, width)
     grown = shared * width if shared is not None and width != shape.width else None

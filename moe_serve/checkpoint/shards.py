@@ -117,7 +117,11 @@ class ShardWriter:
         offset = len(data)
         for spec in specs:
             if spec.name in self._places:
-                raise OutputError(f"tensor {spec.name!r} would be written twice", where=str(file))
+                raise OutputError(
+                    f"tensor {spec.name!r} would be written twice",
+                    where=str(file),
+                    remedy="report it: the layout names a tensor twice",
+                )
             self._places[spec.name] = _Place(file=file, offset=offset, spec=spec)
             offset += spec.size
 
@@ -133,6 +137,7 @@ class ShardWriter:
             raise OutputError(
                 f"tensor {name!r} has {len(data)} bytes, its place has {place.spec.size}",
                 where=str(place.file),
+                remedy="remove the unfinished output and run again; if it comes back, report it",
             )
         self.write_part(name, 0, data)
 
@@ -140,7 +145,11 @@ class ShardWriter:
         """Put some of a tensor's bytes in their place, beginning at its byte ``start``."""
         place = self._places[name]
         if start + len(data) > place.spec.size:
-            raise OutputError(f"tensor {name!r} ends before these bytes", where=str(place.file))
+            raise OutputError(
+                f"tensor {name!r} ends before these bytes",
+                where=str(place.file),
+                remedy="remove the unfinished output and run again; if it comes back, report it",
+            )
         with writing(place.file), place.file.open("r+b", buffering=0) as file:
             view = memoryview(data)
             position = place.offset + start
@@ -155,7 +164,9 @@ class ShardWriter:
         if DTYPE_NAMES.get(tensor.dtype) != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise OutputError(
                 f"tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
-                f"its place is {spec.dtype} {list(spec.shape)}"
+                f"its place is {spec.dtype} {list(spec.shape)}",
+                where=str(self._places[name].file),
+                remedy="report it: a plan and its layout disagree",
             )
         if spec.size:
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -192,7 +192,11 @@ def simulate_command(
     from moe_serve.rollout.simulation import scenarios, simulate, summarise
 
     if rollouts < 1 or rate <= 0.0:
-        raise UsageError("rollouts and rate must be above zero", where="rollout simulate")
+        raise UsageError(
+            "rollouts and rate must be above zero",
+            where="rollout simulate",
+            remedy="give --rollouts 1 and --rate 0.1 or more",
+        )
     rules = load_policy(policy) if policy is not None else Rules()
     rows = []
     for name, scenario in scenarios(rules, rate).items():

@@ -93,7 +93,11 @@ def up_command(
 def _announce(stack: Stack, *, as_json: bool) -> None:
     state: StackState | None = stack.state
     if state is None:
-        raise ServingError("the stack has no state")
+        raise ServingError(
+            "the stack has no state",
+            where="moe-serve up",
+            remedy="report it: the stack came up without saying where",
+        )
     if as_json:
         print_json(
             {

@@ -114,7 +114,11 @@ def run_demo(request: DemoRequest, tell: Tell, progress: Progress) -> DemoResult
     tell("2/6 verify every byte against plan and original")
     found = verify(pruned, request.model, progress)
     if not found.passed:
-        raise ServingError("; ".join(found.problems), where=str(pruned))
+        raise ServingError(
+            "; ".join(found.problems),
+            where=str(pruned),
+            remedy="remove the folder and run the demo again",
+        )
     tell("3/6 compare on texts that calibration never saw")
     comparison = compare(
         request.model,
@@ -175,7 +179,9 @@ def _stack(request: DemoRequest, pruned: Path, state: Path, tell: Tell) -> Itera
             if not line:
                 process.wait(_START_SECONDS)
                 raise ServingError(
-                    f"the stack did not start:\n{log.read_text()[-2000:]}", where="moe-serve up"
+                    f"the stack did not start:\n{log.read_text()[-2000:]}",
+                    where="moe-serve up",
+                    remedy=f"the whole log is {log}",
                 )
             for text in log.read_text().splitlines():
                 tell(f"    {text}")

@@ -122,7 +122,11 @@ def compare(
     before, after = open_checkpoint(original), open_checkpoint(pruned)
     corpus = load_corpus(before, texts)
     if corpus is None:
-        raise UsageError("give texts to compare on", where="--texts")
+        raise UsageError(
+            "give texts to compare on",
+            where="--texts",
+            remedy="texts that calibration did not use: .jsonl, .txt or a folder of them",
+        )
     shared = _shared(pruned, corpus)
     if not allow_overlap:
         refuse_overlap(shared, f"to calibrate {pruned}")

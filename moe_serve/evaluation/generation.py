@@ -68,7 +68,9 @@ def side_by_side(
         ServingError: an engine doesn't answer as it should.
     """
     if min(tokens, concurrency) < 1:
-        raise UsageError("must be positive", where="--answer-tokens, --concurrency")
+        raise UsageError(
+            "must be positive", where="--answer-tokens, --concurrency", remedy="give 1 or more"
+        )
     documents = read_texts([prompts]).documents
     progress.start("generate", len(documents))
     with httpx.Client(timeout=_PATIENCE) as client, ThreadPoolExecutor(concurrency) as pool:

@@ -58,9 +58,17 @@ def compare_served(
         ServingError: an engine doesn't answer as it should.
     """
     if not texts.paths:
-        raise UsageError("give texts to compare on", where="--texts")
+        raise UsageError(
+            "give texts to compare on",
+            where="--texts",
+            remedy="texts that calibration did not use: .jsonl, .txt or a folder of them",
+        )
     if min(texts.tokens, texts.length - 1, top) < 1:
-        raise UsageError("must be positive", where="--tokens, --sequence-length (from 2), --top")
+        raise UsageError(
+            "must be positive",
+            where="--tokens, --sequence-length (from 2), --top",
+            remedy="give 1 or more, 2 for the length",
+        )
     documents = read_texts(texts.paths)
     limits = [n for n in (before.length, after.length) if n]
     length = min([texts.length, *limits])

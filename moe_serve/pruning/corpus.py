@@ -143,7 +143,9 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
     if not options.given:
         return None
     if options.tokens < 1 or options.length < 1:
-        raise UsageError("must be positive", where="--tokens, --sequence-length")
+        raise UsageError(
+            "must be positive", where="--tokens, --sequence-length", remedy="give 1 or more"
+        )
     config = checkpoint.config
     limits = [config.get("max_position_embeddings"), config.get("sliding_window")]
     length = min([options.length, *(n for n in limits if isinstance(n, int) and n > 0)])

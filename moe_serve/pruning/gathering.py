@@ -63,7 +63,11 @@ def calibrate(
     checkpoint = open_checkpoint(model)
     corpus = load_corpus(checkpoint, texts)
     if corpus is None:
-        raise UsageError("give texts to calibrate on", where="--calibration")
+        raise UsageError(
+            "give texts to calibrate on",
+            where="--calibration",
+            remedy="texts like those it will serve: .jsonl, .txt or a folder of them",
+        )
     if balance is not None:
         corpus = corpus.weighed(balance)
     record = corpus.record(checkpoint, texts.seed, share)

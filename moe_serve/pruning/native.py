@@ -93,6 +93,7 @@ def feasible(shape: Shape, routing: Routing, keep: float, tile: int = 1) -> list
         raise PlanError(
             f"{keep:.0%} of the bytes are too few for {shape.top_k} experts of {unit} neurons",
             remedy="keep more, or choose --format compact, which has no such limit",
+            where="--keep",
         )
     return [Size(count, width) for count, width in sorted(widest.items())]
 

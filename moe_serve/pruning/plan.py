@@ -250,7 +250,11 @@ class Plan(_Model):
         """
         found = {p.split.top_k if p.split else None for p in self.layers.values()}
         if len(found) > 1:
-            raise PlanError("layers select different numbers of blocks", where="plan.json")
+            raise PlanError(
+                "layers select different numbers of blocks",
+                where="plan.json",
+                remedy="make it with moe-serve plan",
+            )
         return next(iter(found), None)
 
     def table(self) -> CompactTable:

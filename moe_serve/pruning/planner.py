@@ -202,6 +202,7 @@ def _spend(
         raise PlanError(
             f"keep={budget.keep:g} leaves no block of {block} neurons in a layer",
             remedy="keep more, or use narrower blocks with --block-width",
+            where="--keep",
         )
     if budget.uniform:
         counts = even_counts(total, shape.experts, most)

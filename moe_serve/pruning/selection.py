@@ -250,6 +250,7 @@ def block_width(checkpoint: Checkpoint, wanted: int | None, tile: int = 1) -> in
         raise PlanError(
             f"experts of {whole} neurons are too narrow for blocks of {unit}",
             remedy="choose a method that drops or merges whole experts",
+            where="--method",
         )
     # Leftover neurons of a width that doesn't divide are lost even to an expert kept "whole".
     dividing = [b for b in candidates if whole % b == 0 and b <= 2 * max(least, unit)]

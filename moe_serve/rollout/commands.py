@@ -40,17 +40,20 @@ def start_rollout(
         raise RolloutError(
             f"a rollout is under way ({saved.state.phase})",
             remedy="moe-serve rollout rollback ends it",
+            where=str(state),
         )
     if store.lease_holder() is None:
         raise RolloutError(
             "no controller watches this stack",
             remedy="start it with moe-serve up --policy policy.toml",
+            where=str(state),
         )
     left = saved.state.began + policy.cooldown_seconds - now
     if saved.state.phase == "rolled_back" and left > 0.0 and not force:
         raise RolloutError(
             f"rolled back a short while ago: {saved.state.reason}",
             remedy=f"find out why, then wait {left / 60.0:.0f} minutes or give --force",
+            where=str(state),
         )
     policy = _pinned(policy)
     event = {"actor": actor or getpass.getuser(), "reason": reason, "digest": policy.digest}
@@ -121,7 +124,11 @@ def resume_rollout(state: Path, *, reason: str, actor: str = "") -> Moved | None
     """
     store, saved = _under_way(state)
     if saved.policy is None:
-        raise RolloutError("this rollout has no policy to go on with")
+        raise RolloutError(
+            "this rollout has no policy to go on with",
+            where=str(state),
+            remedy="moe-serve rollout rollback ends it",
+        )
     policy = Policy.model_validate_json(saved.policy)
     becomes = resume(saved.state, time.time())
     percent, shadow = becomes.target(policy)
@@ -150,5 +157,6 @@ def _under_way(state: Path) -> tuple[Store, Saved]:
         raise RolloutError(
             f"no rollout is under way (it is {saved.state.phase})",
             remedy="moe-serve rollout start begins one",
+            where=str(state),
         )
     return store, saved

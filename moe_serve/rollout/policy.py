@@ -395,7 +395,11 @@ def load_policy(path: Path) -> Policy:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise UsageError(f"cannot be read ({exc})", where=str(path)) from exc
+        raise UsageError(
+            f"cannot be read ({exc})",
+            where=str(path),
+            remedy="give a TOML file that this user may read; an empty one is the default policy",
+        ) from exc
     try:
         policy = Policy.model_validate(values)
         return _beside(policy, path)

@@ -64,7 +64,11 @@ def load_probes(settings: Probes) -> ProbeSet:
             raise UsageError("there are none", where=where, remedy="give texts or default = true")
         probes = _probes(read_texts(paths), where)
     if len(probes) > _MOST:
-        raise UsageError(f"{len(probes)} probes; {_MOST} at most", where=where)
+        raise UsageError(
+            f"{len(probes)} probes; {_MOST} at most",
+            where=where,
+            remedy="leave some out: a set is asked whole, one text every few seconds",
+        )
     keys = sorted(f"{probe.domain}\n{probe.id}" for probe in probes)
     return ProbeSet(probes, hashlib.sha256("\n".join(keys).encode()).hexdigest())
 

@@ -113,12 +113,22 @@ class Engine:
             text, arrivals, reason = self._generate(client, body)
         except httpx.HTTPError as exc:
             raise RolloutError(
-                f"no answer to a probe ({type(exc).__name__})", where=self.name
+                f"no answer to a probe ({type(exc).__name__})",
+                where=self.name,
+                remedy="see that the engine is well: its log, its /health",
             ) from exc
         except (ValueError, KeyError, TypeError, IndexError) as exc:
-            raise RolloutError("an answer to a probe has not the form", where=self.name) from exc
+            raise RolloutError(
+                "an answer to a probe has not the form",
+                where=self.name,
+                remedy="its engine must be vLLM 0.32 or later",
+            ) from exc
         if not places:
-            raise RolloutError("gives no prompt_logprobs", where=self.name)
+            raise RolloutError(
+                "gives no prompt_logprobs",
+                where=self.name,
+                remedy="its engine must be vLLM 0.32 or later, and allow prompt_logprobs",
+            )
         count = len(arrivals)
         return Heard(
             places=places,
@@ -133,7 +143,9 @@ class Engine:
         if status == httpx.codes.BAD_REQUEST and "priorit" in text.lower():
             raise NoPriority
         if status != httpx.codes.OK:
-            raise RolloutError(f"status {status} to a probe", where=self.name)
+            raise RolloutError(
+                f"status {status} to a probe", where=self.name, remedy="the engine's log says why"
+            )
 
     def _generate(
         self, client: httpx.Client, body: Mapping[str, Any]

@@ -229,11 +229,19 @@ class Store:
         if revision is not None:
             now = int(db.execute("SELECT revision FROM rollout").fetchone()[0])
             if now != revision:
-                raise Overtaken("the rollout was changed by someone else in between")
+                raise Overtaken(
+                    "the rollout was changed by someone else in between",
+                    where="rollout",
+                    remedy="look at moe-serve rollout status, then decide again",
+                )
         if holder is not None:
             row = db.execute("SELECT holder FROM lease").fetchone()
             if row is None or row[0] != holder:
-                raise Overtaken("another controller has taken the lease")
+                raise Overtaken(
+                    "another controller has taken the lease",
+                    where="rollout",
+                    remedy="run one controller for a state directory",
+                )
 
     @staticmethod
     def _put(db: sqlite3.Connection, state: State) -> None:

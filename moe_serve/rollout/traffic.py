@@ -215,7 +215,11 @@ def routes_lock(state: Path, warnings: list[str], *, must: bool) -> Iterator[Non
                     time.sleep(0.01)
                     continue
                 if must:
-                    raise Overtaken("someone else moves traffic now") from exc
+                    raise Overtaken(
+                        "someone else moves traffic now",
+                        where="rollout",
+                        remedy="look at moe-serve rollout status, then decide again",
+                    ) from exc
                 warnings.append("another program was moving traffic at the same time")
                 break
         yield

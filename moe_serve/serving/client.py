@@ -38,7 +38,11 @@ class ServedModel:
             first = _json(url, client, "GET", "/v1/models", None)["data"][0]
             return cls(url=url, model=first["id"], length=first.get("max_model_len"), client=client)
         except (KeyError, TypeError, IndexError) as exc:
-            raise ServingError("lists no model", where=url) from exc
+            raise ServingError(
+                "lists no model",
+                where=url,
+                remedy="give the address of a vLLM engine that has loaded one",
+            ) from exc
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens (vLLM's ``/tokenize``)."""
@@ -47,7 +51,11 @@ class ServedModel:
         try:
             return [int(token) for token in found["tokens"]]
         except (KeyError, TypeError, ValueError) as exc:
-            raise ServingError("/tokenize gives no tokens", where=self.url) from exc
+            raise ServingError(
+                "/tokenize gives no tokens",
+                where=self.url,
+                remedy="it must be vLLM's own server, with /tokenize",
+            ) from exc
 
     def expect(self, ids: Sequence[int], top: int) -> tuple[Place, ...]:
         """What it expects at each place of ``ids`` but the first.
@@ -60,7 +68,11 @@ class ServedModel:
         try:
             places = tuple(Place.of(entry, top) for entry in choice["prompt_logprobs"][1:])
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise ServingError("gives no prompt_logprobs", where=self.url) from exc
+            raise ServingError(
+                "gives no prompt_logprobs",
+                where=self.url,
+                remedy="it must be vLLM's own server, with prompt_logprobs allowed",
+            ) from exc
         if len(places) != len(ids) - 1 or not all(
             place.sound and token in place.listed
             for place, token in zip(places, ids[1:], strict=True)
@@ -104,7 +116,9 @@ class ServedModel:
         try:
             choice: dict[str, Any] = found["choices"][0]
         except (KeyError, TypeError, IndexError) as exc:
-            raise ServingError("answers without a choice", where=self.url) from exc
+            raise ServingError(
+                "answers without a choice", where=self.url, remedy="the engine's log says why"
+            ) from exc
         return choice
 
 
@@ -129,4 +143,8 @@ def _json(url: str, client: httpx.Client, method: str, path: str, body: object) 
             f"no answer ({type(exc).__name__})", where=where, remedy="is the engine up?"
         ) from exc
     except ValueError as exc:
-        raise ServingError("answers with something else than JSON", where=where) from exc
+        raise ServingError(
+            "answers with something else than JSON",
+            where=where,
+            remedy="give the address of a vLLM engine, not of a page or a proxy before it",
+        ) from exc

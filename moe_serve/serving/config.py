@@ -175,7 +175,11 @@ def load_stack_config(path: Path | None, overrides: dict[str, object]) -> StackC
         try:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-            raise UsageError(f"cannot be read ({exc})", where=str(path)) from exc
+            raise UsageError(
+                f"cannot be read ({exc})",
+                where=str(path),
+                remedy="give a TOML file that this user may read, or options alone",
+            ) from exc
     values |= {key: value for key, value in overrides.items() if value is not None}
     try:
         return StackConfig.model_validate(values)

@@ -212,7 +212,11 @@ class Admin:
         finally:
             connection.close()
         if response.status != 200:
-            raise RolloutError(f"Envoy answered {response.status}", where=self._address)
+            raise RolloutError(
+                f"Envoy answered {response.status}",
+                where=self._address,
+                remedy="its log is in the state directory's logs",
+            )
         return body
 
     def ready(self) -> bool:

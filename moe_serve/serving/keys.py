@@ -100,11 +100,14 @@ def new_key(
         raise UsageError(
             f"{name!r} is not a name for a key",
             remedy="use small letters, digits, dot, dash and underscore",
+            where="moe-serve keys",
         )
     keys = load_keys(state) or []
     if any(key.name == name for key in keys):
         raise UsageError(
-            f"there is a key {name!r} already", remedy=f"moe-serve keys remove {name}, or rename"
+            f"there is a key {name!r} already",
+            remedy=f"moe-serve keys remove {name}, or rename",
+            where=str(state),
         )
     secret = f"ms-{secrets.token_urlsafe(32)}"
     key = Key(
@@ -127,7 +130,9 @@ def remove_key(state: Path, name: str) -> None:
     keys = load_keys(state) or []
     left = [key for key in keys if key.name != name]
     if len(left) == len(keys):
-        raise UsageError(f"there is no key {name!r}", remedy="moe-serve keys list")
+        raise UsageError(
+            f"there is no key {name!r}", remedy="moe-serve keys list", where=str(state)
+        )
     save_keys(state, left)
 
 

@@ -81,7 +81,9 @@ def new_split(percent: float, *, shadow: float = 0.0, sticky: tuple[str, ...] = 
     for share in (percent, shadow):
         if not 0.0 <= share <= 100.0:
             raise RolloutError(
-                f"{share:g} is not a share between 0 and 100", remedy="give a percentage"
+                f"{share:g} is not a share between 0 and 100",
+                remedy="give a percentage",
+                where="share of traffic",
             )
     return Split(
         pruned=round(percent * TOTAL / 100),

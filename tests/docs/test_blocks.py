@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
 
-from tests.support.lines import parse
+from tests.support.lines import ROOT, benchmark, check
 
-ROOT: Final = Path(__file__).parents[2]
 PAGES: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RUN: Final = {"tutorial.md", "tutorial.ja.md"}
 """Pages whose blocks tests/e2e run, save those marked."""
-OTHERS: Final = {"curl", "docker", "kill", "kubectl", "source", "until", "vllm", "wait"}
-"""Programs that are not ours."""
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
@@ -27,34 +23,6 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
         r"(?:^|(?<=\n))(?P<above>[^\n]*)\n```sh\n(?P<body>.*?)```", text, re.DOTALL
     ):
         yield found["above"], found["body"].replace("\\\n", " ")
-
-
-def check(line: str) -> None:
-    """Hold a command against what exists."""
-    words = shlex.split(line, comments=True)
-    if not words or words[0] in OTHERS:
-        return
-    if words[0] == "moe-serve":
-        parse(line.rstrip("& "))
-    elif words[0] == "torchrun":
-        parse("moe-serve " + line.partition("-m moe_serve ")[2])
-    elif words[0] in {"python", "/usr/bin/python"}:
-        assert words[1] == "-m", line
-        if words[2] != "pytest":
-            benchmark(line)
-    else:
-        program = ROOT / words[0]
-        assert program.stat().st_mode & 0o111, line
-
-
-def benchmark(line: str) -> None:
-    """A module with the options that its source names."""
-    words = shlex.split(line)
-    source = (ROOT / words[2].replace(".", "/")).with_suffix(".py")
-    assert source.exists(), line
-    for option in (word.partition("=")[0] for word in words[3:] if word.startswith("--")):
-        names = {f'"{option}"', f'"{option.replace("--no-", "--", 1)}"'}
-        assert any(name in source.read_text(encoding="utf-8") for name in names), line
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -87,6 +87,7 @@ def scheme_of(name: str, tensors: Mapping[str, TensorEntry], settings: Settings)
         raise IncompleteCheckpoint(
             f"no shard holds tensor {name!r}",
             remedy="the download is incomplete, or config.json belongs to another checkpoint",
+            where="model.safetensors.index.json",
         )
     if weight.dtype not in FLOATING:
         raise CheckpointError(
@@ -238,7 +239,9 @@ def _bits(name: str, value: Any) -> int:
 def _needed(name: str, tensors: Mapping[str, TensorEntry]) -> TensorEntry:
     if name not in tensors:
         raise IncompleteCheckpoint(
-            f"no shard holds tensor {name!r}", remedy="fetch index and shards again"
+            f"no shard holds tensor {name!r}",
+            remedy="fetch index and shards again",
+            where="model.safetensors.index.json",
         )
     return tensors[name]
 

@@ -100,5 +100,9 @@ def _residuals(
 
 def _shared(mixture: Mixture) -> Shared:
     if mixture.shared is None:
-        raise CheckpointError("this layer has no shared expert")
+        raise CheckpointError(
+            "this layer has no shared expert",
+            where="config.json",
+            remedy="report it: the family's row names a shared expert that is not there",
+        )
     return mixture.shared

@@ -22,6 +22,7 @@ from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.form import LayerBlocks
 from moe_serve.checkpoint.quantisation import Matrix
 from moe_serve.checkpoint.table import LayerTable
+from moe_serve.errors import located
 from moe_serve.pruning.fitting.build import build_blocks, pruned_mixture, with_downs, with_units
 from moe_serve.pruning.fitting.constants import ConstantSums, with_constants
 from moe_serve.pruning.fitting.heal import apart, heal
@@ -209,7 +210,8 @@ class Walk:
         if refit_by is not None:
             if pruned is not start:
                 routed = routed_of(pruned)
-            fitted = refit(routed, self.residual, self._tokens, refit_by, schemes[2])
+            with located(f"layer {layer.index}"):
+                fitted = refit(routed, self.residual, self._tokens, refit_by, schemes[2])
             record |= {
                 "ridge": fitted.ridge,
                 "error_before": fitted.error_before,

@@ -92,7 +92,11 @@ def dry_run(request: PruneRequest, *, only_calibrate: bool = False) -> DryRun:
 
 def _calibration(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None) -> Forecast:
     if corpus is None:
-        raise UsageError("give texts to calibrate on", where="--calibration")
+        raise UsageError(
+            "give texts to calibrate on",
+            where="--calibration",
+            remedy="texts like those it will serve: .jsonl, .txt or a folder of them",
+        )
     step = calibrate_step(Sizes.of(checkpoint), _work(request, corpus, keep=1.0))
     return Forecast(steps=(step,), output_bytes=0, base_memory=_resident())
 

@@ -57,7 +57,11 @@ def allocate(error_NR: _Array, total: int) -> list[int]:
     """
     experts, choices = error_NR.shape
     if not 0 <= total <= experts * (choices - 1):
-        raise PlanError(f"{total} blocks do not fit {experts} experts of {choices - 1} each")
+        raise PlanError(
+            f"{total} blocks do not fit {experts} experts of {choices - 1} each",
+            where="--keep",
+            remedy="keep less, or use narrower blocks with --block-width",
+        )
     return curve(error_NR).counts(total)
 
 
@@ -78,6 +82,7 @@ def distribute(curves: Sequence[_Array], total: int, least: int = 1) -> list[int
             f"{total} blocks can't be spread over {len(curves)} layers with room for {most}, "
             f"at least {least} in each",
             remedy="keep more, or use narrower blocks with --block-width",
+            where="--keep",
         )
     best_K = np.full(total + 1, np.inf)
     best_K[0] = 0.0

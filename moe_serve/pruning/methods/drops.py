@@ -168,6 +168,7 @@ def checked_count(view: LayerView, budget: Budget) -> int:
             f"{count} experts would stay in each layer, the router selects {shape.top_k}",
             remedy=f"keep at least {shape.top_k} of {shape.experts}, "
             "or choose a block method, which has no such limit",
+            where="--keep, --experts",
         )
     return min(count, shape.experts)
 

@@ -64,6 +64,7 @@ def pseudo_pruning(
         raise PlanError(
             f"{len(leaders)} groups of at most {size} experts do not hold {experts}",
             remedy="keep more experts",
+            where="--keep, --experts",
         )
     left = [e for e in range(experts) if e not in set(leaders)]
     groups = []
@@ -96,6 +97,7 @@ def counts_over_layers(
         raise PlanError(
             f"{total} experts in {len(score_of)} layers are fewer than {least} in each",
             remedy="keep more experts",
+            where="--keep, --experts",
         )
     ranked = []
     for layer, score_N in sorted(score_of.items()):

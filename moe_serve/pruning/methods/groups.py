@@ -49,5 +49,6 @@ def best_experts(saliency: Sequence[float], count: int, rule: Routing) -> list[i
             f"{count} experts are too few for a router that selects {rule.groups_selected} groups "
             f"of {size}, and {rule.top_k} experts among them",
             remedy=f"keep at least {least}, or choose a block method, which has no such limit",
+            where="--keep, --experts",
         )
     return sorted(max(found)[2])

@@ -58,7 +58,7 @@ def group_count(view: LayerView, budget: Budget, recipe: Recipe) -> int:
         return checked_count(view, budget)
     count = min(budget.whole_experts(view.shape), view.shape.experts)
     if count < 1:
-        raise PlanError("no expert would stay in a layer", remedy="keep more")
+        raise PlanError("no expert would stay in a layer", remedy="keep more", where="--keep")
     return count
 
 

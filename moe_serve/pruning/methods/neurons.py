@@ -160,5 +160,6 @@ def even_counts(total: int, experts: int, most: int) -> list[int]:
         raise PlanError(
             f"one block for each of {experts} experts is more than the budget",
             remedy="keep more, use narrower blocks, or choose --format compact",
+            where="--keep",
         )
     return [each] * experts
