@@ -61,7 +61,9 @@ class Wanted:
         """
         if min(self.concurrency, self.answer_tokens, self.task_limit or 1) < 1:
             raise UsageError(
-                "must be positive", where="--concurrency, --answer-tokens, --task-limit"
+                "must be positive",
+                where="--concurrency, --answer-tokens, --task-limit",
+                remedy="give 1 or more",
             )
         load = self.load or Load()
         if min(load.requests, load.prompt_tokens, load.answer_tokens, load.concurrency) < 1:

@@ -38,7 +38,7 @@ def compare_tasks(
         ServingError: an engine doesn't answer as it should.
     """
     if limit is not None and limit < 1:
-        raise UsageError("must be positive", where="--task-limit")
+        raise UsageError("must be positive", where="--task-limit", remedy="give 1 or more")
     harness = _harness()
     rows: list[dict[str, Any]] = []
     by_metric: dict[str, list[Any]] = {}

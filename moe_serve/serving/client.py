@@ -108,7 +108,11 @@ class ServedModel:
         try:
             return str(choice["text"])
         except KeyError as exc:
-            raise ServingError("answers without a text", where=self.url) from exc
+            raise ServingError(
+                "answers without a text",
+                where=self.url,
+                remedy="it must be vLLM's own server; its log may say why",
+            ) from exc
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         asked = {"model": self.model, "temperature": 0.0, "seed": 0, **body}

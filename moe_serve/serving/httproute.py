@@ -221,7 +221,11 @@ class HttpRoute:
 
     def _expect(self, route: dict[str, Any], over: Split | None) -> None:
         if over is not None and self._split(route) != over:
-            raise Overtaken("someone else changed the weights in between", where=self.where)
+            raise Overtaken(
+                "someone else changed the weights in between",
+                where=self.where,
+                remedy="look at moe-serve rollout status, then decide again",
+            )
 
     def _split(self, route: dict[str, Any]) -> Split:
         try:
@@ -252,7 +256,9 @@ class HttpRoute:
         found = [*self._split_rules({"spec": {"rules": rules}})]
         if not found:
             raise OutputError(
-                f"no rule leads to both {self.original} and {self.pruned}", where=self.where
+                f"no rule leads to both {self.original} and {self.pruned}",
+                where=self.where,
+                remedy="give the HTTPRoute a rule with both services as backends",
             )
         weights = {self.original: TOTAL - split.pruned, self.pruned: split.pruned}
         mirror = {
@@ -341,7 +347,9 @@ def _api(kubeconfig: str) -> Any:
         from kubernetes import client, config
     except ImportError as exc:
         raise RolloutError(
-            "the Kubernetes client is not installed", remedy="pip install 'moe-serve[kubernetes]'"
+            "the Kubernetes client is not installed",
+            remedy="pip install 'moe-serve[kubernetes]'",
+            where="kubernetes",
         ) from exc
     found = client.Configuration()
     # Attempts are counted here; the client's own would multiply the patience.
