@@ -212,13 +212,13 @@ def read_router(checkpoint: Checkpoint, layer: int, device: torch.device) -> Rou
     """Load one layer's router in FP32."""
     family, shape = checkpoint.family, checkpoint.shape
     table = checkpoint.table.layers.get(layer)
-    bias = family.correction_bias
+    name, bias_N = family.bias_name(layer), None
+    if name is not None:
+        bias_N = _read(checkpoint, name, device, family.bias_shape(shape.experts)).flatten()
     return Router(
         weight_ND=_read(checkpoint, family.gate_name(layer), device, (shape.experts, shape.hidden)),
         rule=family.routing_of(checkpoint.config),
-        bias_N=_read(checkpoint, bias.format(layer=layer), device, (shape.experts,))
-        if bias
-        else None,
+        bias_N=bias_N,
         dropped=table.dropped if table else (),
     )
 

@@ -68,10 +68,11 @@ class Form:
     rows: dict[int, tuple[int, ...]]
     """For layers whose router shrinks, the rows that stay."""
     mask: dict[int, tuple[int, ...]]
-    """For layers with dropped experts that keep all router rows, the ids that are dropped: what
-    stock software can't express."""
+    """For layers with dropped experts that keep all router rows, the ids that are dropped, where
+    stock software can't express it."""
     silenced: dict[int, tuple[int, ...]]
-    """The same where the router has a correction bias, which can express it."""
+    """The same where the router has a correction bias. It expresses all of it where each expert is
+    scored by itself; where a softmax spans them, the mask has to say it too."""
 
     def runs(self) -> list[Run]:
         """The tensors to write."""
@@ -119,9 +120,10 @@ class Form:
             return next(grown[e] for e, tensor in scheme.tensors(whole).items() if tensor == name)
         weight = self.checkpoint.read(name)
         if layer in self.rows:
-            return weight.index_select(0, torch.tensor(self.rows[layer]))
+            of_expert = -1 if name == self.checkpoint.family.bias_name(layer) else 0
+            return weight.index_select(of_expert, torch.tensor(self.rows[layer]))
         weight = weight.clone()
-        weight[list(self.silenced[layer])] = _SILENCE
+        weight[..., list(self.silenced[layer])] = _SILENCE
         return weight
 
     def write_layer(self, writer: ShardWriter, layer: int, blocks: LayerBlocks) -> None:

@@ -72,6 +72,8 @@ def tied_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
     }
     shrunk = same and any(dropped.values())
     silenced = _silenced(checkpoint, dropped)
+    # The others' softmax must not count a dropped expert's logit, whatever the bias says.
+    told = bool(silenced) and checkpoint.family.routing.score == "sigmoid"
     count = len(kept[layers[0]]) if shrunk else shape.experts
     return Form(
         name="tied",
@@ -82,7 +84,7 @@ def tied_form(checkpoint: Checkpoint, table: CompactTable) -> Form:
         stored={i: Stored(count=count, width=shape.width, rows=count) for i in table.layers},
         slots={i: tuple(t.experts[e] or () for e in kept[i]) for i, t in table.layers.items()},
         rows=kept if shrunk else {},
-        mask={} if same or silenced else {i: d for i, d in dropped.items() if d},
+        mask={} if same or told else {i: d for i, d in dropped.items() if d},
         silenced={} if same else silenced,
     )
 

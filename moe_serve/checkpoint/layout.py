@@ -74,7 +74,7 @@ def runs(checkpoint: Checkpoint, layers: dict[int, Stored], *, head: bool = Fals
     }
     prefixes = {family.expert_prefix(layer): layer for layer in present}
     routers = {family.gate_name(layer): layer for layer in present}
-    routers |= {bias: layer for layer in present if (bias := family.bias_name(layer))}
+    biases = {bias: layer for layer in present if (bias := family.bias_name(layer))}
     shared = _shared_shapes(checkpoint, layers)
     extra = _extra(checkpoint, changed=bool(layers))
     ordered = sorted(checkpoint.tensors.values(), key=lambda e: (e.file, e.start))
@@ -93,6 +93,8 @@ def runs(checkpoint: Checkpoint, layers: dict[int, Stored], *, head: bool = Fals
         form = shared.get(entry.name, entry.shape)
         if entry.name in routers and routers[entry.name] in layers:
             form = (layers[routers[entry.name]].rows, *form[1:])
+        if entry.name in biases and biases[entry.name] in layers:
+            form = family.bias_shape(layers[biases[entry.name]].rows)
         result.append((TensorSpec(name=entry.name, dtype=entry.dtype, shape=form),))
         if head and entry.name == EMBEDDING:
             result.append((TensorSpec(name=HEAD, dtype=entry.dtype, shape=form),))
@@ -190,6 +192,7 @@ def stock_config(
         if family.shared_count_key and (count := family.shared_count(config, width)):
             config[family.shared_count_key] = count
         config[family.width_key] = width
+        config |= {key: width for key in family.width_copies if key in config}
     if top_k is not None:
         config[family.top_k_key] = top_k
     return _without_extra(checkpoint, config, changed=changed)

@@ -234,9 +234,12 @@ class Checkpoint:
 
     def prediction_layers(self) -> dict[int, int]:
         """Bytes of the layers for multi-token prediction that the files hold, by layer index."""
-        first = self.shape.layers
-        count = len(self.family.extra_prefixes(self.config))
-        sizes = {i: sum(e.size for e in self.layer_tensors(i)) for i in range(first, first + count)}
+        sizes = {
+            layer: sum(e.size for e in self.tensors.values() if e.name.startswith(prefix))
+            for layer, prefix in enumerate(
+                self.family.extra_prefixes(self.config), self.shape.layers
+            )
+        }
         return {layer: size for layer, size in sizes.items() if size}
 
     def fingerprint(self) -> str:

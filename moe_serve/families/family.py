@@ -53,8 +53,12 @@ class Family:
     """Prefix of one expert's tensors."""
     projections: Projections
     routing: RoutingRule
+    width_copies: tuple[str, ...] = ()
+    """Config keys that repeat I for other software; those present are rewritten with it."""
     correction_bias: str | None = None
-    """Router bias [N] that counts for selection only."""
+    """Router bias, [N] or [1, N], that counts for selection only."""
+    bias_is_row: bool = False
+    """It is stored as [1, N]."""
     shared: str | None = None
     """Prefix of the expert that every token takes."""
     shared_count_key: str | None = None
@@ -67,12 +71,16 @@ class Family:
     """Config key: list of layer indices that are dense although the step says otherwise."""
     first_sparse_key: str | None = None
     """Config key: index of the first layer that is a mixture."""
+    last_sparse_key: str | None = None
+    """Config key: index of the last one (absent or -1: the last layer)."""
     frequency_key: str | None = None
     """Config key: from there on, layers whose index it divides are mixtures."""
     kinds_key: str | None = None
     """Config key: ``"dense"`` or ``"sparse"`` for each layer; where present, it decides."""
     extra_layers_key: str | None = None
     """Config key: number of layers beyond the decoder's, for multi-token prediction."""
+    extra_prefix: str | None = None
+    """What their tensors' names begin with, where they are not numbered on from the decoder's."""
     skeleton: str | None = None
     """``model_type`` of the transformers class whose modules outside the experts are the same,
     where there is none of this family's own: published with code that is never executed."""
@@ -139,10 +147,12 @@ class Family:
             return tuple(i for i, kind in enumerate(kinds[:layers]) if kind == "sparse")
         step, frequency = number(self.sparse_step_key, 1), number(self.frequency_key, 1)
         first = number(self.first_sparse_key, 0)
+        last = config.get(self.last_sparse_key) if self.last_sparse_key else None
+        end = layers if last is None or int(last) < 0 else min(int(last) + 1, layers)
         dense = set(config.get(self.dense_layers_key) or ()) if self.dense_layers_key else set()
         return tuple(
             i
-            for i in range(first, layers)
+            for i in range(first, end)
             if i not in dense and (i + 1) % step == 0 and i % frequency == 0
         )
 
@@ -177,9 +187,15 @@ class Family:
         """Name of the router's correction bias, where the family has one."""
         return self.correction_bias.format(layer=layer) if self.correction_bias else None
 
+    def bias_shape(self, experts: int) -> tuple[int, ...]:
+        """Shape of the correction bias of so many experts, as stored."""
+        return (1, experts) if self.bias_is_row else (experts,)
+
     def extra_prefixes(self, config: Config) -> tuple[str, ...]:
         """What tensors of layers beyond the decoder begin with (multi-token prediction)."""
         count = int(config.get(self.extra_layers_key) or 0) if self.extra_layers_key else 0
+        if self.extra_prefix is not None:
+            return (self.extra_prefix,) if count else ()
         first = self.shape(config).layers
         return tuple(self.layer_prefix(i) for i in range(first, first + count))
 

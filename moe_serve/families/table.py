@@ -176,6 +176,58 @@ FAMILIES: Final[tuple[Family, ...]] = (
         # vLLM gave this class up in its version 0.23.
         served=False,
     ),
+    replace(
+        _DEEPSEEK_V3,
+        model_type="solar_open",
+        architecture="SolarOpenForCausalLM",
+        first_sparse_key=None,
+        frequency_key=None,
+        extra_layers_key=None,
+        latent_attention=False,
+        # vLLM has no class of its own for it.
+        served=False,
+    ),
+    Family(
+        model_type="hy_v3",
+        architecture="HYV3ForCausalLM",
+        count_keys=("num_experts", "num_local_experts"),
+        top_k_key="num_experts_per_tok",
+        width_key="moe_intermediate_size",
+        # The published configs say it twice, and vLLM reads the second.
+        width_copies=("expert_hidden_dim",),
+        block=_BLOCK,
+        gate=f"{_BLOCK}.router.gate.weight",
+        correction_bias=f"{_BLOCK}.expert_bias",
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=RoutingRule(score="sigmoid", renormalise=True, scale_key="router_scaling_factor"),
+        shared=f"{_BLOCK}.shared_mlp",
+        shared_count_key="num_shared_experts",
+        kinds_key="mlp_layer_types",
+        first_sparse_key="first_k_dense_replace",
+        extra_layers_key="num_nextn_predict_layers",
+    ),
+    Family(
+        model_type="ernie4_5_moe",
+        architecture="Ernie4_5_MoeForCausalLM",
+        count_keys=("moe_num_experts",),
+        top_k_key="moe_k",
+        width_key="moe_intermediate_size",
+        block=_BLOCK,
+        gate=f"{_BLOCK}.gate.weight",
+        correction_bias=f"{_BLOCK}.moe_statics.e_score_correction_bias",
+        bias_is_row=True,
+        expert=f"{_BLOCK}.experts.{{expert}}",
+        projections=_GATED,
+        routing=RoutingRule(renormalise=True),
+        shared=f"{_BLOCK}.shared_experts",
+        shared_count_key="moe_num_shared_experts",
+        first_sparse_key="moe_layer_start_index",
+        last_sparse_key="moe_layer_end_index",
+        sparse_step_key="moe_layer_interval",
+        extra_layers_key="num_nextn_predict_layers",
+        extra_prefix="model.mtp_",
+    ),
     Family(
         model_type="minimax_m2",
         architecture="MiniMaxM2ForCausalLM",
@@ -195,12 +247,32 @@ FAMILIES: Final[tuple[Family, ...]] = (
     ),
 )
 
+_LINEAR: Final = "most layers have linear attention, which is not streamed"
+_SLIDING: Final = "attention slides over few tokens in some layers and not in others"
+_NORMED: Final = "what the experts put out is normalised before it joins the residual stream"
+_FUSED: Final = "a layer's experts are one tensor"
+_SPARSE_ATTENTION: Final = "an indexer chooses which tokens attention sees"
+
 REFUSED: Final[Mapping[str, str]] = {
-    "gpt_oss": "a layer's experts are one tensor with gate and up neurons interleaved, and biased",
-    "llama4": "a layer's experts are one tensor, and routing weights scale their input",
-    "llama4_text": "a layer's experts are one tensor, and routing weights scale their input",
+    "gpt_oss": "a layer's experts are one tensor, MXFP4 with gate and up neurons interleaved; "
+    "experts and router have biases, neurons are clamped, attention has sinks",
+    "afmoe": _NORMED,
+    "axk1": _NORMED,
+    "deepseek_v32": _SPARSE_ATTENTION,
+    "exaone_moe": _SLIDING,
+    "flex_olmo": _NORMED,
+    "glm_moe_dsa": _SPARSE_ATTENTION,
+    "granitemoe": _FUSED,
+    "hunyuan_v1_moe": "one config key sizes routed and shared experts, others are lists by layer",
+    "lfm2_moe": "most layers have convolutions in place of attention",
+    "mellum": _SLIDING,
+    "mimo_v2_flash": _SLIDING,
+    "minimax": _LINEAR,
+    "qwen3_5_moe": _LINEAR,
+    "llama4": f"{_FUSED}, and routing weights scale their input",
+    "llama4_text": f"{_FUSED}, and routing weights scale their input",
     "phimoe": "sparse-mixer routing weighs its two experts by two different distributions",
-    "qwen3_next": "three of four layers have linear attention, which is not streamed",
+    "qwen3_next": _LINEAR,
 }
 """Known architectures without a row, and what stands in the way."""
 

@@ -56,9 +56,9 @@ def test_compact_equals_its_full_size_twin(
 
     A model's logits reach 7, so 1e-5 of that is asked for.
     """
-    count = 3 if family in ("mixtral", "qwen3_moe", "olmoe", "minimax_m2") else 4
+    count = 3 if family in ("mixtral", "qwen3_moe", "olmoe", "minimax_m2", "solar_open") else 4
     more: dict[str, Any] = {"num_hidden_layers": count}
-    if family == "glm4_moe_lite":
+    if family in ("glm4_moe_lite", "hy_v3"):
         more["mlp_layer_types"] = ["dense"] + ["sparse"] * 3
     source = make_model(tmp_path / "m", family, **more)
     opened = open_checkpoint(source)

@@ -153,6 +153,8 @@ def test_native_loads_in_transformers(case: Case, tmp_path: Path) -> None:
             assert method != "block-obs" or len(neurons(layer, DULL) - {NEURON}) == 32
         export(out, tmp_path / f"{method}-native", "native", Silent())
         native = open_checkpoint(tmp_path / f"{method}-native")
+        for key in native.family.width_copies:
+            assert native.config[key] == native.shape.width
         assert native.expert_bytes() == open_checkpoint(out).expert_bytes()
         stock = reference_logits(native.path, ids, {})
         torch.testing.assert_close(our_logits(out, ids), stock, rtol=1e-4, atol=1e-4)

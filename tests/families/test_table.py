@@ -57,6 +57,9 @@ def test_another_task_is_refused() -> None:
         ("deepseek", {"first_k_dense_replace": 1, "moe_layer_freq": 2}, (2, 4)),
         ("glm4_moe_lite", {"mlp_layer_types": None, "first_k_dense_replace": 2}, (2, 3, 4, 5)),
         ("glm4_moe_lite", {"mlp_layer_types": ["sparse", "dense"] * 3}, (0, 2, 4)),
+        ("ernie4_5_moe", {}, (1, 2, 3, 4, 5)),
+        ("ernie4_5_moe", {"moe_layer_end_index": 4, "moe_layer_interval": 2}, (1, 3)),
+        ("ernie4_5_moe", {"moe_layer_start_index": None, "moe_layer_end_index": 0}, (0,)),
     ],
 )
 def test_layers_with_experts(family: str, changes: dict[str, Any], layers: tuple[int, ...]) -> None:

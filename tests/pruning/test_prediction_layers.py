@@ -28,6 +28,7 @@ KEYS = {
     "glm4_moe": "num_nextn_predict_layers",
     "glm4_moe_lite": "num_nextn_predict_layers",
     "minimax_m2": "num_mtp_modules",
+    "hy_v3": "num_nextn_predict_layers",
 }
 LAYER = 3
 
@@ -144,3 +145,20 @@ def test_a_count_without_files_is_no_defect(tmp_path: Path) -> None:
     assert open_checkpoint(path).prediction_layers() == {}
     assert pruned(path, tmp_path / "out", 0.5).prediction_layers is None
     assert open_checkpoint(tmp_path / "out").config["num_nextn_predict_layers"] == 0
+
+
+def test_a_block_with_a_name_of_its_own_goes_too(tmp_path: Path) -> None:
+    """ERNIE's is no numbered layer; it is told of as the layer after the last."""
+    path = make_model(tmp_path / "m", "ernie4_5_moe")
+    change_weights(
+        path, lambda w: w.update({"model.mtp_linear_proj.0.weight": torch.ones(64, 128)})
+    )
+    change_config(path, num_nextn_predict_layers=1)
+    assert pruned(path, tmp_path / "same", 1.0).prediction_layers is not None
+    assert open_checkpoint(tmp_path / "same").has("model.mtp_linear_proj.0.weight")
+    made = pruned(path, tmp_path / "out", 0.5).prediction_layers
+    assert made is not None
+    assert (made.layers, made.kept, made.bytes) == ((LAYER,), False, 64 * 128 * 4)
+    after = open_checkpoint(tmp_path / "out")
+    assert not [name for name in after.tensors if "mtp" in name]
+    assert after.config["num_nextn_predict_layers"] == 0

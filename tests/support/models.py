@@ -111,6 +111,31 @@ _OF: dict[str, dict[str, Any]] = {
         "use_routing_bias": True,
         "rotary_dim": 16,
     },
+    "solar_open": {
+        "count": "n_routed_experts",
+        "n_shared_experts": 1,
+        **_GROUPS,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.7,
+    },
+    "hy_v3": {
+        "count": "num_experts",
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "num_hidden_layers": 3,
+        "num_shared_experts": 2,
+        "intermediate_size": 64,
+        "router_scaling_factor": 1.7,
+        "expert_hidden_dim": 64,
+    },
+    "ernie4_5_moe": {
+        "count": "moe_num_experts",
+        "top_k": "moe_k",
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1,
+        "num_hidden_layers": 3,
+        "moe_num_shared_experts": 2,
+        "intermediate_size": 64,
+    },
     "deepseek": {
         "count": "n_routed_experts",
         "first_k_dense_replace": 1,
@@ -153,9 +178,12 @@ def make_model(
     torch.manual_seed(seed)
     settings = settings_of(family, experts=experts, top_k=top_k, width=width) | overrides
     model = new_model(family, settings)
-    for name, buffer in model.named_buffers():
+    for name, values in (*model.named_buffers(), *model.named_parameters()):
         if name.endswith("e_score_correction_bias"):
-            buffer.normal_(std=0.1)
+            values.data.normal_(std=0.1)
+        elif values.ndim == 2 and not values.any():
+            # Some routers start at zero in transformers, where every token takes the same experts.
+            values.data.normal_(std=settings["initializer_range"])
     save_model(family, model.to(dtype), settings, path)
     _write_tokenizer(path)
     return path
@@ -169,7 +197,7 @@ def settings_of(
     sizes = {
         extra.pop("count", "num_experts"): experts,
         extra.pop("width", "moe_intermediate_size"): width,
-        "num_experts_per_tok": top_k,
+        extra.pop("top_k", "num_experts_per_tok"): top_k,
     }
     return _COMMON | extra | sizes
 

@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 
 _NUMBERED = ("model.layers.{l}.block_sparse_moe.experts.{e}.", ("w1", "w3", "w2"))
 _OTHERS = ("model.layers.{l}.mlp.experts.{e}.", ("gate_proj", "up_proj", "down_proj"))
-_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _BIASES = (
     "model.layers.{l}.mlp.gate.e_score_correction_bias",
     "model.layers.{l}.block_sparse_moe.e_score_correction_bias",
+    "model.layers.{l}.mlp.expert_bias",
+    "model.layers.{l}.mlp.moe_statics.e_score_correction_bias",
 )
 Table = dict[str, Any]
 
@@ -70,7 +72,7 @@ def make_twins(
 ) -> dict[int, list[int]]:
     """Write both sides; return the dropped experts that stock software has to be told of.
 
-    Where the router has a correction bias it is told by that.
+    Where the router has a correction bias and scores each expert by itself it is told by that.
     Every block takes its neurons from random experts, so a block in the wrong place shows.
     """
     config = json.loads((source / "config.json").read_text())
@@ -116,12 +118,7 @@ def make_twins(
         layer: [e for e, blocks in enumerate(table["experts"]) if blocks is None]
         for layer, table in tables.items()
     }
-    for layer, ids in list(dropped.items()):
-        for name in (bias.format(l=layer) for bias in _BIASES):
-            if name in weights:
-                silent = weights[name].index_fill(0, torch.tensor(ids).long(), -1e30)
-                small[name] = full[name] = silent
-                del dropped[layer]
+    untold = _silence((small, full), dropped)
     for target in (compact, tied):
         shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
     save_file(small, compact / "model.safetensors", metadata={"format": "pt"})
@@ -132,4 +129,18 @@ def make_twins(
         "compact_experts": table_config,
     }
     (compact / "config.json").write_text(json.dumps(changed))
-    return dropped
+    return untold
+
+
+def _silence(
+    sides: tuple[dict[str, torch.Tensor], ...], dropped: dict[int, list[int]]
+) -> dict[int, list[int]]:
+    """Say it by the correction biases; return what a mask has to say, too or alone."""
+    untold = dict(dropped)
+    for layer, ids in dropped.items():
+        for name in (bias.format(l=layer) for bias in _BIASES):
+            for weights in (side for side in sides if name in side):
+                weights[name] = weights[name].index_fill(-1, torch.tensor(ids).long(), -1e30)
+                if "moe_statics" not in name:  # ERNIE's softmax would count their logits.
+                    untold.pop(layer, None)
+    return untold
