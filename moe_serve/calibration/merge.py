@@ -11,6 +11,7 @@ import torch
 
 from moe_serve.calibration.share import Share
 from moe_serve.calibration.store import RECORD, TENSORS, Statistics
+from moe_serve.checkpoint.chain import chained
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.header import TensorEntry, read_header
@@ -63,7 +64,8 @@ def merge_statistics(parts: Sequence[Path], output: Path, progress: Progress) ->
                 )
         writer.sync()
         whole = {key: value for key, value in records[0].items() if key != "shard"}
-        write_json(staging.path / RECORD, whole | {"sha256": file_sha256(staging.path / TENSORS)})
+        summed = whole | {"sha256": file_sha256(staging.path / TENSORS)}
+        write_json(staging.path / RECORD, chained(summed))
     return Statistics(output)
 
 

@@ -17,6 +17,7 @@ from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.calibration.texts import Source
 from moe_serve.calibration.traffic import Counts, as_in_traffic
+from moe_serve.checkpoint.chain import CHAIN, broken, chained, seal
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.header import TensorEntry, read_header
@@ -166,7 +167,7 @@ class StatisticsWriter:
     def close(self) -> str:
         """Write the record; return the SHA-256 of the statistics."""
         digest = file_sha256(self.folder / TENSORS)
-        write_json(self.folder / RECORD, self._record.to_json() | {"sha256": digest})
+        write_json(self.folder / RECORD, chained(self._record.to_json() | {"sha256": digest}))
         return digest
 
 
@@ -193,7 +194,11 @@ class Statistics:
                 remedy="calibrate again",
             )
         self.folder = folder
-        self.record = record
+        self.edited = broken(record, RECORD)
+        """What its chain of hashes says was changed by hand."""
+        self.seal = seal(record)
+        """The last link of that; stands for the whole record."""
+        self.record = {key: value for key, value in record.items() if key != CHAIN}
         self.sha256: str = record["sha256"]
         self._entries = {e.name: e for e in read_header(folder / TENSORS)}
 

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from moe_serve.checkpoint.chain import CHAIN, chained
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.errors import CheckpointError
 from moe_serve.files import read_json, write_json
@@ -100,6 +101,8 @@ class Manifest(_Model):
     """Measured, if it was."""
     files: dict[str, str] = {}
     """File name → SHA-256 of every file of the checkpoint but this one."""
+    chain: dict[str, str] = {}
+    """Field → hash of it and of all before it (:mod:`moe_serve.checkpoint.chain`)."""
 
     def sources(self) -> list[dict[str, Any]]:
         """All text files that calibration read, those behind reused statistics included."""
@@ -109,9 +112,10 @@ class Manifest(_Model):
 
     def save(self, target: Path, progress: Progress) -> Manifest:
         """Hash the directory's files and write the manifest last."""
-        sealed = self.model_copy(update={"files": hash_files(target, progress, "hash output")})
-        write_json(target / MANIFEST, sealed.model_dump(mode="json"))
-        return sealed
+        hashed = self.model_copy(update={"files": hash_files(target, progress, "hash output")})
+        content = chained(hashed.model_dump(mode="json"))
+        write_json(target / MANIFEST, content)
+        return hashed.model_copy(update={CHAIN: content[CHAIN]})
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:

@@ -16,7 +16,9 @@ from moe_serve.pruning.records.audit import Audit, audit
 
 
 def audit_command(
-    folder: Annotated[Path, typer.Argument(help="A checkpoint written by moe-serve.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A checkpoint or statistics written by moe-serve.")
+    ],
     original: Annotated[
         Path | None, typer.Option(help="What it was made from; its hashes are checked too.")
     ] = None,
@@ -38,18 +40,19 @@ def audit_command(
 
 
 def _print(found: Audit) -> None:
-    manifest, record = found.manifest, found.to_json()
-    for name, value in (
-        ("original", manifest.original.name),
-        ("method", f"{manifest.method}, seed {manifest.seed}"),
-        ("plan SHA-256", manifest.plan_sha256),
-        ("statistics SHA-256", manifest.statistics_sha256 or "none"),
-        ("tokens SHA-256", record["tokens_sha256"] or "none"),
-        ("purpose", record["purpose"] or "not named"),
-    ):
-        out.print(f"{name}: {value}", markup=False, soft_wrap=True)
-    if manifest.sources():
-        out.print(_sources(manifest.sources()))
+    record = found.record
+    names = {"original": record["original"]["name"]} if "original" in record else {}
+    names |= {"method": f"{record['method']}, seed {record['seed']}"} if "method" in record else {}
+    for name in ("model", "fingerprint", "shard", "plan_sha256", "statistics_sha256"):
+        if record.get(name):
+            names[name] = record[name]
+    names["tokens_sha256"] = record["tokens_sha256"] or "none"
+    names["purpose"] = record["purpose"] or "not named"
+    names["seal"] = found.seal or "none"
+    for name, value in names.items():
+        out.print(f"{name.replace('_', ' ')}: {value}", markup=False, soft_wrap=True)
+    if found.sources:
+        out.print(_sources(found.sources))
     for line in found.checked:
         out.print(f"checked: {line}", markup=False, soft_wrap=True)
     for line in found.problems:

@@ -1,4 +1,4 @@
-"""What a checkpoint's record says about its texts, and whether it is still true."""
+"""What the record of a checkpoint or of statistics says, and whether it is still true."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.calibration.governance import undeclared
+from moe_serve.calibration.store import RECORD, TENSORS, Statistics
 from moe_serve.calibration.texts import read_texts
+from moe_serve.checkpoint.chain import broken, seal
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest, hash_files
 from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.files import read_json
 from moe_serve.progress import Progress
 from moe_serve.pruning.plan import Plan
 
 _PLAN: Final = "plan.json"
+_TERMS: Final = "every text has terms that hold today"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +28,14 @@ class Audit:
     """The record, what was recomputed, and what is missing or changed."""
 
     folder: Path
-    manifest: Manifest
+    kind: str
+    """``checkpoint`` or ``statistics``."""
+    record: dict[str, Any]
+    """What it was made of and how, without the hashes of passages, which say nothing to read."""
+    sources: list[dict[str, Any]]
+    """Texts, with their owners' terms."""
+    seal: str | None
+    """Last link of the record's chain of hashes: noted elsewhere, it proves the whole record."""
     checked: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -34,19 +45,12 @@ class Audit:
         return not self.problems
 
     def to_json(self) -> dict[str, Any]:
-        """For ``--json``: the record without the hashes of passages, which say nothing to read."""
-        record = self.manifest
+        """For ``--json``."""
         return {
-            "checkpoint": str(self.folder),
-            "original": record.original.model_dump(),
-            "method": record.method,
-            "seed": record.seed,
-            "plan_sha256": record.plan_sha256,
-            "statistics_sha256": record.statistics_sha256,
-            "purpose": (record.calibration or {}).get("purpose"),
-            "tokens": (record.calibration or {}).get("tokens", {}),
-            "tokens_sha256": (record.calibration or {}).get("tokens_sha256"),
-            "sources": record.sources(),
+            self.kind: str(self.folder),
+            **self.record,
+            "sources": self.sources,
+            "seal": self.seal,
             "passed": self.passed,
             "checked": list(self.checked),
             "problems": list(self.problems),
@@ -61,10 +65,10 @@ def audit(
     texts: Sequence[Path] = (),
     today: date | None = None,
 ) -> Audit:
-    """Recompute every hash that can be: of the checkpoint, and of what is given beside it.
+    """Recompute every hash that can be: of a folder, and of what is given beside it.
 
     Args:
-        folder: a checkpoint written by this program.
+        folder: a checkpoint or statistics written by this program.
         progress: told about files.
         original: what it was made from.
         texts: where its calibration texts are now.
@@ -73,21 +77,86 @@ def audit(
     Raises:
         MoeServeError: there is no record, or what was given can't be read.
     """
+    if (folder / RECORD).exists() and not (folder / MANIFEST).exists():
+        return _of_statistics(folder, progress, original, texts, today)
     manifest = Manifest.load(folder)
+    content = read_json(folder / MANIFEST)
+    calibration = manifest.calibration or {}
+    recorded = {"config.json": manifest.original.config_sha256} | manifest.original.weights
     results = [
+        (f"{MANIFEST} is as it was written", broken(content, MANIFEST)),
         (f"SHA-256 of {len(manifest.files)} files", _files(folder, manifest, progress)),
         (f"{_PLAN} is the plan in {MANIFEST}", _plan(folder, manifest)),
-        ("every text has terms that hold today", _terms(manifest, today)),
+        (_TERMS, _unknown(manifest) or _terms(manifest.sources(), today)),
     ]
     if original is not None:
         what = "the original is the one that was pruned"
-        results.append((what, _original(original, manifest)))
+        results.append((what, _original(original, recorded)))
     if texts:
-        what = f"{len(manifest.sources())} texts are those that were read"
-        results.append((what, _texts(texts, manifest)))
+        results.append(_texts(texts, manifest.sources(), MANIFEST))
+    record = {
+        "original": manifest.original.model_dump(),
+        "method": manifest.method,
+        "seed": manifest.seed,
+        "plan_sha256": manifest.plan_sha256,
+        "statistics_sha256": manifest.statistics_sha256,
+        "purpose": calibration.get("purpose"),
+        "tokens": calibration.get("tokens", {}),
+        "tokens_sha256": calibration.get("tokens_sha256"),
+    }
+    return _found(folder, "checkpoint", record, manifest.sources(), seal(content), results)
+
+
+def _of_statistics(
+    folder: Path,
+    progress: Progress,
+    original: Path | None,
+    texts: Sequence[Path],
+    today: date | None,
+) -> Audit:
+    statistics = Statistics(folder)
+    record = statistics.record
+    progress.start("hash", 1)
+    same = file_sha256(folder / TENSORS) == statistics.sha256
+    progress.advance()
+    results = [
+        (f"{RECORD} is as it was written", statistics.edited),
+        (f"SHA-256 of {TENSORS}", [] if same else [f"{TENSORS} differs from its SHA-256"]),
+        (_TERMS, _terms(record["sources"], today)),
+    ]
+    if original is not None:
+        same = open_checkpoint(original).fingerprint() == record["fingerprint"]
+        wrong = "original: its configuration and tensors are other ones than those observed"
+        results.append(("the original has the fingerprint on record", [] if same else [wrong]))
+    if texts:
+        results.append(_texts(texts, record["sources"], RECORD))
+    shown = {
+        "model": record["model"],
+        "fingerprint": record["fingerprint"],
+        "seed": record["seed"],
+        "statistics_sha256": statistics.sha256,
+        "shard": record.get("shard"),
+        "purpose": record.get("purpose"),
+        "tokens": record["tokens"],
+        "tokens_sha256": record["tokens_sha256"],
+    }
+    return _found(folder, "statistics", shown, record["sources"], statistics.seal, results)
+
+
+def _found(
+    folder: Path,
+    kind: str,
+    record: dict[str, Any],
+    sources: list[dict[str, Any]],
+    last: str | None,
+    results: list[tuple[str, list[str]]],
+) -> Audit:
     return Audit(
         folder=folder,
-        manifest=manifest,
+        kind=kind,
+        record=record,
+        sources=sources,
+        seal=last,
         checked=tuple(what for what, found in results if not found),
         problems=tuple(problem for _, found in results for problem in found),
     )
@@ -121,35 +190,38 @@ def _plan(folder: Path, manifest: Manifest) -> list[str]:
     return found
 
 
-def _terms(manifest: Manifest, today: date | None) -> list[str]:
-    if manifest.calibration is None and manifest.statistics_sha256 is not None:
-        sha256 = manifest.statistics_sha256
-        remedy = "prune with --statistics FOLDER beside --plan"
-        return [f"the texts behind statistics {sha256} are not on record; {remedy}"]
+def _unknown(manifest: Manifest) -> list[str]:
+    if manifest.calibration is not None or manifest.statistics_sha256 is None:
+        return []
+    remedy = "prune with --statistics FOLDER beside --plan"
+    return [f"the texts behind statistics {manifest.statistics_sha256} are not on record; {remedy}"]
+
+
+def _terms(sources: list[dict[str, Any]], today: date | None) -> list[str]:
     now = today or datetime.now(UTC).date()
-    found = [f"{name}: nobody declared its terms" for name in undeclared(manifest.sources())]
-    for source in manifest.sources():
+    found = [f"{name}: nobody declared its terms" for name in undeclared(sources)]
+    for source in sources:
         until = (source.get("declaration") or {}).get("retain_until")
         if until and date.fromisoformat(until) < now:
             found.append(f"{source['name']}: was to be kept until {until}; see that it is deleted")
     return found
 
 
-def _original(original: Path, manifest: Manifest) -> list[str]:
+def _original(original: Path, recorded: dict[str, str]) -> list[str]:
     checkpoint = open_checkpoint(original)
     files = {path.name: path for path in (original / "config.json", *checkpoint.shards)}
-    recorded = {"config.json": manifest.original.config_sha256} | manifest.original.weights
     present = {name: file_sha256(path) for name, path in files.items()}
     return [f"original: {line}" for line in _differences(recorded, present, MANIFEST)]
 
 
-def _texts(paths: Sequence[Path], manifest: Manifest) -> list[str]:
+def _texts(
+    paths: Sequence[Path], recorded: list[dict[str, Any]], where: str
+) -> tuple[str, list[str]]:
     given = {source.sha256: source.name for source in read_texts(paths).sources}
     names = set(given.values())
-    recorded = manifest.sources()
     missing = [source for source in recorded if source["sha256"] not in given]
-    return [
-        f"text {source['name']} differs from its SHA-256 in {MANIFEST}"
+    return f"{len(recorded)} texts are those that were read", [
+        f"text {source['name']} differs from its SHA-256 in {where}"
         if source["name"] in names
         else f"text {source['name']} is missing"
         for source in missing

@@ -9,12 +9,14 @@ from typing import Any, Final
 import torch
 
 from moe_serve.calibration.mixture import read_mixture, whole_experts
+from moe_serve.checkpoint.chain import broken
 from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import copied_entries
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest, hash_files
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
+from moe_serve.files import read_json
 from moe_serve.progress import SILENT, Progress
 from moe_serve.pruning.fitting.build import build_blocks
 from moe_serve.pruning.fitting.shared import shared_tensors
@@ -65,6 +67,7 @@ def verify(folder: Path, original: Path | None = None, progress: Progress = SILE
 
 
 def _files(folder: Path, manifest: Manifest, found: Verification, progress: Progress) -> None:
+    found.problems += broken(read_json(folder / MANIFEST), MANIFEST)
     present = hash_files(folder, progress, "hash")
     for name, digest in manifest.files.items():
         if name not in present:

@@ -11,13 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moe_serve.checkpoint.manifest import Manifest
+from moe_serve.checkpoint.chain import chained
+from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.cli.app import app
 from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.evaluation.comparison import compare
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.records.audit import audit
+from moe_serve.pruning.records.verify import verify
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import PruneResult, prune
 from moe_serve.pruning.selection import Selection
@@ -72,12 +74,12 @@ def test_a_declared_checkpoint_passes(root: Path) -> None:
     """With everything at hand, all is recomputed; the record names owner and approval."""
     found = audit(root / "declared", Silent(), original=root / "m", texts=[root / "texts.jsonl"])
     assert found.problems == ()
-    assert len(found.checked) == 5
+    assert len(found.checked) == 6
     (source,) = found.to_json()["sources"]
     assert source["declaration"]["owner"] == "Legal department"
     assert found.to_json()["purpose"] == "compression"
     assert "owner Legal department" in (root / "declared" / "README.md").read_text()
-    assert audit(root / "reused", Silent()).manifest.sources() == [source]
+    assert audit(root / "reused", Silent()).sources == [source]
 
 
 def test_undeclared_texts_are_marked(root: Path) -> None:
@@ -119,9 +121,58 @@ def test_whatever_changed_is_named(root: Path, tmp_path: Path) -> None:
     )
 
 
+def test_an_edit_of_the_record_is_found(root: Path, tmp_path: Path) -> None:
+    """An owner rewritten, a field added, the chain taken away: where it breaks is told.
+
+    Who makes the chain anew is not found out but by the seal, which is another one then.
+    """
+    folder = tmp_path / "edited"
+    shutil.copytree(root / "declared", folder)
+    file = folder / MANIFEST
+    written = json.loads(file.read_text())
+    before = audit(folder, Silent())
+    assert before.seal == written["chain"]["statistics_sha256"], "the last field by name"
+    edited = json.loads(file.read_text().replace("Legal department", "Somebody else"))
+    for content, words in (
+        (edited, "was edited: its chain of hashes breaks at calibration"),
+        (written | {"seed": 7}, "breaks at seed"),
+        (written | {"chain": {}}, "holds no chain of hashes"),
+    ):
+        file.write_text(json.dumps(content))
+        (problem,) = audit(folder, Silent()).problems
+        assert words in problem
+        assert problem in verify(folder).problems
+    file.write_text(json.dumps(chained(edited)))
+    again = audit(folder, Silent())
+    assert (again.problems, again.seal != before.seal) == ((), True)
+
+
+def test_statistics_are_audited_too(root: Path, tmp_path: Path) -> None:
+    """Their record, their tensors, the texts, and the model that was observed."""
+    texts = [root / "texts.jsonl"]
+    found = audit(root / "statistics", Silent(), original=root / "m", texts=texts)
+    assert (found.problems, len(found.checked), found.kind) == ((), 5, "statistics")
+    assert found.sources[0]["declaration"]["owner"] == "Legal department"
+    folder = tmp_path / "statistics"
+    shutil.copytree(root / "statistics", folder)
+    record = json.loads((folder / "statistics.json").read_text())
+    record["sources"][0]["declaration"]["owner"] = "Somebody else"
+    (folder / "statistics.json").write_text(json.dumps(record))
+    tensors = bytearray((folder / "statistics.safetensors").read_bytes())
+    tensors[-1] ^= 1
+    (folder / "statistics.safetensors").write_bytes(tensors)
+    other = make_model(tmp_path / "m", "qwen3_moe", experts=16)
+    assert audit(folder, Silent(), original=other, today=date(3000, 1, 1)).problems == (
+        "statistics.json was edited: its chain of hashes breaks at sources",
+        "statistics.safetensors differs from its SHA-256",
+        "texts.jsonl: was to be kept until 2999-12-31; see that it is deleted",
+        "original: its configuration and tensors are other ones than those observed",
+    )
+
+
 def test_the_command_exits_1_where_something_is_wrong(root: Path) -> None:
     """0 where nothing is; ``--json`` is one object either way."""
-    for name, code in (("declared", 0), ("undeclared", 1)):
+    for name, code in (("declared", 0), ("undeclared", 1), ("statistics", 0)):
         done = CliRunner().invoke(app, ["audit", str(root / name), "--json"])
         assert done.exit_code == code
         assert json.loads(done.stdout)["passed"] is (code == 0)
