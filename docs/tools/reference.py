@@ -132,8 +132,16 @@ def metrics() -> str:
     head = ("metric", "kind", "labels", "meaning")
     parts = ["# Metrics\n", text + "\n", _table(head, rows)]
     source = Path("patches/moe_serve_vllm/stats.py").read_text(encoding="utf-8")
-    found = re.findall(r'(Gauge|Counter)MetricFamily\(\s+"(\w+)",\s+"([^"]+)"', source)
-    rows = [(f"`{name}`", kind.lower(), "", text) for kind, name, text in found]
+    family = r'(Gauge|Counter)MetricFamily\(\s+"(\w+)",\s+"([^"]+)",\s+labels=([^\n]+),\n'
+    rows = [
+        (
+            f"`{name}`",
+            kind.lower(),
+            ", ".join(f"`{label}`" for label in ("variant", "model", *re.findall(r'"(\w+)"', own))),
+            text,
+        )
+        for kind, name, text, own in re.findall(family, source)
+    ]
     parts += ["\nAt `/metrics` of an engine that has the plugin:\n", _table(head, rows)]
     return "\n".join(parts)
 

@@ -27,7 +27,8 @@ CATALOGUE: Final = {
             "moe_serve_gpu_memory_used_bytes",
             "gauge",
             ("gpu", "uuid", "variant"),
-            "GPU memory that a variant's processes hold, as the driver reports it.",
+            "GPU memory that the processes of a variant hold, as the driver reports it; gpu is 0, of a "
+            "MIG instance 0:1. Absent where the driver does not say whose it is.",
         ),
         Metric("moe_serve_gpu_memory_total_bytes", "gauge", ("gpu", "uuid"), "Memory of the GPU."),
         Metric(
@@ -109,6 +110,14 @@ CATALOGUE: Final = {
             "gauge",
             ("domain",),
             "Probes that both variants have answered in this rollout.",
+        ),
+        Metric(
+            "moe_serve_routing_drift_ratio",
+            "gauge",
+            (*_V, "layer"),
+            "Share of a layer's expert selections of the last half hour that went to other experts "
+            "than on the calibration texts, 0 to 1. Of engines that count selections, and layers "
+            "that counted 100 per expert.",
         ),
         Metric(
             "moe_serve_feedback_total",

@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from moe_serve.metrics.catalogue import CATALOGUE
+from moe_serve.metrics.drift import Drift
 from moe_serve.metrics.memory import process_tree, read_gpus, resident_bytes
 from moe_serve.metrics.sources import Counts, Source, buckets, total
 
@@ -37,6 +38,8 @@ class Watched:
     """Of the checkpoint it serves."""
     kv_bytes_per_token: int
     source: Source
+    drift: Drift | None = None
+    """``None`` where it is not known what calibration selected."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -92,6 +95,8 @@ class Exporter(Collector):
         for ours, theirs in _HISTOGRAMS.items():
             if (found := buckets(samples, theirs)) is not None:
                 families[ours].add_metric(labels, buckets=found[0], sum_value=found[1])
+        for layer, moved in (engine.drift.look(samples) if engine.drift else {}).items():
+            families["moe_serve_routing_drift_ratio"].add_metric([*labels, layer], moved)
         if (capacity := _cache_tokens(samples)) is not None:
             families["moe_serve_kv_cache_capacity_tokens"].add_metric(labels, capacity)
             memory.add_metric([*labels, "kv_cache"], capacity * engine.kv_bytes_per_token)
@@ -99,11 +104,14 @@ class Exporter(Collector):
     def _gpu(self, families: dict[str, Any]) -> None:
         trees = {e.variant: set(process_tree(e.pid)) for e in self.engines}
         for gpu in read_gpus():
-            identity = [str(gpu.index), gpu.uuid]
+            identity = [gpu.index, gpu.uuid]
             families["moe_serve_gpu_memory_total_bytes"].add_metric(identity, gpu.total)
             for variant, members in trees.items():
-                used = sum(b for pid, b in gpu.used_by_process.items() if pid in members)
-                families["moe_serve_gpu_memory_used_bytes"].add_metric([*identity, variant], used)
+                # An engine elsewhere, or gone, has no processes: that is not zero bytes.
+                if members and (used := gpu.used_by(members)) is not None:
+                    families["moe_serve_gpu_memory_used_bytes"].add_metric(
+                        [*identity, variant], used
+                    )
 
     def _traffic(self, families: dict[str, Any]) -> None:
         if (share := self.weight()) is not None:

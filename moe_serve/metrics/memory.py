@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import pynvml
@@ -35,30 +36,67 @@ def resident_bytes(pid: int | None) -> int | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GpuReading:
-    """One GPU, as the driver sees it."""
+    """One GPU, or one instance of a GPU that is partitioned (MIG), as the driver sees it."""
 
-    index: int
+    index: str
+    """``0``; of an instance ``0:1``, the GPU's and its own."""
     uuid: str
     total: int
-    used_by_process: dict[int, int]
-    """Process id → bytes."""
+    used_by_process: dict[int, int | None]
+    """Process id → bytes; ``None`` where the driver does not say."""
+
+    def used_by(self, members: Collection[int]) -> int | None:
+        """Bytes of some processes together; ``None`` where that can't be known.
+
+        In a container the driver may name processes by their number outside: one that runs
+        nowhere here could be anybody's.
+        """
+        own = [size for pid, size in self.used_by_process.items() if pid in members]
+        strangers = any(not psutil.pid_exists(pid) for pid in self.used_by_process)
+        if None in own or (strangers and not own):
+            return None
+        return sum(size or 0 for size in own)
 
 
 def read_gpus() -> Iterator[GpuReading]:
-    """All NVIDIA GPUs; nothing where there is no driver."""
+    """All NVIDIA GPUs, a partitioned one by its instances; nothing where there is no driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
         return
     try:
         for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            yield GpuReading(
-                index=index,
-                uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
-                total=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                used_by_process={p.pid: int(p.usedGpuMemory or 0) for p in processes},
-            )
+            # One that has fallen off the bus hides none of the others.
+            with suppress(pynvml.NVMLError):
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                instances = list(_instances(handle))
+                if not instances:
+                    yield _reading(str(index), handle)
+                for number, instance in instances:
+                    yield _reading(f"{index}:{number}", instance)
     finally:
         pynvml.nvmlShutdown()
+
+
+def _instances(handle: Any) -> Iterator[tuple[int, Any]]:
+    """Number and handle of each MIG instance; none where the GPU is whole."""
+    with suppress(pynvml.NVMLError_NotSupported):
+        present, _after_reset = pynvml.nvmlDeviceGetMigMode(handle)
+        if present != pynvml.NVML_DEVICE_MIG_ENABLE:
+            return
+        for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            # Instances are numbered with gaps.
+            with suppress(pynvml.NVMLError_NotFound):
+                yield number, pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+
+
+def _reading(index: str, handle: Any) -> GpuReading:
+    processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    return GpuReading(
+        index=index,
+        uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
+        total=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        used_by_process={
+            p.pid: None if p.usedGpuMemory is None else int(p.usedGpuMemory) for p in processes
+        },
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from moe_serve.errors import MoeServeError
 from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.files import read_json
+from moe_serve.metrics.drift import Drift
 from moe_serve.metrics.exporter import Exporter, Watched
 from moe_serve.metrics.sources import Source
 from moe_serve.rollout.feedback import Votes
@@ -19,6 +20,7 @@ from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import DECISIONS, status
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
+from moe_serve.serving.variants import PRUNED
 
 
 def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
@@ -36,6 +38,7 @@ def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
         except MoeServeError:
             return None
 
+    calibrated = _calibrated(Path(stack.engines[PRUNED].model))
     engines = [
         Watched(
             variant=variant,
@@ -43,6 +46,8 @@ def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
             weight_bytes=_weight_bytes(Path(engine.model)),
             kv_bytes_per_token=kv_bytes_per_token(read_json(Path(engine.model) / "config.json")),
             source=Source(name=variant, url=f"{engine.url}/metrics"),
+            # Both route by the original's router, and from the same texts.
+            drift=Drift(calibrated) if calibrated else None,
         )
         for variant, engine in stack.engines.items()
     ]
@@ -101,6 +106,17 @@ def _weight_bytes(model: Path) -> int:
     if index.exists():
         return int(read_json(index)["metadata"]["total_size"])
     return sum(file.stat().st_size for file in model.glob("model*.safetensors"))
+
+
+def _calibrated(model: Path) -> dict[str, tuple[float, ...]]:
+    """Layer → selections of each expert on the calibration texts, of all domains together."""
+    path = model / "evidence.json"
+    if not path.exists():
+        return {}
+    return {
+        layer: tuple(map(sum, zip(*found["tokens_CN"], strict=True)))
+        for layer, found in read_json(path)["layers"].items()
+    }
 
 
 def _expert_bytes(model: Path) -> dict[tuple[str, str], int]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -12,14 +16,25 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.metrics.catalogue import CATALOGUE
+from moe_serve.metrics.drift import Drift
 from moe_serve.metrics.exporter import Exporter, Watched
-from moe_serve.metrics.sources import Endpoints, Source
+from moe_serve.metrics.memory import GpuReading
+from moe_serve.metrics.sources import Endpoints, Host, Source
 from moe_serve.serving.process import free_port
 
 ENGINE = """\
 # TYPE vllm:generation_tokens_total counter
 vllm:generation_tokens_total{engine="0",model_name="m"} 30
 vllm:generation_tokens_total{engine="1",model_name="m"} 12
+# TYPE moe_serve_expert_selections_total counter
+moe_serve_expert_selections_total{layer="0",expert="0"} 150
+moe_serve_expert_selections_total{layer="0",expert="1"} 50
+# TYPE vllm:inter_token_latency_seconds histogram
+vllm:inter_token_latency_seconds_bucket{le="+Inf"} 5
+vllm:inter_token_latency_seconds_sum 1
+# TYPE vllm:e2e_request_latency_seconds histogram
+vllm:e2e_request_latency_seconds_bucket{le="+Inf"} 5
+vllm:e2e_request_latency_seconds_sum 1
 # TYPE vllm:time_to_first_token_seconds histogram
 vllm:time_to_first_token_seconds_bucket{le="0.1",model_name="m"} 2
 vllm:time_to_first_token_seconds_bucket{le="+Inf",model_name="m"} 5
@@ -108,6 +123,49 @@ def test_quality_and_votes_appear_by_domain_and_variant(engine: str) -> None:
     assert found["moe_serve_quality_top1_agreement_ratio", domain] == 0.75
     assert found["moe_serve_quality_probes", domain] == 5
     assert found["moe_serve_feedback_total", (("variant", "pruned"), ("verdict", "bad"))] == 2
+
+
+def test_everything_documented_is_exported_and_nothing_else(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The catalogue, which the reference page is written from, and a page with all there can be."""
+    gpu = GpuReading(index="0", uuid="u", total=9, used_by_process={os.getpid(): 1})
+    monkeypatch.setattr("moe_serve.metrics.exporter.read_gpus", lambda: [gpu])
+    whole = exporter(engine, os.getpid())
+    whole.engines[0] = replace(whole.engines[0], drift=Drift({"0": (1.0, 1.0)}))
+    whole.guards = lambda: (1, {("errors", "lower"): 0.0})
+    whole.expert_bytes = {("0", "kept"): 1}
+    whole.proxy = Proxy()
+    found = {family.name: family for family in whole.collect()}
+    assert {name.removesuffix("_total") for name in CATALOGUE} == set(found)
+    for name, metric in CATALOGUE.items():
+        labels = set(metric.labels) | ({"le"} if metric.kind == "histogram" else set())
+        for sample in found[name.removesuffix("_total")].samples:
+            assert set(sample.labels) - {"le"} == labels - {"le"}, sample
+
+
+def test_what_the_plugin_exports_is_documented() -> None:
+    """Every family that it makes has a row, with its labels, on the reference page."""
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
+    # By its path: to import it is to import vLLM.
+    package = find_spec("moe_serve_vllm")
+    assert package is not None
+    assert package.origin is not None
+    source = (Path(package.origin).parent / "stats.py").read_text()
+    names = re.findall(r'MetricFamily\(\s+"(\w+)"', source)
+    assert len(names) == 3
+    for name in names:
+        assert re.search(rf"^\| `{name}` \| \w+ \| `variant`, `model`", text, re.MULTILINE), name
+
+
+class Proxy:
+    """Knows one variant's outcomes."""
+
+    name, age = "envoy", 1.0
+
+    def read(self) -> dict[str, Host]:
+        """Ten answered."""
+        return {"original": Host(answered=10, failed=0, cut=0, healthy=True)}
 
 
 def test_a_silent_engine_is_absent_not_zero(engine: str) -> None:
