@@ -27,7 +27,7 @@ CATALOGUE: Final = {
             "moe_serve_gpu_memory_used_bytes",
             "gauge",
             ("gpu", "uuid", "variant"),
-            "GPU memory that the processes of a variant hold, as the driver reports it; gpu is 0, of a "
+            "GPU memory that a variant's processes hold, as the driver reports it; gpu is 0, of a "
             "MIG instance 0:1. Absent where the driver does not say whose it is.",
         ),
         Metric("moe_serve_gpu_memory_total_bytes", "gauge", ("gpu", "uuid"), "Memory of the GPU."),

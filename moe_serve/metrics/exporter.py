@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from moe_serve.metrics.catalogue import CATALOGUE
-from moe_serve.metrics.drift import Drift
+from moe_serve.metrics.drift import SELECTIONS, Drift
 from moe_serve.metrics.memory import process_tree, read_gpus, resident_bytes
 from moe_serve.metrics.sources import Counts, Source, buckets, total
 
@@ -26,6 +26,16 @@ _HISTOGRAMS: Final = {
     "moe_serve_inter_token_latency_seconds": "vllm:inter_token_latency_seconds",
     "moe_serve_request_duration_seconds": "vllm:e2e_request_latency_seconds",
 }
+
+
+READ: Final = (
+    "vllm:prompt_tokens",
+    "vllm:generation_tokens",
+    *_HISTOGRAMS.values(),
+    "vllm:cache_config_info",
+    SELECTIONS,
+)
+"""How those metrics of an engine begin that are read here."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Final, Protocol
 
 import httpx
@@ -28,15 +29,39 @@ class _Asked:
         return time.monotonic() - (self.answered_at or self.began)
 
 
+@cache
+def _client() -> httpx.Client:
+    """One for all that is asked: making one takes longer than a scrape, and so does connecting.
+
+    A connection is given up sooner than an engine or Envoy would close it.
+    """
+    return httpx.Client(limits=httpx.Limits(keepalive_expiry=20.0))
+
+
+def _get(url: str, timeout: float) -> httpx.Response:
+    try:
+        response = _client().get(url, timeout=timeout)
+    except httpx.RemoteProtocolError:
+        # Kept from a process that is gone: the next connection is a new one.
+        response = _client().get(url, timeout=timeout)
+    return response.raise_for_status()
+
+
+@dataclass(kw_only=True, slots=True)
 class Source(_Asked):
     """Prometheus text."""
 
+    keep: tuple[str, ...] = ()
+    """How the names begin that are wanted; empty: all. Reading the rest would cost the most."""
+
     def read(self, timeout: float = 2.0) -> list[Sample] | None:
-        """All samples, or ``None`` when it does not answer in the format."""
+        """The samples, or ``None`` when it does not answer in the format."""
         try:
-            response = httpx.get(self.url, timeout=timeout)
-            response.raise_for_status()
-            families = list(text_string_to_metric_families(response.text))
+            text = _get(self.url, timeout).text
+            if self.keep:
+                begins = (*self.keep, *(f"# TYPE {name}" for name in self.keep))
+                text = "\n".join(ln for ln in text.split("\n") if ln.startswith(begins)) + "\n"
+            families = list(text_string_to_metric_families(text))
         except (httpx.HTTPError, ValueError):
             return None
         self.answered_at = time.monotonic()
@@ -133,10 +158,9 @@ class Endpoints(_Asked):
         """
         admin = self.url.rsplit("/", 1)[0]
         try:
-            with httpx.Client(timeout=timeout) as client:
-                clusters = client.get(self.url).raise_for_status().json()["cluster_statuses"]
-                cuts = client.get(f"{admin}/stats?filter={_CUT}$&format=json").raise_for_status()
-                found = {s["name"]: int(s["value"]) for s in cuts.json()["stats"] if "name" in s}
+            clusters = _get(self.url, timeout).json()["cluster_statuses"]
+            cuts = _get(f"{admin}/stats?filter={_CUT}$&format=json", timeout)
+            found = {s["name"]: int(s["value"]) for s in cuts.json()["stats"] if "name" in s}
             counts = {
                 cluster["name"]: _host(host, found[f"cluster.{cluster['name']}.{_CUT}"])
                 for cluster in clusters

@@ -10,7 +10,7 @@ from moe_serve.errors import MoeServeError
 from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.files import read_json
 from moe_serve.metrics.drift import Drift
-from moe_serve.metrics.exporter import Exporter, Watched
+from moe_serve.metrics.exporter import READ, Exporter, Watched
 from moe_serve.metrics.sources import Source
 from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.people import ACTOR
@@ -45,7 +45,7 @@ def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
             pid=engine.pid,
             weight_bytes=_weight_bytes(Path(engine.model)),
             kv_bytes_per_token=kv_bytes_per_token(read_json(Path(engine.model) / "config.json")),
-            source=Source(name=variant, url=f"{engine.url}/metrics"),
+            source=Source(name=variant, url=f"{engine.url}/metrics", keep=READ),
             # Both route by the original's router, and from the same texts.
             drift=Drift(calibrated) if calibrated else None,
         )
