@@ -11,11 +11,12 @@ import typer
 
 from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
-from moe_serve.errors import ServingError
+from moe_serve.errors import RolloutError, ServingError
 from moe_serve.rollout.policy import load_policy
 from moe_serve.rollout.probes import load_probes
 from moe_serve.serving.config import load_stack_config
 from moe_serve.serving.listener import trim_users
+from moe_serve.serving.sharing import Rest
 from moe_serve.serving.stack import Stack, bring_up
 from moe_serve.serving.state import StackState
 from moe_serve.serving.token import token_file
@@ -42,6 +43,13 @@ def up_command(
         Path | None, typer.Option(help="policy.toml: watch, and decide once rollout start is told.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The public model name.")] = None,
+    share_gpu: Annotated[
+        bool,
+        typer.Option(
+            "--share-gpu",
+            help="Both engines on one GPU; the original sleeps while pruned has all traffic.",
+        ),
+    ] = False,
     engine_arg: Annotated[
         list[str] | None, typer.Option(help="One more argument for both engines. Repeatable.")
     ] = None,
@@ -60,6 +68,7 @@ def up_command(
             "state": state,
             "policy": policy,
             "model": model,
+            "share_gpu": share_gpu or None,
             "engine_args": tuple(engine_arg) if engine_arg else None,
         },
     )
@@ -123,7 +132,11 @@ def _announce(stack: Stack, *, as_json: bool) -> None:
 def _watch(stack: Stack) -> None:
     """Say what ended; the proxy sends everything to the engine that is left."""
     told: set[str] = set()
+    state = stack.state
+    rest = Rest(folder=stack.folder, stack=state) if state and state.shares_gpu else None
     while True:
+        if rest is not None:
+            _tend(rest, told)
         trim_users(stack.folder)
         for child in stack.ended():
             if child.name not in told:
@@ -134,6 +147,17 @@ def _watch(stack: Stack) -> None:
                     "the proxy ended", where="envoy", remedy=f"its log is {child.log}"
                 )
         time.sleep(0.5)
+
+
+def _tend(rest: Rest, told: set[str]) -> None:
+    """Let the original sleep or wake; each trouble is said once."""
+    try:
+        if (done := rest.tend()) is not None:
+            _tell(done)
+    except RolloutError as exc:
+        if str(exc) not in told:
+            told.add(str(exc))
+            _tell(str(exc))
 
 
 def _tell(text: str) -> None:

@@ -29,6 +29,8 @@ from moe_serve.rollout.store import Change, Store
 from moe_serve.rollout.traffic import routes_lock
 from moe_serve.serving.routes import Split, new_split
 from moe_serve.serving.routing import Routing, routing_of
+from moe_serve.serving.sharing import wake_original
+from moe_serve.serving.state import StackState
 
 
 def recover(state: Path) -> tuple[str, ...]:
@@ -47,6 +49,7 @@ def recover(state: Path) -> tuple[str, ...]:
             last = changes[0]
             if last.decision == "rollback":
                 split = replace(new_split(0.0, sticky=split.sticky), version=last.version)
+                wake_original(StackState.load(state))
                 routing.put(split)
                 done.append("a rollback that was only intended is carried out")
             else:

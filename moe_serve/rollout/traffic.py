@@ -18,8 +18,9 @@ from typing import Any, Final, Literal
 from moe_serve.errors import OutputError, Overtaken, RolloutError
 from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Store
-from moe_serve.serving.routes import STICKY, Split, new_split
+from moe_serve.serving.routes import STICKY, TOTAL, Split, new_split
 from moe_serve.serving.routing import Routing, routing_of
+from moe_serve.serving.sharing import wake_original
 from moe_serve.serving.state import StackState
 
 Decision = Literal["set", "start", "advance", "resume", "promote", "rollback"]
@@ -97,17 +98,24 @@ def move(
         basis: of a controller; a person's move needs none and always wins.
 
     Raises:
-        RolloutError: no stack was ever here, or the share is out of range.
+        RolloutError: no stack was ever here, the share is out of range, or, on a shared GPU, the
+            original did not wake; nothing was moved.
         Overtaken: the basis no longer holds; nothing was moved.
         OutputError: the routes can't be written.
     """
-    routing = routing_of(state)
+    stack, routing = StackState.load(state), routing_of(state)
     warnings: list[str] = []
     new_split(percent, shadow=shadow)
     with routes_lock(state, warnings, must=basis is not None):
         present = _present(routing, warnings)
         kept = present.sticky if present is not None else STICKY
-        split = new_split(percent, shadow=shadow, sticky=kept if sticky is None else sticky)
+        split = new_split(
+            percent,
+            shadow=shadow,
+            sticky=kept if sticky is None else sticky,
+            shares_gpu=stack.shares_gpu,
+        )
+        _wake(stack, split, warnings)
         before = None if present is None else present.percent
         store, change = None, 0
         who = actor or getpass.getuser()
@@ -131,6 +139,11 @@ def move(
             split, change = routing.fall_back(exc), 0
             warnings.append(f"the spare routes are in force: {exc}")
         written_at, began = time.time(), time.monotonic()
+        try:
+            # It may have fallen asleep in between.
+            _wake(stack, split, warnings)
+        except RolloutError as exc:
+            warnings.append(f"traffic has moved, but {exc}")
         effective = None
         try:
             routing.confirm(split.version)
@@ -147,6 +160,12 @@ def move(
         effective_seconds=effective,
         warnings=tuple(warnings),
     )
+
+
+def _wake(stack: StackState, split: Split, warnings: list[str]) -> None:
+    """See that the original is awake where it gets a share."""
+    if split.pruned < TOTAL and (warning := wake_original(stack)) is not None:
+        warnings.append(warning)
 
 
 def _intend(

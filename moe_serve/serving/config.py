@@ -80,6 +80,9 @@ class StackConfig(BaseModel):
     """More arguments for the original's engine only."""
     pruned_args: tuple[str, ...] = ()
     """More arguments for the pruned model's engine only."""
+    share_gpu: bool = False
+    """Both engines on one GPU: the original sleeps while the pruned one has all traffic, and is
+    woken before any goes back."""
     kv_cache_gib: int = Field(default=1, ge=1)
     """KV-cache size of each engine on a machine without a GPU."""
     ready_seconds: float = Field(default=600.0, gt=0)
@@ -118,6 +121,15 @@ class StackConfig(BaseModel):
     def _engines_are_elsewhere(self) -> Self:
         if self.http_route is not None and None in (self.original_url, self.pruned_url):
             raise ValueError("http_route needs original_url and pruned_url")
+        return self
+
+    @model_validator(mode="after")
+    def _shared(self) -> Self:
+        if self.share_gpu and any(self.urls().values()):
+            raise ValueError("share_gpu is for engines that are started here")
+        given = (*self.engine_args, *self.original_args, *self.pruned_args)
+        if self.share_gpu and any(a.startswith(("--tensor-parallel-size", "-tp")) for a in given):
+            raise ValueError("share_gpu is for one GPU")
         return self
 
     def edge(self) -> Edge:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
-
 from moe_serve.errors import ServingError
 from moe_serve.families import rotates_slices
 from moe_serve.files import read_json
+from moe_serve.serving import sharing
 from moe_serve.serving.envoy import KEEP_ALIVE_SECONDS
 from moe_serve.serving.process import Child, start
 
@@ -29,6 +28,8 @@ class EngineSpec:
     log: Path
     arguments: tuple[str, ...] = ()
     kv_cache_gib: int = 1
+    sleeps: bool = False
+    """Whether it can be sent to sleep."""
 
     @property
     def url(self) -> str:
@@ -51,6 +52,7 @@ class EngineSpec:
             *("--port", str(self.port)),
             *_for_checkpoint(config),
             *(() if gpu else _for_cpu(config)),
+            *(sharing.ARGUMENTS if self.sleeps else ()),
             *self.arguments,
         ]
 
@@ -69,6 +71,8 @@ class EngineSpec:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
+        if self.sleeps:
+            environment |= sharing.ENVIRONMENT
         if not gpu:
             environment["VLLM_CPU_KVCACHE_SPACE"] = str(self.kv_cache_gib)
         # An engine that computes on the processor would keep Envoy waiting for its turn, for
@@ -118,12 +122,4 @@ def is_ready(spec: EngineSpec, child: Child) -> bool:
             where=child.name,
             remedy=f"the whole log is {child.log}",
         )
-    return answers(spec.url)
-
-
-def answers(url: str) -> bool:
-    """Whether an engine at ``url`` says that it is well."""
-    try:
-        return httpx.get(f"{url}/health", timeout=2.0).status_code == 200
-    except httpx.HTTPError:
-        return False
+    return sharing.answers(spec.url)

@@ -52,6 +52,9 @@ class Split:
     without any it is chance. Cookies are set for browsers only: a program that keeps them is most
     often a server, and its users would move all together."""
 
+    resting: bool = False
+    """Whether the original may be asleep: who asks for it by name is told so, and does not wait."""
+
     @property
     def percent(self) -> float:
         """The pruned variant's share, 0 to 100."""
@@ -72,8 +75,16 @@ def route_file(state: Path) -> Path:
     return state / ROUTES / FILE
 
 
-def new_split(percent: float, *, shadow: float = 0.0, sticky: tuple[str, ...] = STICKY) -> Split:
+def new_split(
+    percent: float,
+    *,
+    shadow: float = 0.0,
+    sticky: tuple[str, ...] = STICKY,
+    shares_gpu: bool = False,
+) -> Split:
     """A split under a new version.
+
+    With ``shares_gpu`` the original rests where it has no share.
 
     Raises:
         RolloutError: a share is out of range.
@@ -90,6 +101,7 @@ def new_split(percent: float, *, shadow: float = 0.0, sticky: tuple[str, ...] = 
         version=f"{time.time_ns()}",
         shadow=round(shadow * TOTAL / 100),
         sticky=sticky,
+        resting=shares_gpu and percent == 100.0,
     )
 
 
@@ -169,6 +181,9 @@ def read_split(state: Path) -> Split:
             version=str(value.get("version_info", "")),
             shadow=shadow,
             sticky=sticky,
+            resting=any(
+                "direct_response" in route for route in routes if "headers" in route["match"]
+            ),
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError) as exc:
         raise RolloutError(
@@ -239,7 +254,11 @@ def _routes(split: Split) -> list[dict[str, Any]]:
         for variant in (ORIGINAL, PRUNED):
             pinned = {"name": HEADER, "string_match": {"exact": variant}}
             match = {"path": path, "headers": [pinned]}
-            routes.append({"match": match, "route": {"cluster": variant, **_patience()}})
+            if variant == ORIGINAL and split.resting:
+                # The listener words it: no engine can take this request now.
+                routes.append({"match": match, "direct_response": {"status": 503}})
+            else:
+                routes.append({"match": match, "route": {"cluster": variant, **_patience()}})
         routes += _first_visit(path, weighted, split.sticky)
         routes.append(
             {

@@ -13,16 +13,25 @@ from typing import Any, Final
 
 from moe_serve.errors import RolloutError, ServingError
 from moe_serve.files import write_atomic
+from moe_serve.metrics.memory import read_gpus
 from moe_serve.serving import envoy
 from moe_serve.serving.config import StackConfig
-from moe_serve.serving.engine import EngineSpec, answers, has_gpu, is_ready
+from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
 from moe_serve.serving.listener import put_listener
 from moe_serve.serving.process import Child, free_port, port_is_free, start
-from moe_serve.serving.routes import new_split, put_split, read_split, route_file, write_split
+from moe_serve.serving.routes import (
+    TOTAL,
+    new_split,
+    put_split,
+    read_split,
+    route_file,
+    write_split,
+)
 from moe_serve.serving.routing import http_route_of
+from moe_serve.serving.sharing import UTILIZATION, answers, memory_shares
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.token import make_token
-from moe_serve.serving.variants import VARIANTS
+from moe_serve.serving.variants import ORIGINAL, VARIANTS
 
 _POLL: Final = 0.25
 _STOP_GRACE: Final = 15.0
@@ -101,6 +110,7 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
             served_model=config.served_model,
             engines=engines,
             policy=str(config.policy.absolute()) if config.policy is not None else None,
+            shares_gpu=config.share_gpu,
         )
         stack.state.save(folder)
         _control(stack, tell)
@@ -111,9 +121,13 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
 
 
 def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:
-    """Start the engines that do not run yet, side by side; return when all answer."""
+    """Start the engines that do not run yet; return when all answer.
+
+    Side by side, but on a shared GPU one after the other: each measures what memory is left.
+    """
     config = stack.config
     gpu = has_gpu()
+    shares = _shares(config)
     engines: dict[str, EngineState] = {}
     started: list[tuple[EngineSpec, Child]] = []
     for variant in VARIANTS:
@@ -129,8 +143,9 @@ def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:
             served_model=config.served_model,
             port=free_port(),
             log=log,
-            arguments=config.arguments(variant),
+            arguments=(*shares.get(variant, ()), *config.arguments(variant)),
             kv_cache_gib=config.kv_cache_gib,
+            sleeps=config.share_gpu and variant == ORIGINAL,
         )
         child = spec.launch(gpu=gpu)
         stack.children.append(child)
@@ -139,9 +154,36 @@ def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:
             url=spec.url, model=str(model), pid=child.pid, log=str(spec.log)
         )
         tell(f"{variant} engine: starting (log {log})")
+        if config.share_gpu:
+            _await_started([(spec, child)], config.ready_seconds, tell)
     _await_started(started, config.ready_seconds, tell)
     _await_elsewhere(engines, config.ready_seconds, tell)
     return engines
+
+
+def _shares(config: StackConfig) -> dict[str, tuple[str, ...]]:
+    """On a shared GPU: each engine's part of the memory, unless the arguments have it.
+
+    Raises:
+        ServingError: there is no GPU.
+        UsageError: the models don't fit.
+    """
+    if not config.share_gpu:
+        return {}
+    totals = [gpu.total for gpu in read_gpus()]
+    if not totals:
+        raise ServingError(
+            "vLLM's sleep mode moves weights from a GPU to the machine's memory, and the NVIDIA "
+            "driver shows no GPU here",
+            where="--share-gpu",
+            remedy="leave it out: on processors both engines just run side by side",
+        )
+    if any(a.startswith(UTILIZATION) for v in VARIANTS for a in config.arguments(v)):
+        return {}
+    files = {v: config.models()[v].glob("*.safetensors") for v in VARIANTS}
+    weights = {v: sum(f.stat().st_size for f in found) for v, found in files.items()}
+    shares = memory_shares(min(totals), weights)
+    return {variant: (UTILIZATION, f"{share:.3f}") for variant, share in shares.items()}
 
 
 def _await_started(started: list[tuple[EngineSpec, Child]], seconds: float, tell: Tell) -> None:
@@ -212,7 +254,9 @@ def _envoy(stack: Stack, engines: dict[str, EngineState], admin_port: int) -> Ch
     folder, config = stack.folder, stack.config
     if route_file(folder).exists():
         # The same split once more: the file may be of an older layout.
-        put_split(folder, read_split(folder))
+        split = read_split(folder)
+        resting = config.share_gpu and split.pruned == TOTAL
+        put_split(folder, replace(split, resting=resting))
     else:
         write_split(folder, 0.0)
     put_listener(folder, config.edge())

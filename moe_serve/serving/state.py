@@ -44,6 +44,8 @@ class StackState:
     """Whether weights in it that someone else wrote are put back."""
     policy: str | None = None
     """File of the rollout's policy, where ``up`` was given one."""
+    shares_gpu: bool = False
+    """Whether the original may be asleep, and has to be woken before traffic goes to it."""
 
     def save(self, folder: Path) -> None:
         """Write ``stack.json`` atomically."""

@@ -74,13 +74,14 @@ def _scope(tree: ast.Module, name: str) -> ast.Module | ast.ClassDef | None:
     return next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
 
 
-def _function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
+def _function(tree: ast.Module, name: str) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     """A function or method; of overloads the last, and where absent that of a base class here."""
     owner, _, last = name.rpartition(".")
     scope = _scope(tree, owner)
     if scope is None:
         return None
-    here = [n for n in scope.body if isinstance(n, ast.FunctionDef) and n.name == last]
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    here = [n for n in scope.body if isinstance(n, kinds) and n.name == last]
     if here:
         return here[-1]
     bases = scope.bases if isinstance(scope, ast.ClassDef) else []
@@ -88,7 +89,9 @@ def _function(tree: ast.Module, name: str) -> ast.FunctionDef | None:
     return next((function for function in inherited if function is not None), None)
 
 
-def _parameters(function: ast.FunctionDef) -> tuple[list[str], list[str]]:
+def _parameters(
+    function: ast.FunctionDef | ast.AsyncFunctionDef,
+) -> tuple[list[str], list[str]]:
     """All parameters but ``self`` and ``cls``, and those without a default."""
     arguments = function.args
     places = [*arguments.posonlyargs, *arguments.args]

@@ -245,6 +245,15 @@ CONTRACT: Final[tuple[Clause, ...]] = (
     ),
     Holds(file="platforms/__init__.py", members=("current_platform",)),
     Holds(file="platforms/interface.py", name="Platform", members=("is_cpu", "is_cuda")),
+    # What an engine that can sleep is asked over HTTP.
+    *(
+        Called(file="entrypoints/serve/dev/sleep/api_router.py", name=name, arguments=arguments)
+        for name, arguments in (
+            ("sleep", ("raw_request", "level", "mode")),
+            ("wake_up", ("raw_request",)),
+            ("is_sleeping", ("raw_request",)),
+        )
+    ),
     # The models.
     *(
         clause

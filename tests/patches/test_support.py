@@ -54,6 +54,14 @@ def refusal(vllm_config: Any) -> str:
     return str(caught.value)
 
 
+def test_vllm_has_no_sleep_mode_on_a_cpu() -> None:
+    """Which is why ``up --share-gpu`` is refused there; its endpoints would do nothing."""
+    from vllm.platforms import current_platform
+
+    assert current_platform.is_cpu()
+    assert not current_platform.is_sleep_mode_available()
+
+
 def test_plain_settings_are_taken() -> None:
     """Nothing to refuse."""
     support.check(settings())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import uvicorn
@@ -35,11 +36,19 @@ class Upstream:
         """Token ids that streamed answers were asked for."""
         self._finished, self._slow, self._cut, self._short = 0, 0, 0, 0
         self._failed = 0
+        self._healthy = False
+        self.refuses_to_wake = False
+        self.turning: Callable[[str], None] = lambda _to: None
+        """Called with ``sleep`` or ``wake_up`` when told to, before it does."""
+        self.told: list[str] = []
+        """Paths and queries of what it was told about sleep."""
+        self.running = 1
+        """Requests in flight, as its metrics have it."""
         self.headers: dict[str, str] = {}
         """Of the last completion asked for."""
-        self._healthy = False
-        self._open = asyncio.Event()
+        self._open, self._awake = asyncio.Event(), asyncio.Event()
         self._open.set()
+        self._awake.set()
         self._chunks, self._pause = chunks, pause
         routes = [
             Route("/health", self._health),
@@ -48,6 +57,9 @@ class Upstream:
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/secret", self._health),
             Route("/metrics", self._metrics),
+            Route("/is_sleeping", self._is_sleeping),
+            Route("/sleep", self._sleep, methods=["POST"]),
+            Route("/wake_up", self._wake_up, methods=["POST"]),
         ]
         config = uvicorn.Config(
             Starlette(routes=routes), host="127.0.0.1", port=port, log_level="error"
@@ -99,6 +111,28 @@ class Upstream:
             await self._open.wait()
         return PlainTextResponse("ok")
 
+    @property
+    def sleeping(self) -> bool:
+        """As vLLM in its sleep mode: what is asked for waits until it wakes."""
+        return not self._awake.is_set()
+
+    async def _is_sleeping(self, _request: Request) -> Response:
+        return JSONResponse({"is_sleeping": self.sleeping})
+
+    async def _sleep(self, request: Request) -> Response:
+        self.told.append(f"sleep?{request.url.query}")
+        await asyncio.to_thread(self.turning, "sleep")
+        self._awake.clear()
+        return JSONResponse({"status": "sleeping"})
+
+    async def _wake_up(self, _request: Request) -> Response:
+        self.told.append("wake_up")
+        if self.refuses_to_wake:
+            return PlainTextResponse("out of memory", status_code=500)
+        await asyncio.to_thread(self.turning, "wake_up")
+        self._awake.set()
+        return JSONResponse({"status": "awake"})
+
     async def _models(self, _request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": self.name, "object": "model"}]})
 
@@ -110,7 +144,7 @@ class Upstream:
     async def _metrics(self, _request: Request) -> Response:
         """As an engine has them: histograms, counters and gauges."""
         await self._open.wait()
-        lines = ["vllm:num_requests_running 1", "vllm:num_requests_waiting 0"]
+        lines = [f"vllm:num_requests_running {self.running}", "vllm:num_requests_waiting 0"]
         lines += ["vllm:kv_cache_usage_perc 0.1"]
         lines += [f"vllm:{k}_tokens_total {self._finished}" for k in ("prompt", "generation")]
         lines += ['vllm:cache_config_info{block_size="16",num_gpu_blocks="1000"} 1']
@@ -160,6 +194,7 @@ class Upstream:
         self.headers = dict(request.headers)
         self.started += 1
         await self._open.wait()
+        await self._awake.wait()
         if self.fail_every and self.started % self.fail_every == 0:
             self._failed += 1
             return PlainTextResponse("no", status_code=500)
