@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest
+from moe_serve.checkpoint.quantisation import quantisation_settings
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 
 
@@ -64,8 +65,10 @@ def _served_by(checkpoint: Checkpoint) -> str:
         )
     if not checkpoint.is_compact:
         return "transformers, vLLM and other software that knows the architecture"
+    if quantisation_settings(checkpoint.config):
+        return "nothing in this form, for it is quantised: export it with --format tied"
     if checkpoint.family.served:
-        return "vLLM 0.32 with the moe-serve plugin (--load-format moe_serve)"
+        return "vLLM 0.32 or 0.33 with the moe-serve plugin (--load-format moe_serve)"
     return "nothing in this form: export it with --format tied or native"
 
 

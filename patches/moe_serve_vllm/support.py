@@ -59,9 +59,10 @@ def check(vllm_config: VllmConfig) -> None:
         "sequence parallelism for experts": parallel.use_sequence_parallel_moe,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
         "--enable-lora": vllm_config.lora_config is not None,
-        f"{_quantisation(vllm_config)} weights, only unquantised ones": (
-            vllm_config.quant_config is not None
-        ),
+        f"{_quantisation(vllm_config)} weights, only unquantised ones: vLLM's kernels for "
+        "quantised experts need a GPU, or a processor with AMX, and were not tried on blocks; "
+        "serve the form that moe-serve export --format tied writes": vllm_config.quant_config
+        is not None,
         f"vLLM's rotary kernel for CPUs, which is wrong for this model; add {ROTARY_OPTION}": (
             family.latent_attention
             and current_platform.is_cpu()

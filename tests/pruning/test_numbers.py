@@ -17,6 +17,7 @@ from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CheckpointError, UsageError
+from moe_serve.evaluation.inspection import inspect
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.numbers import removal_unit
@@ -112,6 +113,7 @@ def test_kept_tiles_keep_their_bytes(tmp_path: Path) -> None:
     source = make_model(tmp_path / "m", "qwen3_moe", width=WIDTH, dtype=torch.bfloat16)
     quantise_model(source, tmp_path / "q", "fp8-tiles")
     plan = run(tmp_path / "q", tmp_path / "out", None)
+    assert "quantised" in inspect(tmp_path / "out")["served_by"]
     before = load_file(tmp_path / "q" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     for layer, planned in plan.layers.items():
