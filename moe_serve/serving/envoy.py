@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from moe_serve.errors import RolloutError, ServingError
 from moe_serve.serving.listener import Edge, address, listener_file, watched
-from moe_serve.serving.routes import NAME, WITH_FALLBACK
+from moe_serve.serving.routes import NAME, OR_PRUNED, WITH_FALLBACK
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
 KEEP_ALIVE_SECONDS: Final = 60
@@ -73,7 +73,7 @@ def bootstrap(
             "ignore_global_conn_limit": True,
         },
         "dynamic_resources": {"lds_config": watched(listener_file(state))},
-        "static_resources": {"clusters": [*clusters, _fallback(edge)]},
+        "static_resources": {"clusters": [*clusters, *_fallbacks(edge)]},
         "overload_manager": _overload(edge),
     }
 
@@ -173,18 +173,24 @@ def _breakers(edge: Edge) -> dict[str, Any]:
     return {"thresholds": [dict.fromkeys(_LIMITS, edge.max_connections)]}
 
 
-def _fallback(edge: Edge) -> dict[str, Any]:
+def _fallbacks(edge: Edge) -> list[dict[str, Any]]:
     kind = "type.googleapis.com/envoy.extensions.clusters.aggregate.v3.ClusterConfig"
-    return {
-        "name": WITH_FALLBACK,
-        "connect_timeout": "2s",
-        "lb_policy": "CLUSTER_PROVIDED",
-        "circuit_breakers": _breakers(edge),
-        "cluster_type": {
-            "name": "envoy.clusters.aggregate",
-            "typed_config": {"@type": kind, "clusters": [PRUNED, ORIGINAL]},
-        },
-    }
+    return [
+        {
+            "name": name,
+            "connect_timeout": "2s",
+            "lb_policy": "CLUSTER_PROVIDED",
+            "circuit_breakers": _breakers(edge),
+            "cluster_type": {
+                "name": "envoy.clusters.aggregate",
+                "typed_config": {"@type": kind, "clusters": order},
+            },
+        }
+        for name, order in (
+            (WITH_FALLBACK, [PRUNED, ORIGINAL]),
+            (OR_PRUNED, [ORIGINAL, PRUNED]),
+        )
+    ]
 
 
 class Admin:

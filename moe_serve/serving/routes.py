@@ -28,6 +28,9 @@ PATHS: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/healt
 """What clients may reach; engines have control paths that must stay closed."""
 WITH_FALLBACK: Final = "pruned-or-original"
 """The cluster that serves pruned traffic, from the original while the pruned engine is down."""
+OR_PRUNED: Final = "original-or-pruned"
+"""The other way round; in use while pruned has users at all. At 0 % nobody chose it for anyone, and
+an original that is down is down."""
 
 
 COOKIE_SECONDS: Final = 7 * 86_400
@@ -237,7 +240,10 @@ def _routes(split: Split) -> list[dict[str, Any]]:
     weighted: dict[str, Any] = {
         "weighted_clusters": {
             "clusters": [
-                {"name": ORIGINAL, "weight": TOTAL - split.pruned},
+                {
+                    "name": OR_PRUNED if split.pruned else ORIGINAL,
+                    "weight": TOTAL - split.pruned,
+                },
                 {"name": WITH_FALLBACK, "weight": split.pruned},
             ]
         }

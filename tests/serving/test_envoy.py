@@ -240,6 +240,20 @@ def test_a_dead_engine_is_bypassed(tmp_path: Path) -> None:
         assert answered_by(proxy, 5) == {ORIGINAL: 5}
 
 
+@pytest.mark.parametrize("percent", [50, 0])
+def test_a_dead_original_is_bypassed_where_pruned_has_users(tmp_path: Path, percent: int) -> None:
+    """At half and half its share is answered by pruned; at 0 % nobody is sent there unasked."""
+    with proxied(tmp_path, chunks=2, pause=0.0) as proxy:
+        move(proxy.state, percent, decision="set", reason="")
+        proxy.original.stop()
+        codes = Counter(
+            httpx.post(f"{proxy.endpoint}/completions", json=BODY).status_code for _ in range(20)
+        )
+        assert codes == {200 if percent else 503: 20}
+        if percent:
+            assert answered_by(proxy, 5) == {PRUNED: 5}
+
+
 def test_draining_ends_streams_and_takes_no_more(tmp_path: Path) -> None:
     """What runs runs to its end; new connections are refused."""
     with proxied(tmp_path, chunks=40, pause=0.05) as proxy:
