@@ -172,7 +172,7 @@ def _says(page: str) -> str:
     except httpx.HTTPError:
         return "no page"
     words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
-    found = re.findall(r"(?:\w+ ?){1,3} does not answer", words)
+    found = re.findall(r"\w+ does not answer", words)
     return "; ".join(dict.fromkeys(f.strip() for f in found)) or "all as usual"
 
 

@@ -1,0 +1,184 @@
+"""Recorded figures against clients' log: ``python -m benchmarks.rollout.figures --state DIR``.
+
+Against a running ``moe-serve up``. For five minutes clients stream from both variants and write
+down what they see, while a real Prometheus scrapes with the rules in ``deploy/``. Then each
+recorded series is set beside the same figure from the log. A quantile of a histogram is an
+interpolation between its edges, so the log's quantile is taken from the same edges; its exact one
+stands beside it. Exit 1 when a figure is more than 5 % off, or a panel's expression returns nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import quantiles
+from typing import Final
+
+from moe_serve.demo.clients import client
+from moe_serve.serving.state import StackState
+from moe_serve.serving.variants import VARIANTS
+from tests.support.prometheus import query, scraping
+
+GRAFANA: Final = Path(__file__).parents[2] / "deploy" / "grafana"
+_WINDOW: Final = 300.0
+"""Seconds that the rules look back."""
+_TOLERANCE: Final = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One answer, as its client saw it; seconds since the epoch."""
+
+    variant: str
+    sent: float
+    arrivals: tuple[float, ...]
+    """Of its tokens."""
+
+
+class Log:
+    """Streams from each variant until stopped."""
+
+    def __init__(self, stack: StackState, streams: int, tokens: int) -> None:
+        """``streams`` at a time from each variant, ``tokens`` long."""
+        self.lines: list[Line] = []
+        self._stack, self._tokens = stack, tokens
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(variant, number))
+            for variant in VARIANTS
+            for number in range(streams)
+        ]
+
+    def __enter__(self) -> Log:  # noqa: PYI034 - a plain class
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """End, after the streams in flight."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, variant: str, number: int) -> None:
+        with client(self._stack.endpoint, variant) as openai:
+            count = 0
+            while not self._stop.is_set():
+                count += 1
+                sent = time.time()
+                stream = openai.completions.create(
+                    model=self._stack.served_model,
+                    prompt=f"{number} {count} def ",
+                    max_tokens=self._tokens,
+                    stream=True,
+                    extra_body={"ignore_eos": True},
+                )
+                arrivals = tuple(time.time() for chunk in stream if chunk.choices)
+                self.lines.append(Line(variant=variant, sent=sent, arrivals=arrivals))
+
+
+def interpolated(values: Sequence[float], edges: Sequence[float], q: float) -> float:
+    """The quantile as Prometheus makes it of a histogram with these edges."""
+    counts = [0] * len(edges)
+    for value in values:
+        counts[bisect_left(edges, value)] += 1
+    rank, below = q * len(values), 0
+    for i, count in enumerate(counts):
+        if below + count >= rank and count:
+            low = edges[i - 1] if i else 0.0
+            return low + (edges[i] - low) * (rank - below) / count
+        below += count
+    return edges[-2]
+
+
+def compare(url: str, lines: Sequence[Line], at: float) -> list[tuple[str, ...]]:
+    """Rows: series, recorded, from the log, off by, exact quantile."""
+    rows: list[tuple[str, ...]] = []
+
+    def row(series: str, variant: str, log: float, exact: float | None = None) -> None:
+        name, _, labels = series.partition("{")
+        more = f",{labels}" if labels else "}"
+        (found,) = query(url, f'{name}{{variant="{variant}"{more}')
+        value = float(found["value"][1])
+        rows.append(
+            (
+                f"`{series}` {variant}",
+                f"{value:.4g}",
+                f"{log:.4g}",
+                f"{value / log - 1:+.1%}",
+                "" if exact is None else f"{exact:.4g}",
+            )
+        )
+
+    for variant in VARIANTS:
+        mine = [x for x in lines if x.variant == variant]
+        ended = [x for x in mine if at - _WINDOW < x.arrivals[-1] <= at]
+        row("variant:moe_serve_requests:rate5m", variant, len(ended) / _WINDOW)
+        arrived = sum(at - _WINDOW < t <= at for x in mine for t in x.arrivals)
+        row('variant:moe_serve_tokens:rate5m{kind="generation"}', variant, arrived / _WINDOW)
+        seen = {
+            "time_to_first_token": [x.arrivals[0] - x.sent for x in ended],
+            "inter_token_latency": [
+                b - a for x in ended for a, b in zip(x.arrivals, x.arrivals[1:], strict=False)
+            ],
+            "request_duration": [x.arrivals[-1] - x.sent for x in ended],
+        }
+        for name, values in seen.items():
+            metric = f"moe_serve_{name}_seconds"
+            found = query(url, f'count by (le) ({metric}_bucket{{variant="{variant}"}})')
+            edges = sorted(float(r["metric"]["le"]) for r in found)
+            for q in (50, 95) if name != "request_duration" else (95,):
+                exact = quantiles(values, n=100)[q - 1]
+                row(
+                    f"variant:{metric}:p{q}_5m",
+                    variant,
+                    interpolated(values, edges, q / 100),
+                    exact,
+                )
+    return rows
+
+
+def empty(url: str) -> list[str]:
+    """Expressions of panels that return nothing; those about GPUs need one."""
+    boards = [json.loads(file.read_text()) for file in sorted(GRAFANA.glob("*.json"))]
+    expressions = [t["expr"] for b in boards for p in b["panels"] for t in p["targets"]]
+    return [e for e in expressions if "gpu" not in e and not query(url, e)]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--state", type=Path, required=True)
+    parser.add_argument("--streams", type=int, default=2, help="at a time, of each variant")
+    parser.add_argument("--tokens", type=int, default=32)
+    options = parser.parse_args()
+    stack = StackState.load(options.state)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        scraping(stack.control, Path(folder) / "prometheus") as url,
+        Log(stack, options.streams, options.tokens) as log,
+    ):
+        time.sleep(_WINDOW + 20.0)
+        at = time.time()
+        rows = compare(url, list(log.lines), at)
+        silent = empty(url)
+    print("| recorded series | recorded | clients' log | off by | exact |")
+    print("|---|---|---|---|---|")
+    for found in rows:
+        print(f"| {' | '.join(found)} |")
+    print(f"\n{len(log.lines):,} answers; panels without data: {', '.join(silent) or 'none'}")
+    off = [r for r in rows if abs(float(r[3].rstrip("%")) / 100) > _TOLERANCE]
+    sys.exit(bool(off or silent))
+
+
+if __name__ == "__main__":
+    main()
