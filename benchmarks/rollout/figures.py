@@ -4,7 +4,7 @@ Against a running ``moe-serve up``. For five minutes clients stream from both va
 down what they see, while a real Prometheus scrapes with the rules in ``deploy/``. Then each
 recorded series is set beside the same figure from the log. A quantile of a histogram is an
 interpolation between its edges, so the log's quantile is taken from the same edges; its exact one
-stands beside it. Exit 1 when a figure is more than 5 % off, or a panel's expression returns nothing.
+stands beside it. Exit 1 when a figure is more than 5 % off, or a panel's expression is empty.
 """
 
 from __future__ import annotations
