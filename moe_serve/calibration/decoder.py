@@ -77,17 +77,11 @@ class Decoder:
             ).eval()
         self._inner = self._model.model
         self._rotary = type(self._inner.rotary_emb)(config=config).to(device)
-        self._window: int | None = getattr(config, "sliding_window", None)
-        self._positions: int = config.max_position_embeddings
 
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
         return self.checkpoint.shape.layers
-
-    def longest(self, wanted: int) -> int:
-        """The longest sequence not above ``wanted`` on which attention is plainly causal."""
-        return min(wanted, self._positions, self._window or wanted)
 
     def embedding(self) -> torch.Tensor:
         """The input embedding [V, D], FP32."""
@@ -111,10 +105,13 @@ class Decoder:
         skeleton = self._inner.layers[index]
         prefix = family.layer_prefix(index)
         block = family.block.format(layer=index) + "."
+        idle = prefix + family.indexer if family.indexer else None
         weights = {
             name.removeprefix(prefix): self._read(name)
             for name in self.checkpoint.layer_matrices(index)
-            if not (sparse and name.startswith(block)) and not name.endswith(_DERIVED)
+            if not (sparse and name.startswith(block))
+            and not name.endswith(_DERIVED)
+            and not (idle and name.startswith(idle))
         }
         module = _LayerParts(skeleton, dense=not sparse)
         module.load(weights, where=str(self.checkpoint.path))

@@ -115,9 +115,7 @@ class StoredModel:
     @property
     def length(self) -> int | None:
         """Of its context."""
-        config = self.checkpoint.config
-        limits = [config.get("max_position_embeddings"), config.get("sliding_window")]
-        return min((n for n in limits if isinstance(n, int) and n > 0), default=None)
+        return self.checkpoint.family.longest(self.checkpoint.config)
 
     @property
     def steps(self) -> int:

@@ -84,6 +84,11 @@ class Family:
     skeleton: str | None = None
     """``model_type`` of the transformers class whose modules outside the experts are the same,
     where there is none of this family's own: published with code that is never executed."""
+    indexer: str | None = None
+    """What, within a layer, the names of an indexer's tensors begin with: it chooses the tokens
+    that attention sees. They go over as they are and are not read."""
+    indexed_key: str | None = None
+    """Config key: how many it chooses. On sequences no longer attention sees every token."""
     ties_in_vllm: bool = True
     """vLLM's class heeds ``tie_word_embeddings``; others then serve an output never written."""
     latent_attention: bool = False
@@ -111,6 +116,12 @@ class Family:
             width=self._count(config, self.width_key),
             vocabulary=self._count(config, "vocab_size"),
         )
+
+    def longest(self, config: Config) -> int | None:
+        """Tokens of the longest sequence on which attention is plainly causal, where it is said."""
+        keys = ("max_position_embeddings", "sliding_window", self.indexed_key)
+        limits = [config.get(key) for key in keys if key]
+        return min((n for n in limits if isinstance(n, int) and n > 0), default=None)
 
     def _count(self, config: Config, key: str) -> int:
         value = config.get(key)

@@ -44,6 +44,19 @@ _DEEPSEEK_V3: Final = Family(
     served=True,
 )
 
+# On sequences of up to index_topk tokens its attention is DeepSeek-V3's (arXiv 2512.02556).
+_DEEPSEEK_V32: Final = replace(
+    _DEEPSEEK_V3,
+    model_type="deepseek_v32",
+    architecture="DeepseekV32ForCausalLM",
+    skeleton="deepseek_v3",
+    indexer="self_attn.indexer.",
+    indexed_key="index_topk",
+    kinds_key="mlp_layer_types",
+    # vLLM's sparse attention wants a GPU.
+    served=False,
+)
+
 FAMILIES: Final[tuple[Family, ...]] = (
     Family(
         model_type="mixtral",
@@ -152,6 +165,9 @@ FAMILIES: Final[tuple[Family, ...]] = (
     _DEEPSEEK_V3,
     # Kimi K2 is DeepSeek-V3 under its own name; the architecture in its config is DeepSeek's.
     replace(_DEEPSEEK_V3, model_type="kimi_k2", skeleton="deepseek_v3"),
+    _DEEPSEEK_V32,
+    # GLM-5: the same, but layers without an indexer take the choice of the last that has one.
+    replace(_DEEPSEEK_V32, model_type="glm_moe_dsa", architecture="GlmMoeDsaForCausalLM"),
     replace(
         _DEEPSEEK_V3,
         model_type="glm4_moe",
@@ -251,17 +267,14 @@ _LINEAR: Final = "most layers have linear attention, which is not streamed"
 _SLIDING: Final = "attention slides over few tokens in some layers and not in others"
 _NORMED: Final = "what the experts put out is normalised before it joins the residual stream"
 _FUSED: Final = "a layer's experts are one tensor"
-_SPARSE_ATTENTION: Final = "an indexer chooses which tokens attention sees"
 
 REFUSED: Final[Mapping[str, str]] = {
     "gpt_oss": "a layer's experts are one tensor, MXFP4 with gate and up neurons interleaved; "
     "experts and router have biases, neurons are clamped, attention has sinks",
     "afmoe": _NORMED,
     "axk1": _NORMED,
-    "deepseek_v32": _SPARSE_ATTENTION,
     "exaone_moe": _SLIDING,
     "flex_olmo": _NORMED,
-    "glm_moe_dsa": _SPARSE_ATTENTION,
     "granitemoe": _FUSED,
     "hunyuan_v1_moe": "one config key sizes routed and shared experts, others are lists by layer",
     "lfm2_moe": "most layers have convolutions in place of attention",

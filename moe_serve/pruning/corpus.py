@@ -146,9 +146,7 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
         raise UsageError(
             "must be positive", where="--tokens, --sequence-length", remedy="give 1 or more"
         )
-    config = checkpoint.config
-    limits = [config.get("max_position_embeddings"), config.get("sliding_window")]
-    length = min([options.length, *(n for n in limits if isinstance(n, int) and n > 0)])
+    longest = checkpoint.family.longest(checkpoint.config)
     texts = _texts(options)
     if options.declaration is not None:
         texts = declared(texts, Declaration.load(options.declaration), Use.here(options.purpose))
@@ -156,7 +154,7 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
         texts,
         checkpoint.path,
         tokens_per_domain=options.tokens,
-        length=length,
+        length=min(options.length, longest or options.length),
         vocabulary=checkpoint.shape.vocabulary,
         seed=options.seed,
     )

@@ -14,7 +14,8 @@ from moe_serve.calibration.mixture import Mixture, Router, make_units
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.table import LayerTable
 from moe_serve.families import Routing
-from tests.support.models import FAMILIES, change_weights, make_model
+from moe_serve.pruning.corpus import TextOptions, load_corpus
+from tests.support.models import FAMILIES, change_weights, make_model, write_texts
 from tests.support.references import our_logits, reference_logits
 from tests.support.twins import make_twins, random_table
 
@@ -34,6 +35,15 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(
         our_logits(path, ids), reference_logits(path, ids, {}), rtol=1e-5, atol=2e-5
     )
+
+
+def test_texts_are_cut_to_what_attention_sees_whole(tmp_path: Path) -> None:
+    """The indexer chooses 64 tokens: sequences of 128 become ones of 64."""
+    path = make_model(tmp_path / "m", "deepseek_v32")
+    options = TextOptions(paths=(write_texts(tmp_path / "t.jsonl"),), tokens=1024, length=128)
+    corpus = load_corpus(open_checkpoint(path), options)
+    assert corpus is not None
+    assert {len(tokens) for tokens in corpus.sequences.tokens} == {64}
 
 
 def test_stored_frequencies_are_not_needed(tmp_path: Path) -> None:
@@ -60,6 +70,8 @@ def test_compact_equals_its_full_size_twin(
     more: dict[str, Any] = {"num_hidden_layers": count}
     if family in ("glm4_moe_lite", "hy_v3"):
         more["mlp_layer_types"] = ["dense"] + ["sparse"] * 3
+    if family == "glm_moe_dsa":
+        more["indexer_types"] = ["full", "shared"] * 2
     source = make_model(tmp_path / "m", family, **more)
     opened = open_checkpoint(source)
     sparse = opened.family.moe_layers(opened.config)

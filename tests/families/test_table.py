@@ -74,3 +74,22 @@ def test_a_size_that_is_none_is_named(value: object) -> None:
     config = settings_of("mixtral") | {"num_local_experts": value}
     with pytest.raises(UnsupportedFamily, match="'num_local_experts' is"):
         family_of({"model_type": "mixtral"}).shape(config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "longest"),
+    [
+        ("mixtral", {}, 256),
+        ("mixtral", {"sliding_window": 128}, 128),
+        ("deepseek_v3", {"index_topk": 64}, 256),
+        ("deepseek_v32", {}, 64),
+        ("deepseek_v32", {"index_topk": 2048}, 256),
+        ("mixtral", {"max_position_embeddings": None}, None),
+    ],
+)
+def test_longest_plainly_causal_sequence(
+    family: str, changes: dict[str, Any], longest: int | None
+) -> None:
+    """256 positions; a window, or an indexer's choice, may be narrower."""
+    config = settings_of(family) | {"model_type": family} | changes
+    assert family_of(config).longest(config) == longest

@@ -150,6 +150,12 @@ _OF: dict[str, dict[str, Any]] = {
     },
 }
 _OF["kimi_k2"] = _OF["deepseek_v3"]
+_OF["deepseek_v32"] = _OF["deepseek_v3"] | {
+    "index_topk": 64,
+    "index_head_dim": 32,
+    "index_n_heads": 2,
+}
+_OF["glm_moe_dsa"] = _OF["deepseek_v32"] | {"indexer_types": ["full", "shared", "full"]}
 """What each family's config needs beyond the common part, and its names for count and width."""
 FAMILIES = tuple(_OF)
 SERVABLE = {

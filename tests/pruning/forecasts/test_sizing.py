@@ -36,7 +36,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 
 def test_cache_of_published_models() -> None:
-    """Mixtral-8x7B: 32 layers, 8 heads of 128. DeepSeek-V3: 61 layers of 512 + 64."""
+    """Mixtral-8x7B: 32 layers, 8 heads of 128. DeepSeek-V3: 61 layers of 512 + 64.
+
+    DeepSeek-V3.2's indexer adds a key of 128: 61 · (512 + 64 + 128) · 2 = 85,888 bytes.
+    """
     mixtral = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
@@ -46,6 +49,7 @@ def test_cache_of_published_models() -> None:
     assert kv_bytes_per_token(mixtral) == 131_072
     latent = {"num_hidden_layers": 61, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     assert kv_bytes_per_token(latent) == 70_272
+    assert kv_bytes_per_token(latent | {"index_head_dim": 128}) == 85_888
 
 
 def test_the_result_fits(tmp_path: Path) -> None:
