@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from moe_serve.calibration.group import leads
+from moe_serve.calibration.group import leads, started
 from moe_serve.calibration.merge import merge_statistics
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import Statistics
@@ -18,6 +18,7 @@ from moe_serve.cli import options
 from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
+from moe_serve.errors import UsageError
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS, TextOptions
 from moe_serve.pruning.forecasts.dryrun import dry_run
@@ -26,6 +27,7 @@ from moe_serve.pruning.records.coverage import gaps
 from moe_serve.pruning.records.evidence import Evidence
 from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest, device_named
 from moe_serve.pruning.selection import Selection
+from moe_serve.pruning.stability import TOLERANCE, Stable, calibrate_until_stable
 
 _SHOWN: Final = 20
 """Experts listed; the worst come first."""
@@ -66,6 +68,21 @@ def calibrate_command(
             help="Say which experts too few tokens reached, and what would reach them.",
         ),
     ] = False,
+    until_stable: Annotated[
+        float | None,
+        typer.Option(
+            "--until-stable",
+            help="Stop early: take twice as many tokens each time, up to --tokens, until a plan "
+            "that keeps this share of the expert bytes no longer changes.",
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            help="With --until-stable: the plan from half the tokens may lose this share more of "
+            "output error than the newer one, by the newer statistics."
+        ),
+    ] = TOLERANCE,
     show: options.DryRun = False,
     as_json: options.Json = False,
 ) -> None:
@@ -95,21 +112,33 @@ def calibrate_command(
         )
         show_forecast(dry_run(request, only_calibrate=True), as_json=as_json)
         return
-    with progress_bar() as progress:
-        shown = progress if leads() else Silent()
-        made = calibrate(
-            model,
-            output,
-            texts,
-            device_named(device),
-            batch_tokens,
-            shown,
-            share,
-            traffic=tuple(from_traffic or ()),
+    if until_stable is not None and (shard or started()):
+        raise UsageError(
+            "looks at whole calibrations",
+            where="--until-stable",
+            remedy="leave out --shard, torchrun",
         )
+    with progress_bar() as progress:
+
+        def gathered(folder: Path, taken: TextOptions) -> Statistics:
+            return calibrate(
+                model,
+                folder,
+                taken,
+                device_named(device),
+                batch_tokens,
+                progress if leads() else Silent(),
+                share,
+                traffic=tuple(from_traffic or ()),
+            )
+
+        stable = None
+        if until_stable is not None:
+            stable = calibrate_until_stable(model, output, texts, until_stable, tolerance, gathered)
+        made = stable.statistics if stable else gathered(output, texts)
     if leads():
         found = Evidence.of(open_checkpoint(model), made) if coverage else None
-        _report(made, found, as_json=as_json)
+        _report(made, found, stable, as_json=as_json)
 
 
 def merge_command(
@@ -120,18 +149,39 @@ def merge_command(
     """Add up the statistics of all shards: what one machine would have found."""
     with progress_bar() as progress:
         made = merge_statistics(parts, output, progress)
-    _report(made, None, as_json=as_json)
+    _report(made, None, None, as_json=as_json)
 
 
-def _report(made: Statistics, seen: Evidence | None, *, as_json: bool) -> None:
+def _report(
+    made: Statistics, seen: Evidence | None, stable: Stable | None, *, as_json: bool
+) -> None:
     if as_json:
-        covered = {"coverage": [gap.to_json() for gap in gaps(seen)]} if seen else {}
+        covered: dict[str, Any] = {}
+        if seen is not None:
+            covered["coverage"] = [gap.to_json() for gap in gaps(seen)]
+        if stable is not None:
+            covered["until_stable"] = stable.to_json()
         print_json({"output": str(made.folder), **made.record, **covered})
         return
     shard = f", shard {made.record['shard']}" if "shard" in made.record else ""
     out.print(f"{made.folder}: statistics of {sum(made.record['tokens'].values())} tokens{shard}")
+    if stable is not None:
+        _show_steps(stable)
     if seen is not None:
         _show_coverage(seen)
+
+
+def _show_steps(stable: Stable) -> None:
+    table = Table("tokens of a domain", "observed", "error of the plan before, more by")
+    for step in stable.steps:
+        changed = "" if step.regret is None else f"{step.regret:.1%}"
+        table.add_row(f"{step.tokens:,}", f"{step.observed:,}", changed)
+    out.print(table)
+    last = stable.steps[-1].tokens
+    if stable.settled:
+        out.print(f"the plan no longer changes: stopped at {last:,} of {stable.allowed:,} tokens")
+    else:
+        out.print(f"the plan still changes by more than {stable.tolerance:.0%}: give more texts")
 
 
 def _show_coverage(seen: Evidence) -> None:
