@@ -11,7 +11,10 @@ from moe_serve.families import FAMILIES
 from moe_serve.serving.engine import EngineSpec
 
 ROTARY = '{"custom_ops": ["all", "-rotary_embedding"]}'
-LATENT = {"deepseek_v2", "deepseek_v3", "kimi_k2", "glm4_moe_lite"}
+LATENT = {
+    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2"),
+    *("glm4_moe_lite", "glm_moe_dsa"),
+}
 
 
 def command(folder: Path, config: dict[str, object], *, gpu: bool) -> list[str]:
