@@ -27,6 +27,7 @@ from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.prober import Prober, prober_of
 from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.recovery import recover
+from moe_serve.rollout.said import say
 from moe_serve.rollout.sources import Sources, sources_of
 from moe_serve.rollout.store import Saved, Store
 from moe_serve.rollout.trace import Trace
@@ -137,7 +138,7 @@ class Controller:
         with self._prober.quiet() if self._prober is not None else nullcontext():
             reading = self._complete(sources.read(policy))
         reading = replace(reading, crowds=self._users.since(window.began + policy.warmup_seconds))
-        lost = "" if split is not None else "the routes can't be read"
+        lost = "" if split is not None else say("no-routes")
         window.add(reading, policy, lost=lost)
         decision = decide(window, policy, saved.state, probed=probed)
         seen = {"window": window.to_json(), "decision": decision.to_json()}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from moe_serve.rollout.guards import Evidence, errors, latency, share, split_mismatch
 from moe_serve.rollout.policy import GarbageGuard, Policy, QualityGuard, Step
 from moe_serve.rollout.quality import Quality, garbage, quality
+from moe_serve.rollout.said import codes, join, say
 from moe_serve.rollout.state import State, enter, pause, roll_back
 from moe_serve.rollout.window import Window
 
@@ -27,7 +28,7 @@ class Decision:
     reason: str
     """One of a few words, countable: ``harm``, ``blind``, ``inconclusive``, ..."""
     words: str
-    """For a person."""
+    """For a person; a sentence that can be said in other languages (:mod:`.said`)."""
     evidence: tuple[Evidence, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -36,6 +37,7 @@ class Decision:
             "kind": self.kind,
             "reason": self.reason,
             "words": self.words,
+            "codes": codes(self.words),
             "evidence": [found.to_json() for found in self.evidence],
         }
 
@@ -91,16 +93,15 @@ def decide(
         explain: also estimate how much more is needed; takes longer.
     """
     if not state.active:
-        return Decision(kind="hold", reason=state.phase, words=f"the rollout is {state.phase}")
+        return Decision(kind="hold", reason=state.phase, words=say("inactive", phase=state.phase))
     may_roll_back = state.phase != "paused" or policy.while_paused == "rollback"
     if found := _without_statistics(window, policy, may_roll_back=may_roll_back):
         return found
     if "promoted" in (state.phase, state.before):
-        words = "everything goes to pruned; the hard limits are watched"
-        return Decision(kind="hold", reason=state.phase, words=words)
+        return Decision(kind="hold", reason=state.phase, words=say("promoted"))
     evidence = judge(window, policy, policy.steps[state.step], probed, explain=explain)
     if may_roll_back and (harmful := [e for e in evidence if e.verdict == "harm"]):
-        words = "; ".join(_proof(e) for e in harmful)
+        words = join([_proof(e) for e in harmful])
         return Decision(kind="rollback", reason="harm", words=words, evidence=evidence)
     kind, reason, words = _onwards(window, policy, state, evidence)
     return Decision(kind=kind, reason=reason, words=words, evidence=evidence)
@@ -111,44 +112,39 @@ def _onwards(
 ) -> tuple[Kind, str, str]:
     """No harm is proven: wait, go on, or give up waiting."""
     step = policy.steps[state.step]
-    missing = "; ".join(_missing(window, step, evidence))
+    missing = join(_missing(window, step, evidence))
     mismatch = split_mismatch(window, policy)
     late = window.now - state.began >= step.max_seconds
     kind: Kind = "hold"
+    words: str
     if state.phase == "paused":
-        reason, words = "paused", f"paused: {state.reason or 'no reason given'}"
+        why = state.codes or state.reason or say("no-reason")
+        reason, words = "paused", say("paused", why=why)
     elif late and (missing or mismatch):
         kind = policy.inconclusive
         reason = "inconclusive"
-        words = f"no verdict after {_span(step.max_seconds)}: {mismatch or missing}"
+        words = say("inconclusive", span=step.max_seconds, missing=mismatch or missing)
     elif mismatch:
         reason = "split"
-        words = f"{mismatch}; what is measured can't be trusted until that is cleared"
+        words = say("split-holds", mismatch=mismatch)
     elif step.traffic and window.requests <= 0 and window.seconds > 0:
-        reason, words = "no-traffic", _no_traffic(step)
+        reason, words = "no-traffic", say("no-copies" if step.shadow else "no-traffic")
     elif missing:
         reason, words = "evidence", missing
     elif step.gate == "hand" and not state.released:
-        reason, words = "gate", "harm is excluded; a person opens this gate (rollout resume)"
+        reason, words = "gate", say("gate")
     elif policy.frozen(window.now):
-        reason, words = "freeze", "harm is excluded; nothing advances in a freeze window"
+        reason, words = "freeze", say("freeze")
     else:
         kind = "advance"
-        reason, words = "fine", f"harm is excluded by {', '.join(e.guard for e in evidence)}"
+        reason, words = "fine", say("fine", guards=[e.guard for e in evidence])
     return kind, reason, words
-
-
-def _no_traffic(step: Step) -> str:
-    if step.shadow:
-        return "no copies reach the pruned engine; is there traffic, and does the proxy mirror it?"
-    return "no traffic is no evidence; send some, or use a shadow step"
 
 
 def _without_statistics(window: Window, policy: Policy, *, may_roll_back: bool) -> Decision | None:
     """What comes before any guard: nowhere to go back to, a hard limit, no data."""
     if window.original_down:
-        words = "the original is down; rolling back would send everything to it"
-        return Decision(kind="hold", reason="original-down", words=words)
+        return Decision(kind="hold", reason="original-down", words=say("original-down"))
     if may_roll_back and (found := _hard(window, policy)):
         return found
     return _blind(window, policy, may_roll_back=may_roll_back) if window.trouble else None
@@ -158,15 +154,15 @@ def _hard(window: Window, policy: Policy) -> Decision | None:
     """Limits that need no statistics."""
     hard, now = policy.hard, window.now
     failed, requests = window.burst()
-    found = ""
+    found: str = ""
     if failed >= hard.failed_requests and failed >= hard.failed_share * requests:
-        found = f"{failed:.0f} of {requests:.0f} pruned requests failed within a minute"
+        found = say("burst", failed=failed, requests=requests)
     elif _lasts(window.unhealthy_since, now, hard.unhealthy_seconds):
-        found = f"the pruned engine is unhealthy for {_span(hard.unhealthy_seconds)}"
+        found = say("unhealthy", span=hard.unhealthy_seconds)
     elif window.restarts["pruned"] >= hard.restarts:
-        found = f"the pruned engine restarted {window.restarts['pruned']} times"
+        found = say("restarted", times=window.restarts["pruned"])
     elif _lasts(window.full_since, now, hard.kv_seconds):
-        found = f"the pruned engine's KV cache is full for {_span(hard.kv_seconds)}"
+        found = say("full", span=hard.kv_seconds)
     return Decision(kind="rollback", reason="hard", words=found) if found else None
 
 
@@ -177,43 +173,40 @@ def _lasts(since: float | None, now: float, limit: float) -> bool:
 def _blind(window: Window, policy: Policy, *, may_roll_back: bool) -> Decision:
     blind = window.now - (window.now if window.blind_since is None else window.blind_since)
     if blind >= policy.blind_seconds and may_roll_back:
-        words = f"{window.trouble}; no usable data for {_span(blind)}"
+        words = say("blind", trouble=window.trouble, span=blind)
         return Decision(kind="rollback", reason="blind", words=words)
-    return Decision(
-        kind="hold",
-        reason="blind",
-        words=f"{window.trouble}; rolled back when that lasts {_span(policy.blind_seconds)}",
-    )
+    words = say("blind-holds", trouble=window.trouble, span=policy.blind_seconds)
+    return Decision(kind="hold", reason="blind", words=words)
 
 
 def _missing(window: Window, step: Step, evidence: tuple[Evidence, ...]) -> list[str]:
     """What has to be there before the step is left, in words; empty when all is."""
-    found = []
+    found: list[str] = []
     if window.seconds < step.min_seconds:
-        found.append(f"{_span(step.min_seconds - window.seconds)} of the minimum time")
+        found.append(say("min-time", span=step.min_seconds - window.seconds))
     rate = window.requests / window.seconds if window.seconds > 0 else 0.0
     if step.traffic and window.requests < step.min_requests:
-        found.append(_more("minimum", step.min_requests - window.requests, rate))
+        found.append(_more("", step.min_requests - window.requests, rate))
     for guard in evidence:
         if guard.verdict != "open":
             continue
         if guard.needs:
-            found.append(f"{guard.guard}: {guard.needs}")
+            found.append(say("needs", guard=guard.guard, needs=guard.needs))
         elif guard.factor is not None:
             found.append(_more(guard.guard, (guard.factor - 1.0) * window.requests, rate))
         elif guard.pruned[1] > 0:
-            gap = f"up to {guard.upper:+.4f} where less than {guard.limit:g} has to be shown"
-            found.append(f"{guard.guard}: the difference is {gap}")
+            found.append(say("gap", guard=guard.guard, upper=guard.upper, limit=guard.limit))
         else:
-            found.append(f"{guard.guard}: no requests yet")
+            found.append(say("no-requests", guard=guard.guard))
     return found
 
 
-def _more(what: str, requests: float, rate: float) -> str:
+def _more(guard: str, requests: float, rate: float) -> str:
+    """For a guard, or for the step's minimum."""
+    code, values = ("more", {"guard": guard}) if guard else ("minimum", {})
     if rate <= 0.0:
-        return f"{what}: more requests; none arrive now"
-    count = _rounded(requests)
-    return f"{what}: about {count} more requests, {_span(requests / rate)} at this rate"
+        return say(f"{code}-stalled", **values)
+    return say(code, count=_rounded(requests), span=requests / rate, **values)
 
 
 def _rounded(number: float) -> str:
@@ -224,19 +217,15 @@ def _rounded(number: float) -> str:
     return f"{math.ceil(number / unit) * unit:,.0f}"
 
 
-def _span(seconds: float) -> str:
-    for unit, size in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2.0 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(seconds, 1.0):.0f} s"
-
-
 def _proof(evidence: Evidence) -> str:
     k, n = evidence.pruned
     ko, no = evidence.original
-    counts = f"{k:.0f} of {n:.0f} on pruned, {ko:.0f} of {no:.0f} on the original"
-    return (
-        f"{evidence.guard}: {evidence.said or counts}; "
-        f"difference {evidence.lower:+.4f} to {evidence.upper:+.4f}, margin {evidence.margin:g} "
-        f"({evidence.basis})"
+    return say(
+        "harm",
+        guard=evidence.guard,
+        seen=evidence.said or say("counts", k=k, n=n, ko=ko, no=no),
+        lower=evidence.lower,
+        upper=evidence.upper,
+        margin=evidence.margin,
+        basis=evidence.basis,
     )

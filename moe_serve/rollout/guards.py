@@ -7,11 +7,12 @@ upper end at the advancing level, which is not split because all guards must pas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from moe_serve.rollout.policy import LatencyGuard, Part, Policy, ShareGuard, Step
+from moe_serve.rollout.said import codes, say
 from moe_serve.rollout.sequential import (
     log_share_e_process,
     log_split_e_process,
@@ -23,8 +24,11 @@ from moe_serve.rollout.window import Pair, Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 Verdict = Literal["harm", "fine", "open"]
+Unit = Literal["share", "nats"]
 _MOST: Final = 1_000_000.0
 """Times the data so far, beyond which "more of it" is no advice."""
+_NEARLY: Final = 1.05
+"""Requests that count as one, up to which nothing is said of it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +36,8 @@ class Evidence:
     """What one guard knows now."""
 
     guard: str
+    unit: Unit
+    """Of ``lower``, ``upper``, ``margin`` and ``limit``: a share of one, or nats per token."""
     verdict: Verdict
     """``harm`` is proven, ``fine``: harm is excluded, or still ``open``."""
     lower: float
@@ -52,8 +58,10 @@ class Evidence:
     """What an open verdict waits for, where that is not requests."""
 
     def to_json(self) -> dict[str, Any]:
-        """For the record."""
-        return asdict(self)
+        """For the record: with its sentences for other languages beside them."""
+        said = {name: codes(getattr(self, name)) for name in ("basis", "said", "needs")}
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return {**values, "codes": {name: found for name, found in said.items() if found}}
 
 
 def _smallest_factor(passes: Callable[[float], bool]) -> float | None:
@@ -70,47 +78,84 @@ def _smallest_factor(passes: Callable[[float], bool]) -> float | None:
     return high
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Compared:
+    """Two variants' counts and the ends of their difference, before they are judged."""
+
+    guard: str
+    margin: float
+    limit: float
+    counts: Mapping[str, tuple[float, float]]
+    """Variant → (events, requests), as they were seen."""
+    lower: float
+    upper: Callable[[float], float]
+    """The upper end with so many times the data."""
+    basis: str
+    proven: bool = False
+    """Harm, by a test besides the interval."""
+    needs: str = ""
+
+    def judged(self, *, explain: bool) -> Evidence:
+        """The verdict, and with ``explain`` how much more would do."""
+        top, known = self.upper(1.0), self.counts[PRUNED][1] > 0.0
+        harm = self.lower > self.margin or (self.proven and top >= self.margin)
+        verdict: Verdict = "harm" if harm else "fine" if top < self.limit else "open"
+        factor = None
+        if explain and verdict == "open" and known:
+            factor = _smallest_factor(lambda times: self.upper(times) < self.limit)
+        return Evidence(
+            guard=self.guard,
+            unit="share",
+            verdict=verdict,
+            lower=self.lower,
+            upper=top,
+            margin=self.margin,
+            limit=self.limit,
+            pruned=self.counts[PRUNED],
+            original=self.counts[ORIGINAL],
+            basis=self.basis,
+            factor=factor,
+            needs=self.needs if verdict == "open" else "",
+        )
+
+
 def errors(window: Window, policy: Policy, step: Step, *, explain: bool) -> Evidence:
     """Failures at the proxy: a difference of rates, and the share of failures that is pruned's."""
     guard = policy.guards.errors
-    failed_p, total_p = _scaled(window.failures[PRUNED], effect(window, policy, PRUNED))
-    failed_o, total_o = _scaled(window.failures[ORIGINAL], effect(window, policy, ORIGINAL))
-    back, ahead = policy.alpha / policy.tests / 2.0, policy.alpha_advance / 2.0
-    limit = guard.margin * step.slack
-
-    def upper(times: float) -> float:
-        return upper_rate(failed_p * times, total_p * times, ahead) - lower_rate(
-            failed_o * times, total_o * times, ahead
-        )
-
-    lower = lower_rate(failed_p, total_p, back / 2.0) - upper_rate(failed_o, total_o, back / 2.0)
-    top = upper(1.0)
+    scaled = {v: _scaled(window.failures[v], effect(window, policy, v)) for v in VARIANTS}
+    # Half of the level for each of two tests.
+    back = policy.alpha / policy.tests / 2.0
     exposure, evidence = _exposure(window), 0.0
     if 0.0 < exposure < 1.0:
+        failed, all_failed = scaled[PRUNED][0], scaled[PRUNED][0] + scaled[ORIGINAL][0]
         most = null_share(exposure, guard.ratio)
-        evidence = float(log_share_e_process(failed_p, failed_p + failed_o, most))
-    harm = lower > guard.margin or (evidence >= -math.log(back) and top >= guard.margin)
-    verdict: Verdict = "harm" if harm else "fine" if top < limit else "open"
-    factor = None
-    if explain and verdict == "open":
-        factor = _smallest_factor(lambda times: upper(times) < limit)
-    return Evidence(
+        evidence = float(log_share_e_process(failed, all_failed, most))
+    odds = math.exp(min(evidence, 700.0))
+    return _Compared(
         guard="errors",
-        verdict=verdict,
-        lower=lower,
-        upper=top,
         margin=guard.margin,
-        limit=limit,
-        pruned=(window.failures[PRUNED][0], window.failures[PRUNED][1]),
-        original=(window.failures[ORIGINAL][0], window.failures[ORIGINAL][1]),
-        basis=f"original; its failures {_odds(evidence)} for a ratio above {guard.ratio:g}"
-        + _widened(window, policy),
-        factor=factor,
-    )
+        limit=guard.margin * step.slack,
+        counts={v: (window.failures[v][0], window.failures[v][1]) for v in VARIANTS},
+        lower=_least(scaled, back / 2.0),
+        upper=lambda times: _most(scaled, policy.alpha_advance / 2.0, times),
+        basis=_basis(say("basis-errors", odds=odds, ratio=guard.ratio), window, policy),
+        proven=evidence >= -math.log(back),
+    ).judged(explain=explain)
 
 
-def _odds(log_value: float) -> str:
-    return f"speak {math.exp(min(log_value, 700.0)):.3g} : 1"
+def _least(counts: Mapping[str, tuple[float, float]], alpha: float) -> float:
+    """Lower end of the difference of two rates, each rate's end at ``alpha``."""
+    return lower_rate(*counts[PRUNED], alpha) - upper_rate(*counts[ORIGINAL], alpha)
+
+
+def _most(counts: Mapping[str, tuple[float, float]], alpha: float, times: float) -> float:
+    """Upper end of it, with so many times the data."""
+    pruned, original = (_times(counts[variant], times) for variant in (PRUNED, ORIGINAL))
+    return upper_rate(*pruned, alpha) - lower_rate(*original, alpha)
+
+
+def _times(pair: tuple[float, float], times: float) -> tuple[float, float]:
+    return pair[0] * times, pair[1] * times
 
 
 def _exposure(window: Window) -> float:
@@ -140,49 +185,38 @@ def latency(
     # Which of the two ways is used depends on the data: each has half of the level.
     back = policy.alpha / policy.tests / 2.0
     ahead = policy.alpha_advance / 2.0
-    limit = guard.margin * step.slack
-    number = len(policy.strata) + 1
+    mass = [1.0 / (1.0 / s[PRUNED][1] + 1.0 / s[ORIGINAL][1]) for s in shared]
+    share = 2.0 * (len(policy.strata) + 1)
 
-    def bounds(times: float) -> tuple[float, float]:
-        if not relative:
-            k, n = (v * times for v in total[PRUNED])
-            # Where the original is slower than allowed itself, pruned is not to blame for as much.
-            slow, seen = (v * times for v in total[ORIGINAL])
-            worst = upper_rate(slow, seen, back / 2.0)
-            tolerated = max(guard.allowed, worst) if seen > 0 else guard.allowed
-            return (
-                lower_rate(k, n, back / 2.0) - tolerated,
-                upper_rate(k, n, ahead) - guard.allowed,
-            )
-        mass = [1.0 / (1.0 / s[PRUNED][1] + 1.0 / s[ORIGINAL][1]) for s in shared]
-        low = high = 0.0
-        for pairs, weight in zip(shared, mass, strict=True):
-            (kp, np_), (ko, no) = (tuple(v * times for v in pairs[a]) for a in (PRUNED, ORIGINAL))
-            each = back / (2.0 * number)
-            low += weight * (lower_rate(kp, np_, each) - upper_rate(ko, no, each))
-            each = ahead / (2.0 * number)
-            high += weight * (upper_rate(kp, np_, each) - lower_rate(ko, no, each))
-        return low / sum(mass), high / sum(mass)
+    def mean(ends: list[float]) -> float:
+        return sum(w * end for w, end in zip(mass, ends, strict=True)) / sum(mass)
 
-    lower, upper = bounds(1.0)
-    verdict: Verdict = "harm" if lower > guard.margin else "fine" if upper < limit else "open"
-    factor = None
-    if explain and verdict == "open" and total[PRUNED][1] > 0:
-        factor = _smallest_factor(lambda times: bounds(times)[1] < limit)
+    def upper(times: float) -> float:
+        if relative:
+            return mean([_most(pairs, ahead / share, times) for pairs in shared])
+        return upper_rate(*_times(total[PRUNED], times), ahead) - guard.allowed
+
+    if relative:
+        lower = mean([_least(pairs, back / share) for pairs in shared])
+    else:
+        # Where the original is slower than allowed itself, pruned is not to blame for as much.
+        slow = upper_rate(*total[ORIGINAL], back / 2.0) if total[ORIGINAL][1] > 0 else 0.0
+        lower = lower_rate(*total[PRUNED], back / 2.0) - max(guard.allowed, slow)
     edge = window.edges.get(metric, guard.objective)
-    against = f"original in {len(shared)} strata of concurrency" if relative else "the objective"
-    return Evidence(
+    against = (
+        say("basis-strata", strata=len(shared), edge=edge)
+        if relative
+        else say("basis-objective", edge=edge)
+    )
+    return _Compared(
         guard=metric,
-        verdict=verdict,
+        margin=guard.margin,
+        limit=guard.margin * step.slack,
+        counts={v: _times(total[v], size[v]) for v in VARIANTS},
         lower=lower,
         upper=upper,
-        margin=guard.margin,
-        limit=limit,
-        pruned=(total[PRUNED][0] * size[PRUNED], total[PRUNED][1] * size[PRUNED]),
-        original=(total[ORIGINAL][0] * size[ORIGINAL], total[ORIGINAL][1] * size[ORIGINAL]),
-        basis=f"{against}, requests over {edge:g} s{_widened(window, policy)}",
-        factor=factor,
-    )
+        basis=_basis(against, window, policy),
+    ).judged(explain=explain)
 
 
 def share(
@@ -192,35 +226,21 @@ def share(
     pairs = window.shares.get(name, {})
     seen = {v: pairs.get(v, [0.0, 0.0]) for v in VARIANTS}
     scaled = {v: _scaled(seen[v], effect(window, policy, v)) for v in VARIANTS}
-    back, ahead = policy.alpha / policy.tests / 2.0, policy.alpha_advance / 2.0
-    limit = guard.margin * step.slack
-
-    def upper(times: float) -> float:
-        (kp, np_), (ko, no) = (tuple(v * times for v in scaled[a]) for a in (PRUNED, ORIGINAL))
-        return upper_rate(kp, np_, ahead) - lower_rate(ko, no, ahead)
-
-    lower = lower_rate(*scaled[PRUNED], back) - upper_rate(*scaled[ORIGINAL], back)
-    top = upper(1.0)
-    verdict: Verdict = "harm" if lower > guard.margin else "fine" if top < limit else "open"
     none = [v for v in VARIANTS if scaled[v][1] <= 0]
-    factor = None
-    if explain and verdict == "open" and not none:
-        factor = _smallest_factor(lambda times: upper(times) < limit)
-    unit = {"feedback": "votes"}.get(name, "answers")
-    edge = f" of at most {window.edges[name]:g} tokens" if name in window.edges else ""
-    return Evidence(
+    votes = name == "feedback"
+    basis = say("basis-votes" if votes else "basis-answers")
+    if name in window.edges:
+        basis = say("basis-short", edge=window.edges[name])
+    return _Compared(
         guard=name,
-        verdict=verdict,
-        lower=lower,
-        upper=top,
         margin=guard.margin,
-        limit=limit,
-        pruned=(seen[PRUNED][0], seen[PRUNED][1]),
-        original=(seen[ORIGINAL][0], seen[ORIGINAL][1]),
-        basis=f"original, {unit}{edge}{_widened(window, policy)}",
-        factor=factor,
-        needs=f"{unit} of {' and '.join(none)}: none yet" if none and verdict == "open" else "",
-    )
+        limit=guard.margin * step.slack,
+        counts={v: (seen[v][0], seen[v][1]) for v in VARIANTS},
+        lower=_least(scaled, policy.alpha / policy.tests / 2.0),
+        upper=lambda times: _most(scaled, policy.alpha_advance / 2.0, times),
+        basis=_basis(basis, window, policy),
+        needs=say("no-votes" if votes else "no-answers", who=none) if none else "",
+    ).judged(explain=explain)
 
 
 def effect(window: Window, policy: Policy, variant: str) -> float:
@@ -232,9 +252,10 @@ def effect(window: Window, policy: Policy, variant: str) -> float:
     return max(policy.design_effect, 1.0 + policy.dependence * (window.per_user(variant) - 1.0))
 
 
-def _widened(window: Window, policy: Policy) -> str:
+def _basis(compared: str, window: Window, policy: Policy) -> str:
+    """What was compared, and what a request counts for where that is less than one."""
     size = effect(window, policy, PRUNED)
-    return f"; users are sticky, {size:.1f} requests count as one" if size > 1.05 else ""
+    return say("sticky", basis=compared, size=size) if size > _NEARLY else compared
 
 
 def _scaled(pair: Pair, size: float) -> tuple[float, float]:
@@ -262,4 +283,4 @@ def split_mismatch(window: Window, policy: Policy) -> str:
     if float(log_split_e_process(seen, [1.0 - share, share])) < -math.log(policy.alpha_split):
         return ""
     part = 100.0 * counts[1][1] / (counts[0][1] + counts[1][1])
-    return f"{part:.2f} % of the requests reached pruned where {window.weight:g} % should"
+    return say("split", part=part, weight=window.weight)

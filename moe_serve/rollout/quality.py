@@ -16,6 +16,7 @@ from typing import Any, Final
 from moe_serve.rollout.guards import Evidence
 from moe_serve.rollout.policy import GarbageGuard, Policy, QualityGuard
 from moe_serve.rollout.probing import Result
+from moe_serve.rollout.said import say
 from moe_serve.rollout.sequential import Interval, betting_interval
 
 BOUND: Final = 2.0
@@ -125,20 +126,15 @@ class _Figure:
     value: Callable[[Result], float]
     least: float
     most: float
-    unit: str
+    what: str
+    """Code of what the figure is, after a number."""
 
 
-_KL_FIGURE: Final = _Figure(guard="quality-kl", value=_kl, least=0.0, most=BOUND, unit="nats")
+_KL_FIGURE: Final = _Figure(guard="quality-kl", value=_kl, least=0.0, most=BOUND, what="nats")
 _TOP1: Final = _Figure(
-    guard="quality-top1",
-    value=_disagreement,
-    least=0.0,
-    most=1.0,
-    unit="of the likeliest tokens differ",
+    guard="quality-top1", value=_disagreement, least=0.0, most=1.0, what="likeliest"
 )
-_GARBAGE: Final = _Figure(
-    guard="garbage", value=_garbage, least=-1.0, most=1.0, unit="of the answers, pruned - original"
-)
+_GARBAGE: Final = _Figure(guard="garbage", value=_garbage, least=-1.0, most=1.0, what="broken")
 
 
 def quality(
@@ -181,6 +177,7 @@ def _evidence(
         now,
         Evidence(
             guard=figure.guard,
+            unit="nats" if figure is _KL_FIGURE else "share",
             verdict="harm" if lower > margin else "fine" if upper <= margin else "open",
             lower=lower,
             upper=upper,
@@ -188,8 +185,8 @@ def _evidence(
             limit=margin,
             pruned=(total[1], number),
             original=(total[0], number),
-            basis=f"{number:.0f} of {seen.size} probes, {figure.unit}",
-            said=f"{mean:.3f} {figure.unit}",
+            basis=say("basis-probes", number=number, size=seen.size, unit=say(figure.what)),
+            said=say("mean-probes", mean=mean, unit=say(figure.what)),
         ),
     )
 
@@ -218,6 +215,7 @@ def _worst(seen: Quality, limit: float, policy: Policy, now: float) -> Evidence:
         now,
         Evidence(
             guard="quality-domain",
+            unit="nats",
             verdict="harm" if lower > limit else "fine" if upper <= limit else "open",
             lower=lower,
             upper=upper,
@@ -225,8 +223,10 @@ def _worst(seen: Quality, limit: float, policy: Policy, now: float) -> Evidence:
             limit=limit,
             pruned=(sums.get(name, 0.0), number),
             original=(0.0, number),
-            basis=f"the domain that loses most{f', {name}' if name else ''}, nats",
-            said=f"{lower:.3f} nats at least in {name or 'any domain'}",
+            basis=say("basis-domain", name=name) if name else say("basis-no-domain"),
+            said=say("least-domain", lower=lower, name=name)
+            if name
+            else say("least-no-domain", lower=lower),
         ),
     )
 
@@ -239,13 +239,12 @@ def _judged(seen: Quality, policy: Policy, now: float, found: Evidence) -> Evide
         found = replace(found, verdict="open")
     if found.verdict != "open":
         return found
-    why = f" ({seen.trouble})" if seen.trouble else ""
     left = seen.size - len(seen.results)
     if silent > limit:
-        needs = f"probes that are answered; none was for {silent:.0f} s{why}"
+        needs = say("probes-silent", seconds=silent)
     elif not seen.results:
-        needs = f"a first probe that is answered{why}"
+        needs = say("probes-first")
     else:
-        span = left * policy.probes.interval_seconds
-        needs = f"at most {left} more probes, {span:.0f} s at their rate{why}"
+        needs = say("probes-left", left=left, seconds=left * policy.probes.interval_seconds)
+    needs = say("because", what=needs, trouble=seen.trouble) if seen.trouble else needs
     return replace(found, needs=needs)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.said import Codes
 from moe_serve.rollout.state import Phase
+from moe_serve.rollout.store import Change
 
 Action = Literal["start", "pause", "resume", "promote", "rollback", "set"]
 
@@ -89,6 +92,8 @@ class Guard(_Told):
     """What one guard knows now: pruned - original as an interval against its margin."""
 
     guard: str
+    unit: Literal["share", "nats"]
+    """Of ``lower``, ``upper``, ``margin`` and ``limit``: a share of one, or nats per token."""
     verdict: Literal["harm", "fine", "open"]
     """Harm is proven, excluded, or neither yet."""
     lower: float
@@ -105,6 +110,8 @@ class Guard(_Told):
     """What was seen, where it is no count of events among requests."""
     needs: str = ""
     """What an open verdict waits for, where that is not requests."""
+    codes: dict[str, Codes] = {}
+    """``basis``, ``said`` and ``needs`` by code and values, for other languages."""
 
 
 class DecisionOut(_Told):
@@ -113,27 +120,17 @@ class DecisionOut(_Told):
     kind: Literal["hold", "advance", "rollback", "pause"]
     reason: str
     words: str
+    codes: Codes | None = None
+    """``words`` by code and values, for other languages."""
     evidence: list[Guard]
 
 
-class ChangeOut(_Told):
+@dataclass(frozen=True, kw_only=True, config={"use_attribute_docstrings": True})
+class ChangeOut(Change):
     """One change of the split."""
 
-    id: int
-    at: float
-    actor: str
-    decision: str
-    reason: str
-    percent_before: float | None
-    percent_after: float
-    version: str
-    hash_before: str | None
-    hash_after: str | None
-    written_at: float | None
-    confirmed_at: float | None
-    abandoned_at: float | None
     evidence: DecisionOut | None
-    """Null where a person decided."""
+    """What it rested on; null where a person decided."""
 
 
 class HistoryPage(_Told):
@@ -170,6 +167,8 @@ class Status(_Told):
     """When the present step began, or the rollout ended; 0 before the first."""
     reason: str
     """Why it is paused or rolled back."""
+    reason_codes: Codes | None = None
+    """The same by code and values, where it is the controller's."""
     controller: str | None
     """Who drives it; null: nobody watches."""
     dry_run: bool
@@ -201,6 +200,7 @@ class GuardHistory(_Told):
     """A guard now, and since the rollout began."""
 
     guard: str
+    unit: Literal["share", "nats"]
     now: Guard | None
     points: list[PointOut]
 

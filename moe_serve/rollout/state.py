@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from moe_serve.rollout.said import Codes, codes
+
 if TYPE_CHECKING:
     # Rolling back by hand needs none of what a policy imports, and must be quick.
     from moe_serve.rollout.policy import Policy
@@ -41,6 +43,8 @@ class State:
     """A person let this step's gate open."""
     reason: str = ""
     """Why it is paused or rolled back."""
+    codes: Codes | None = None
+    """The same, where it is the controller's, for other languages."""
     before: Phase = "idle"
     """What is resumed after a pause."""
 
@@ -82,7 +86,7 @@ def enter(state: State, policy: Policy, step: int, at: float) -> State:
 def pause(state: State, reason: str) -> State:
     """Keep the share, stop advancing."""
     before = state.before if state.phase == "paused" else state.phase
-    return replace(state, phase="paused", before=before, reason=reason)
+    return replace(state, phase="paused", before=before, reason=str(reason), codes=codes(reason))
 
 
 def resume(state: State, at: float) -> State:
@@ -93,9 +97,13 @@ def resume(state: State, at: float) -> State:
     phase = state.before if state.phase == "paused" else state.phase
     # Going on after a pause is not yet a word on the gate.
     opened = state.released or state.phase != "paused"
-    return replace(state, phase=phase, before="idle", reason="", began=at, released=opened)
+    return replace(
+        state, phase=phase, before="idle", reason="", codes=None, began=at, released=opened
+    )
 
 
 def roll_back(state: State, reason: str, at: float) -> State:
     """Everything on the original; the rollout is over."""
-    return State(phase="rolled_back", step=state.step, began=at, reason=reason)
+    return State(
+        phase="rolled_back", step=state.step, began=at, reason=str(reason), codes=codes(reason)
+    )

@@ -22,7 +22,7 @@ from moe_serve.rollout.database import opened
 from moe_serve.rollout.state import State
 
 DATABASE: Final = "rollout.sqlite3"
-_VERSION: Final = 2
+_VERSION: Final = 3
 _ENDLESS: Final = 2**62
 _SCHEMA: Final = (
     """
@@ -87,8 +87,8 @@ class Change:
     """When Envoy said it was in force."""
     abandoned_at: float | None
     """When it was found never to have been written, and given up."""
-    evidence: dict[str, Any]
-    """What it rested on: the controller's decision; empty where a person decided."""
+    evidence: Any
+    """What it rested on: the controller's decision as JSON; empty where a person decided."""
 
     def to_json(self) -> dict[str, Any]:
         """For API and CLI."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from moe_serve.rollout.database import opened
-from moe_serve.rollout.guards import Evidence
+from moe_serve.rollout.guards import Evidence, Unit
 
 DATABASE: Final = "trace.sqlite3"
 _FINE: Final = 3600.0
@@ -25,10 +25,12 @@ _KEPT: Final = 31 * 86_400.0
 _EVERY: Final = 100
 """Readings between two thinnings."""
 _SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS points (
+DROP TABLE IF EXISTS points;
+CREATE TABLE IF NOT EXISTS intervals (
     at REAL NOT NULL,
     step INTEGER NOT NULL,
     guard TEXT NOT NULL,
+    unit TEXT NOT NULL,
     lower REAL NOT NULL,
     upper REAL NOT NULL,
     margin REAL NOT NULL,
@@ -45,6 +47,7 @@ class Point:
     """Seconds since the epoch."""
     step: int
     guard: str
+    unit: Unit
     lower: float
     upper: float
     margin: float
@@ -68,7 +71,7 @@ class Trace:
             fault="no points for charts",
             remedy="remove the file if this stays; decisions do not need it",
         ) as db:
-            db.execute(_SCHEMA)
+            db.executescript(_SCHEMA)
             yield db
 
     def add(self, at: float, step: int, evidence: Iterable[Evidence]) -> None:
@@ -77,12 +80,12 @@ class Trace:
         Raises:
             RolloutError: it can't be written.
         """
-        rows = [(at, step, e.guard, e.lower, e.upper, e.margin) for e in evidence]
+        rows = [(at, step, e.guard, e.unit, e.lower, e.upper, e.margin) for e in evidence]
         if not rows:
             return
         with self._open() as db:
             db.execute("BEGIN IMMEDIATE")
-            db.executemany("INSERT OR REPLACE INTO points VALUES (?, ?, ?, ?, ?, ?)", rows)
+            db.executemany("INSERT OR REPLACE INTO intervals VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
             if self._added % _EVERY == 0:
                 _thin(db, at)
             db.execute("COMMIT")
@@ -99,25 +102,29 @@ class Trace:
             return found
         with self._open() as db:
             span = db.execute(
-                "SELECT max(at) - min(at) FROM points WHERE at >= ?", (since,)
+                "SELECT max(at) - min(at) FROM intervals WHERE at >= ?", (since,)
             ).fetchone()[0]
             # The latest of each interval of time, so that the last point is always there.
             rows = db.execute(
-                "SELECT max(at), step, guard, lower, upper, margin FROM points WHERE at >= ?"
+                "SELECT max(at), step, guard, unit, lower, upper, margin FROM intervals"
+                " WHERE at >= ?"
                 " GROUP BY guard, CAST((at - ?) / ? AS INTEGER) ORDER BY 1",
                 (since, since, max((span or 0.0) / most, 1e-3)),
             ).fetchall()
-        for at, step, guard, lower, upper, margin in rows:
-            point = Point(at=at, step=step, guard=guard, lower=lower, upper=upper, margin=margin)
+        for at, step, guard, unit, lower, upper, margin in rows:
+            point = Point(
+                at=at, step=step, guard=guard, unit=unit, lower=lower, upper=upper, margin=margin
+            )
             found.setdefault(guard, []).append(point)
         return found
 
 
 def _thin(db: sqlite3.Connection, now: float) -> None:
     old = now - _FINE
-    db.execute("DELETE FROM points WHERE at < ?", (now - _KEPT,))
+    db.execute("DELETE FROM intervals WHERE at < ?", (now - _KEPT,))
     db.execute(
-        "DELETE FROM points WHERE at < ? AND (guard, at) NOT IN"
-        " (SELECT guard, max(at) FROM points WHERE at < ? GROUP BY guard, CAST(at / ? AS INTEGER))",
+        "DELETE FROM intervals WHERE at < ? AND (guard, at) NOT IN"
+        " (SELECT guard, max(at) FROM intervals WHERE at < ?"
+        " GROUP BY guard, CAST(at / ? AS INTEGER))",
         (old, old, _COARSE),
     )

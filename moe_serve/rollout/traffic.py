@@ -273,6 +273,7 @@ def status(state: Path) -> dict[str, Any]:
         "state": _state_name(saved.state, split.percent),
         "step": saved.state.step,
         "reason": saved.state.reason,
+        "reason_codes": saved.state.codes,
         "controller": store.lease_holder(),
         "decision": saved.seen.get("decision") if saved.state.active else None,
         "pruned_percent": split.percent,

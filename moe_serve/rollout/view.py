@@ -78,9 +78,7 @@ def history(state: Path, limit: int, before: int | None) -> schema.HistoryPage:
 
 def change_out(change: Change) -> schema.ChangeOut:
     """As the API tells it."""
-    return schema.ChangeOut.model_validate(
-        {**change.to_json(), "evidence": change.evidence or None}
-    )
+    return schema.ChangeOut(**{**change.to_json(), "evidence": change.evidence or None})
 
 
 def entry_out(entry: Entry) -> schema.LogEntry:
@@ -107,6 +105,7 @@ def guards(state: Path, most: int) -> schema.Guards:
         guards=[
             schema.GuardHistory(
                 guard=name,
+                unit=present[name].unit if name in present else points[name][-1].unit,
                 now=present.get(name),
                 points=[schema.PointOut.model_validate(p) for p in points.get(name, [])],
             )

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.said import say
 from moe_serve.rollout.users import Crowd
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
@@ -161,18 +162,18 @@ class Window:
     def _trouble(self, before: Reading | None, now: Reading, policy: Policy) -> str:
         missing = [name for name in VARIANTS if not _usable(now.arms.get(name), policy)]
         if missing:
-            return f"no usable counters of {' and '.join(missing)}"
+            return say("no-counters", who=missing)
         if before is None or any(not _usable(before.arms.get(n), policy) for n in VARIANTS):
-            return "" if before is None else "the reading before was not usable"
+            return "" if before is None else say("before-unusable")
         step = now.tick - before.tick
         if step <= 0.0 or abs((now.at - before.at) - step) > policy.clock_jump_seconds:
-            return "the clock jumped"
+            return say("clock")
         if step > _GAP * policy.interval_seconds:
-            return f"nothing was read for {step:.0f} s"
+            return say("unread", seconds=step)
         back = [n for n in VARIANTS if _went_back(before.arms[n], now.arms[n])]
         for name in back:
             self.restarts[name] += 1
-        return f"counters of {' and '.join(back)} began anew (a restart)" if back else ""
+        return say("began-anew", who=back) if back else ""
 
     def _recent(self, before: Reading, now: Reading) -> None:
         a, b = before.arms[PRUNED], now.arms[PRUNED]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
 import tomllib
@@ -16,10 +17,12 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from benchmarks.fixtures import MODEL
 from moe_serve.rollout import control, controller
-from moe_serve.rollout.decision import judge
+from moe_serve.rollout.commands import start_rollout
+from moe_serve.rollout.decision import Decision, judge
 from moe_serve.rollout.policy import Guards, Policy, ShareGuard
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import NOTHING, Quality
+from moe_serve.rollout.said import join, say
 from moe_serve.rollout.schema import DecisionOut, PointOut
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move
@@ -276,6 +279,17 @@ def test_it_speaks_japanese(seen: Seen) -> None:
     page = seen.open(locale="ja-JP")
     assert page.locator("html").get_attribute("lang") == "ja"
     expect(page.get_by_role("heading", name="ガード")).to_be_visible()
+    # What the controller says too: what it waits for, and what each guard compares.
+    start_rollout(
+        seen.proxy.state, Policy.model_validate(tomllib.loads(POLICY)), reason="", force=True
+    )
+    expect(page.locator("#guards .basis").first).to_contain_text("オリジナル", timeout=60_000)
+    expect(page.locator("#state .verdict")).to_contain_text("待機中")
+    found = page.locator("#state .waits li, #state .verdict, #guards .basis").all_inner_texts()
+    assert len(found) > 5
+    for text in found:
+        assert re.search("[ぁ-んァ-ン一-龠]", text), text
+        assert not re.search("[A-Za-z]{4}", text), text
     page.get_by_role("link", name="English").click()
     page.goto(seen.address)
     expect(page.get_by_role("heading", name="Guards")).to_be_visible()
@@ -318,9 +332,17 @@ def test_every_word_is_there_in_both_languages() -> None:
     judged = judge(Window(began=0.0, weight=5.0), policy, policy.steps[2], NOTHING, explain=False)
     assert len(judged) == 10
     assert {f"guard-{evidence.guard}" for evidence in judged} <= catalogue.keys()
-    said = {"kind": "hold", "reason": "evidence", "evidence": []}
-    decision = DecisionOut.model_validate({**said, "words": "errors: 3 more; minimum: 5 min"})
-    assert waits(decision, words.Words("ja")) == ["失敗したリクエスト: 3 more", "minimum: 5 min"]
+    text = join([say("more", guard="errors", count="340", span=360), say("min-time", span=300)])
+    made = Decision(kind="hold", reason="evidence", words=text, evidence=judged).to_json()
+    decision = DecisionOut.model_validate(json.loads(json.dumps(made)))
+    assert waits(decision, words.Words("ja")) == [
+        "失敗したリクエスト: あと約 340 件(この頻度で6分)",
+        "最短時間まであと5分",
+    ]
+    english = "Failed requests: about 340 more requests, 6 minutes at this rate"
+    assert waits(decision, words.Words("en"))[0] == english
+    by_hand = decision.model_copy(update={"words": "lunch", "codes": None})
+    assert waits(by_hand, words.Words("ja")) == ["lunch"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ def evidence(upper: float) -> Evidence:
     """Of one guard."""
     return Evidence(
         guard="errors",
+        unit="share",
         verdict="open",
         lower=-upper,
         upper=upper,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.rollout import schema, view
+from moe_serve.rollout.said import parts
 from moe_serve.rollout.store import Entry, Store
 from moe_serve.rollout.web import charts
 from moe_serve.rollout.web.words import (
@@ -20,8 +21,6 @@ from moe_serve.rollout.web.words import (
     size,
 )
 
-NATS: Final = frozenset({"quality-kl", "quality-domain"})
-"""Guards whose differences are nats; the others' are shares."""
 _NOTABLE: Final = frozenset({"intended", "paused", "resumed", "dry-run"})
 _LINES: Final = 20
 
@@ -76,23 +75,22 @@ class Line:
     evidence: tuple[schema.Guard, ...]
 
 
-def figure(guard: str, value: float, words: Words, *, sign: bool = True) -> str:
-    """A difference in the guard's unit."""
-    nats = guard in NATS
+def figure(unit: str, value: float, words: Words, *, sign: bool = True) -> str:
+    """A difference in its unit."""
+    nats = unit == "nats"
     scaled = value if nats else 100.0 * value
     digits = 3 if nats else 2
     text = signed(scaled, digits) if sign else f"{scaled:.{digits}f}"
-    return f"{text} nats" if nats else f"{text} {words('points')}"
+    return f"{text} {words('nats' if nats else 'points')}"
 
 
 def waits(decision: schema.DecisionOut | None, words: Words) -> list[str]:
     """What a decision says, one thing each, under the names that the page's guards have."""
-    parts = decision.words.split("; ") if decision is not None else []
-    named = (part.partition(": ") for part in parts)
-    return [
-        f"{words(f'guard-{name}') if words.knows(f'guard-{name}') else name}{colon}{rest}"
-        for name, colon, rest in named
-    ]
+    if decision is None:
+        return []
+    if decision.codes is None:
+        return [decision.words]
+    return [words.say(part, "") for part in parts(decision.codes)]
 
 
 def cards(found: schema.Guards, words: Words) -> list[GuardCard]:
@@ -108,7 +106,7 @@ def _card(found: schema.GuardHistory, words: Words) -> GuardCard:
     )
 
     def said(value: float) -> str:
-        return figure(name, value, words)
+        return figure(found.unit, value, words)
 
     def counts(pair: tuple[float, float] | None) -> str:
         if pair is None or now is None or now.said:
@@ -121,15 +119,21 @@ def _card(found: schema.GuardHistory, words: Words) -> GuardCard:
         title=words(f"guard-{name}"),
         verdict=now.verdict if now is not None else "",
         interval=words("interval", lower=said(lower), upper=said(upper)),
-        margin=figure(name, margin, words, sign=False),
-        limit=words("limit", limit=figure(name, now.limit, words, sign=False))
+        margin=figure(found.unit, margin, words, sign=False),
+        limit=words("limit", limit=figure(found.unit, now.limit, words, sign=False))
         if now is not None and different
         else "",
         pruned=counts(now.pruned) if now is not None else "",
         original=counts(now.original) if now is not None else "",
-        basis=" · ".join(x for x in (now.said, now.basis, now.needs) if x) if now else "",
-        low=figure(name, -2.0 * margin, words),
-        high=figure(name, 3.0 * margin, words),
+        basis=" · ".join(
+            words.say(now.codes.get(part), getattr(now, part))
+            for part in ("said", "basis", "needs")
+            if getattr(now, part)
+        )
+        if now is not None
+        else "",
+        low=figure(found.unit, -2.0 * margin, words),
+        high=figure(found.unit, 3.0 * margin, words),
         bar=charts.bar(lower, upper, margin) if now is not None else None,
         band=charts.band(points, margin),
         since=(points[0].at, points[-1].at) if points else None,
@@ -229,7 +233,7 @@ def _line(entry: Entry, words: Words) -> Line:
         what=words(f"did-{what}"),
         tone=tones.get(what, ""),
         actor=words("by", actor=body.get("actor", "controller")),
-        words=reason,
+        words=words.say(evidence.get("codes"), reason),
         split=split,
         fate=fate,
         evidence=tuple(
@@ -261,6 +265,7 @@ def page(state: Path, found: schema.Variants, words: Words, before: int | None) 
     return {
         "status": status,
         "waits": waits(status.decision, words),
+        "why": words.say(status.reason_codes, status.reason),
         "spent": max(0.0, status.at - status.step_began),
         "guards": cards(view.guards(state, 240), words),
         "variants": found,

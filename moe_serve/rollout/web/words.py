@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from moe_serve.rollout.said import Codes, in_language
+
 LANGUAGES: Final = {"en": "English", "ja": "日本語"}
 
 _WORDS: Final[Mapping[str, Mapping[str, str]]] = tomllib.loads(
@@ -29,6 +31,12 @@ class Words:
         found = _WORDS.get(key)
         text = found[self.language] if found is not None else key.partition("-")[2] or key
         return text.format(**values) if values else text
+
+    def say(self, found: Codes | None, english: str) -> str:
+        """A sentence of the controller's; as it is where it is a person's."""
+        if found is None:
+            return english
+        return in_language(found, self.language, lambda guard: self(f"guard-{guard}"))
 
     def knows(self, key: str) -> bool:
         """Whether it has words of its own."""
