@@ -150,7 +150,7 @@ def main() -> None:
             served_model=_SERVED,
             port=free_port(),
             log=Path(folder) / "engine.log",
-            arguments=("--scheduling-policy", "priority", "--max-model-len", "2048"),
+            arguments=("--scheduling-policy", "priority"),
         )
         child = spec.launch(gpu=gpu, yielding=False)
         try:

@@ -339,8 +339,8 @@ def test_every_word_is_there_in_both_languages() -> None:
         "失敗したリクエスト: あと約 340 件(この頻度で6分)",
         "最短時間まであと5分",
     ]
-    english = "Failed requests: about 340 more requests, 6 minutes at this rate"
-    assert waits(decision, words.Words("en"))[0] == english
+    first = "Failed requests: about 340 more requests, 6 minutes at this rate"
+    assert waits(decision, words.Words("en"))[0] == first
     by_hand = decision.model_copy(update={"words": "lunch", "codes": None})
     assert waits(by_hand, words.Words("ja")) == ["lunch"]
 
