@@ -28,7 +28,7 @@ VERSION: Final = "moe-serve.dev/split-version"
 MANAGER: Final = "moe-serve"
 """Who we are in ``managedFields``."""
 _MIRROR: Final = "RequestMirror"
-_PATIENCE: Final = (1.0, 2.0)
+_PATIENCE: Final = (2.0, 5.0)
 """Seconds to connect, and to wait for an answer."""
 _ATTEMPTS: Final = 5
 _AGAIN: Final = frozenset({409, 429, 500, 502, 503, 504})
