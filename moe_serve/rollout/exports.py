@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from moe_serve.errors import MoeServeError
 from moe_serve.families.kv import kv_bytes_per_token
@@ -22,21 +24,20 @@ from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import PRUNED
 
+T = TypeVar("T")
+_SLOW, _PAUSE = 1.0, 30.0
+"""Seconds after which a failure is slow, and for how long it is not tried again."""
+
 
 def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
     """The collector of a stack's metrics."""
+    patience = Patience()
 
     def share() -> float | None:
-        try:
-            return routing_of(state).read().percent / 100.0
-        except MoeServeError:
-            return None
+        return patience.ask(lambda: routing_of(state).read().percent / 100.0)
 
     def name() -> str | None:
-        try:
-            return str(status(state)["state"])
-        except MoeServeError:
-            return None
+        return patience.ask(lambda: str(status(state)["state"]))
 
     calibrated = _calibrated(Path(stack.engines[PRUNED].model))
     engines = [
@@ -63,6 +64,29 @@ def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
         votes=votes.totals,
         expert_bytes=_expert_bytes(Path(stack.engines["pruned"].model)),
     )
+
+
+class Patience:
+    """Asks for what may be slow to fail, and not at every scrape.
+
+    An API server that hangs would make each scrape time out, and the control process look dead.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Ask at once."""
+        self._clock, self._until = clock, 0.0
+
+    def ask(self, what: Callable[[], T]) -> T | None:
+        """What is answered; ``None`` where nothing is, and for a while after a slow failure."""
+        began = self._clock()
+        if began < self._until:
+            return None
+        try:
+            return what()
+        except MoeServeError:
+            if self._clock() - began > _SLOW:
+                self._until = self._clock() + _PAUSE
+            return None
 
 
 def _decisions(state: Path) -> dict[tuple[str, str], int]:
