@@ -7,6 +7,7 @@ they are summed since a moment. No name is read and none is kept.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Final
 
 from moe_serve.serving.variants import VARIANTS
 
+_TIME: Final = re.compile(r"[0-9]{1,12}")
+_USER: Final = re.compile(r"[0-9a-f]{16}")
 _MOST: Final = 100_000
 """Users held; beyond, every second one is let go, by hash, with all of their requests."""
 
@@ -65,9 +68,12 @@ class Users:
             self._add(line.decode("ascii", "replace").split(), moment)
 
     def _add(self, parts: list[str], moment: int) -> None:
-        if len(parts) != 3 or parts[2] not in VARIANTS or not parts[0].isdecimal():
+        if len(parts) != 3 or parts[2] not in VARIANTS:
             return
         at, user, variant = parts
+        # A disk that was full, or a hand, may have left anything.
+        if not (_TIME.fullmatch(at) and _USER.fullmatch(user)):
+            return
         if int(at) < moment or not self._held(user):
             return
         self._requests[variant, user] += 1

@@ -119,7 +119,10 @@ class Window:
         before, self.last = self.last, reading
         self.now = reading.at
         self.edges = dict(reading.edges) or self.edges
-        self.crowds = dict(reading.crowds) or self.crowds
+        # Fewer than before: the file was cut, and a new controller has read what is left.
+        for name, crowd in reading.crowds.items():
+            self.crowds[name] = max(self.crowds[name], crowd)
+        self._follow_clock(before, reading, policy)
         self._watch(reading, policy)
         self.trouble = lost or self._trouble(before, reading, policy)
         if self.trouble:
@@ -136,6 +139,18 @@ class Window:
         self.seconds += step
         for variant in VARIANTS:
             self._count(variant, before.arms[variant], reading.arms[variant], policy)
+
+    def _follow_clock(self, before: Reading | None, now: Reading, policy: Policy) -> None:
+        """Where the clock was set, what lasts since a moment lasts no longer by it, and no less."""
+        if before is None:
+            return
+        jump = (now.at - before.at) - (now.tick - before.tick)
+        if abs(jump) <= policy.clock_jump_seconds:
+            return
+        for name in ("blind_since", "unhealthy_since", "full_since"):
+            moment = getattr(self, name)
+            if moment is not None:
+                setattr(self, name, moment + jump)
 
     def _watch(self, reading: Reading, policy: Policy) -> None:
         """What the hard guards need, also from readings that give no counts."""

@@ -167,6 +167,8 @@ def broken(**changes: object) -> Callable[[ArmReading], ArmReading]:
         (ORIGINAL, broken(over={})),
         (ORIGINAL, broken(over={"ttft": (float("nan"), 1), "tpot": (0, 0)})),
         (PRUNED, broken(requests=float("inf"))),
+        (PRUNED, broken(shares={})),
+        (ORIGINAL, broken(shares={"truncated": (0, 0), "empty": (float("nan"), 1)})),
     ],
 )
 def test_unusable_data_holds_then_rolls_back(
@@ -185,6 +187,39 @@ def test_unusable_data_holds_then_rolls_back(
     assert {k.reason for k in kinds} == {"blind"}
     # 300 s after the first unusable reading.
     assert [k.kind for k in kinds].index("rollback") == 60
+
+
+@pytest.mark.parametrize("jump", [900.0, -900.0])
+def test_a_clock_that_is_set_makes_nothing_last_longer(jump: float) -> None:
+    """A scrape failed and a health check too, then the clock jumps: still only seconds ago.
+
+    Nor shorter: what goes on failing is rolled back after 15 s of the clock that does not jump.
+    """
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    traffic.read(changed={PRUNED: replace(traffic.arms[PRUNED], requests=None)})
+    ill = {PRUNED: replace(traffic.arms[PRUNED], healthy=False)}
+    traffic.read(changed=ill)
+    traffic.at += jump
+    for kind in ("hold", "hold", "rollback"):
+        found = d.decide(traffic.read(changed=ill), POLICY, CANARY)
+        assert found.kind == kind, found.words
+    assert found.reason == "hard"
+
+
+def test_gauges_that_are_no_numbers_are_no_limit_reached() -> None:
+    """A KV cache of NaN is not full; the requests are counted, in a stratum like any other."""
+    odd = broken(**dict.fromkeys(("running", "waiting", "kv_usage"), float("nan")))
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    before = traffic.window.requests
+    for _ in range(80):
+        for variant in (ORIGINAL, PRUNED):
+            traffic.serve(variant, 10)
+        changed = {v: odd(traffic.arms[v]) for v in (ORIGINAL, PRUNED)}
+        found = d.decide(traffic.read(changed=changed), POLICY, CANARY)
+        assert found.kind != "rollback", found.words
+    assert traffic.window.requests == before + 800
 
 
 def test_blindness_that_ends_is_forgiven() -> None:

@@ -14,13 +14,13 @@ from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.simulation import Scenario, play
 from moe_serve.rollout.traffic import move
 from moe_serve.rollout.users import Users
-from moe_serve.rollout.window import Window
+from moe_serve.rollout.window import Reading, Window
 from moe_serve.serving import listener
 from moe_serve.serving.listener import listener_file, trim_users, users_file
 from moe_serve.serving.routes import STICKY
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.proxy import proxied
-from tests.support.readings import UNPROBED
+from tests.support.readings import PLAIN, UNPROBED, Traffic
 
 BODY = {"model": "m", "prompt": "x"}
 
@@ -86,7 +86,8 @@ def test_more_users_than_are_held_are_sampled(tmp_path: Path) -> None:
     """Of 2,000 with three requests each some 200 are held: both sums within a tenth or two."""
     file = users_file(tmp_path)
     file.parent.mkdir()
-    file.write_text("".join(line(1, user) for user in range(2000)) * 3)
+    odd = "1 not-hexadecimal! pruned\n1\u0661 0123456789abcdef pruned\n\0\0\n"
+    file.write_text(odd + "".join(line(1, user) for user in range(2000)) * 3)
     users = Users(path=file, most=250)
     requests, squares = users.since(0.0)[PRUNED]
     assert squares == 3 * requests
@@ -110,6 +111,16 @@ def test_one_users_requests_count_for_less() -> None:
     assert "2.0 requests count as one" in found.basis
     window.crowds[PRUNED] = [0.0, 0.0]
     assert errors(window, policy, Step(weight=50.0), explain=False).upper < found.upper
+
+
+def test_what_was_counted_is_kept_when_less_is_left_to_read() -> None:
+    """The file was cut while no controller ran: the next one's smaller sums are not taken."""
+    traffic = Traffic(PLAIN)
+    for crowds in ({PRUNED: [9.0, 81.0]}, {PRUNED: [2.0, 4.0]}, {}):
+        reading = Reading(at=traffic.at, tick=traffic.tick, arms=traffic.arms, crowds=crowds)
+        traffic.window.add(reading, PLAIN)
+        assert traffic.window.crowds[PRUNED] == [9.0, 81.0]
+    assert Window.from_json(traffic.window.to_json()).crowds == traffic.window.crowds
 
 
 def test_a_split_by_users_is_checked_by_users() -> None:
