@@ -24,7 +24,7 @@ class Option:
     mean_kl: float
     worst_kl: float
     worst_kl_high: float | None
-    """Upper end of the worst domain's 95 % interval; ``None``: it has one sequence only."""
+    """Largest upper end of all domains' 95 % intervals; ``None``: none has two sequences."""
     worst_domain: str
     perplexity_ratio: float
     top1: float
@@ -90,7 +90,8 @@ def knee(options: Sequence[Option], baseline: Baseline) -> Option | None:
     """Where the front bends most: farthest below the line from the original to the smallest.
 
     Both axes are scaled to that line's ends (Satopää et al. 2011, "Finding a 'kneedle' in a
-    haystack"). ``None`` with fewer than two options on the front: a line has no bend.
+    haystack"). ``None`` with fewer than two options on the front, or where none of them lies below
+    the line: nothing bends.
     """
     line = front(options)
     if len(line) < 2:
@@ -103,7 +104,9 @@ def knee(options: Sequence[Option], baseline: Baseline) -> Option | None:
         (baseline.total_bytes - option.total_bytes) / span - option.mean_kl / last.mean_kl
         for option in line
     ]
-    return line[max(range(len(line)), key=gains.__getitem__)]
+    best = max(range(len(line)), key=gains.__getitem__)
+    # The smallest lies on the line by its making: where none lies below, nothing bends.
+    return line[best] if gains[best] > 0 else None
 
 
 def misses(option: Option, tolerance: Tolerance) -> list[str]:
@@ -128,7 +131,7 @@ class Recommendation:
     candidates: int = 0
     """Options within tolerance."""
     uncertain: bool = False
-    """The worst domain's interval reaches beyond the tolerance."""
+    """Some domain's interval reaches beyond the tolerance for the worst one."""
 
 
 def recommend(options: Sequence[Option], settings: PilotSettings) -> Recommendation:

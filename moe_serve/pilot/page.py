@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -198,7 +199,7 @@ def _risks(pilot: Pilot, advice: Recommendation, t: Catalogue) -> list[str]:
 
 def _plot(pilot: Pilot) -> dict[str, Any]:
     """Places in a drawing of 640 by 300, its margins included."""
-    left, right, top, bottom = 60.0, 20.0, 16.0, 46.0
+    left, right, top, bottom = 60.0, 20.0, 34.0, 46.0
     total = pilot.baseline.total_bytes
     highest = max(option.mean_kl for option in pilot.options) * 1.1 or 1.0
     lowest = min(option.total_bytes / total for option in pilot.options)
@@ -211,17 +212,32 @@ def _plot(pilot: Pilot) -> dict[str, Any]:
         return _HEIGHT - bottom - kl / highest * (_HEIGHT - top - bottom)
 
     line = [(1.0, 0.0), *((o.total_bytes / total, o.mean_kl) for o in front(pilot.options))]
-    steps = [lowest + (1.0 - lowest) * i / 4 for i in range(5)]
     return {
         "width": _WIDTH,
         "height": _HEIGHT,
         "line": " ".join(f"{x(s):.1f},{y(k):.1f}" for s, k in line),
         "points": [
-            {"x": x(o.total_bytes / total), "y": y(o.mean_kl), "option": o} for o in pilot.options
+            _point(x(o.total_bytes / total), y(o.mean_kl)) | {"option": o} for o in pilot.options
         ],
         "origin": (x(1.0), y(0.0)),
-        "xs": [(x(s), words.percent(s)) for s in steps],
-        "ys": [(y(highest * i / 4), words.short(highest * i / 4)) for i in range(5)],
+        "xs": [(x(s), words.percent(s)) for s in _ticks(lowest, 1.0)],
+        "ys": [(y(k), f"{k:g}") for k in _ticks(0.0, highest)],
         "left": left,
         "base": _HEIGHT - bottom,
     }
+
+
+def _point(x: float, y: float) -> dict[str, Any]:
+    """A point and its label, on the side where the line that falls to the right is not."""
+    if x < 0.6 * _WIDTH:
+        return {"x": x, "y": y, "label_x": x + 9, "label_y": y - 9, "anchor": "start"}
+    return {"x": x, "y": y, "label_x": x - 7, "label_y": y + 19, "anchor": "end"}
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round values between both ends: multiples of 1, 2, 2.5 or 5 tens."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1.0, 2.0, 2.5, 5.0, 10.0) if power * m >= rough * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(n * step, 12) for n in range(first, last + 1)]

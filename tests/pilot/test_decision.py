@@ -105,7 +105,7 @@ def test_the_knee_is_where_the_line_bends() -> None:
     assert knee([last, bend], ORIGINAL) is bend
     assert knee([last], ORIGINAL) is None
     straight = [option("a", 750, 0.05), last]
-    assert knee(straight, ORIGINAL) in straight
+    assert knee(straight, ORIGINAL) is None
 
 
 SIZES = st.lists(
@@ -126,3 +126,13 @@ def test_the_front_is_what_nobody_beats(sizes: list[tuple[int, float]]) -> None:
             for o in options
         )
         assert beaten == (one not in kept)
+
+
+def test_a_line_that_does_not_bend_has_no_knee() -> None:
+    """Losses above the line from the original to the smallest: the end is no bend."""
+    steep = [option("a", 800, 0.9), option("b", 600, 1.0)]
+    assert front(steep) == steep
+    assert knee(steep, ORIGINAL) is None
+    found = knee([option("a", 800, 0.1), option("b", 600, 1.0)], ORIGINAL)
+    assert found is not None
+    assert found.name == "a"

@@ -20,6 +20,7 @@ from moe_serve.pilot.run import Pilot, run
 from moe_serve.pilot.settings import load_settings
 from moe_serve.progress import Silent
 from moe_serve.report.catalogue import LANGUAGES, Catalogue
+from tests.support.accessible import barriers
 from tests.support.models import make_model, write_texts
 
 NAME = '<img src=x onerror="fail()">'
@@ -141,6 +142,7 @@ def test_the_page_opens(
     assert any("texts.jsonl" in risk for risk in shown.locator("li").all_inner_texts())
     assert f"{pilot.options[1].mean_kl:.3g}" in rows[2]
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
+    assert barriers(shown) == []
     assert wrong == []
     shown.close()
 

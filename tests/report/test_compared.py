@@ -10,6 +10,7 @@ from playwright.sync_api import sync_playwright
 
 from moe_serve.report.catalogue import LANGUAGES
 from moe_serve.report.compared import comparison_page
+from tests.support.accessible import barriers
 
 MARKUP = '<img src=x onerror="fail()">'
 
@@ -122,6 +123,7 @@ def test_the_page_opens(tmp_path: Path) -> None:
             answers = shown.locator("#answers tbody tr").all_inner_texts()
             assert answers[1].split("\t")[1:] == ["5.0", "0", "1", "0", "0"]
             assert shown.evaluate("document.documentElement.scrollWidth") <= 390
+            assert barriers(shown) == []
             assert wrong == []
         browser.close()
 

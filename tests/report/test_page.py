@@ -22,6 +22,7 @@ from moe_serve.pruning.run import prune
 from moe_serve.pruning.selection import Selection
 from moe_serve.report import page as page_module
 from moe_serve.report.page import report
+from tests.support.accessible import barriers
 from tests.support.models import make_model
 
 NAME = '<img src=x onerror="fail()">'
@@ -116,6 +117,9 @@ def test_the_page_says_what_the_plan_says(
     page.fill("input[name=words]", "l0 e3")
     shown = {"en": f"1 of {2 * EXPERTS} experts", "ja": f"{2 * EXPERTS}個中 1個を表示"}
     assert page.locator("#matches").inner_text() == shown[language]
+    page.fill("input[name=words]", "")
+    page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
+    assert barriers(page) == []
     assert wrong == []
     page.close()
 
