@@ -63,6 +63,6 @@ def barriers(page: Page) -> list[str]:
     """What stands in somebody's way, in light and in dark; nothing: no rule is broken."""
     found: list[str] = []
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         found += [f"{scheme}: {line}" for line in page.evaluate(_RULES)]
     return found
