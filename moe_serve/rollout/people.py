@@ -44,12 +44,15 @@ class People:
         Raises:
             MoeServeError: the log can't be read, or how far it was told can't be kept.
         """
-        if self._told is None and (self._folder / FILE).exists():
-            self._told = int(read_json(self._folder / FILE)["entry"])
         if self._told is None:
-            last = self._store.log(1)
-            self._keep(last[0].id if last else 0)
-            return
+            newest = self._store.log(1)
+            last, file = newest[0].id if newest else 0, self._folder / FILE
+            known = int(read_json(file)["entry"]) if file.exists() else None
+            # A record that is shorter than what was told of it is another one, begun anew.
+            self._told = known if known is not None and known <= last else None
+            if self._told is None:
+                self._keep(last)
+                return
         news = self._store.log(_MOST, after=self._told)
         if not news:
             return

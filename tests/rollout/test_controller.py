@@ -16,8 +16,10 @@ import httpx
 import pytest
 
 from moe_serve.errors import Overtaken, RolloutError
+from moe_serve.files import read_json, write_json
 from moe_serve.rollout.commands import pause_rollout, resume_rollout, start_rollout
 from moe_serve.rollout.controller import Controller
+from moe_serve.rollout.people import FILE, People
 from moe_serve.rollout.policy import (
     ErrorGuard,
     Guards,
@@ -268,6 +270,10 @@ def test_hooks_are_told_of_people_too(proxy: Proxied, tmp_path: Path) -> None:
     later = Controller(proxy.state, lambda _: None)
     later.tick()
     later.tick()
+    # Of a record that was moved away more may have been told than there is in the new one.
+    write_json(proxy.state / FILE, {"entry": 10_000})
+    People(proxy.state, lambda _: None).look()
+    assert read_json(proxy.state / FILE)["entry"] == Store(proxy.state).log(1)[0].id
     me = getpass.getuser()
     assert told(5) == [
         ("start", me, "test"),
