@@ -84,6 +84,26 @@ def test_pods_have_no_rights_and_limits(overlay: str) -> None:
             assert tag not in ("", "latest")
 
 
+def test_no_secret_is_in_plain_text() -> None:
+    """No object of that kind, and no variable that sounds like one has its value written out."""
+    containers: list[tuple[str, dict[str, Any]]] = [*compose()["services"].items()]
+    for overlay in OVERLAYS:
+        items = built(overlay)
+        assert [i for i in items if i["kind"] == "Secret"] == []
+        for item in items:
+            pod = item.get("spec", {}).get("template", {}).get("spec", {})
+            containers += [(item["metadata"]["name"], c) for c in pod.get("containers", ())]
+    for name, container in containers:
+        found = container.get("env", container.get("environment", {}))
+        variables = found if isinstance(found, dict) else {e["name"]: e.get("value") for e in found}
+        for variable, value in variables.items():
+            sounds = re.search(r"token|secret|password|api_?key", variable, re.IGNORECASE)
+            # A file's place is no secret.
+            assert not sounds or value is None or variable.endswith(("_FILE", "__FILE")), name
+    text = "".join(p.read_text() for p in DEPLOY.rglob("*") if p.suffix in (".yaml", ".toml"))
+    assert "PRIVATE KEY" not in text
+
+
 def test_every_selector_finds_its_pods() -> None:
     """Services, budgets and network policies name labels that pods carry."""
     items = built("base")
