@@ -1,0 +1,140 @@
+"""How many faults the tests see: ``python -m benchmarks.mutation [--sample 250]``.
+
+mutmut plants one small fault at a time (a sign, a bound, a constant, an argument left out) into the
+pure parts of the pruner, the rollout's statistics and the plugin's table, in a copy of the last
+commit, and runs the tests that reach it. A sample is drawn with a seed from all of them. Printed:
+the share found per file, then each fault that no test saw. Leave ``MUTANTS`` alone on disk to look
+at one: ``mutmut show NAME`` there.
+
+mutmut is no dependency of the project: it is installed, pinned, into a venv of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import Counter
+from pathlib import Path
+from typing import Final
+
+ROOT: Final = Path(__file__).parents[1]
+PIN: Final = "mutmut==3.8.1"
+MUTANTS: Final = ROOT / "build" / "mutation"
+TESTED: Final = {
+    "moe_serve/pruning/methods/allocation.py": ("tests/pruning/methods/test_allocation.py",),
+    "moe_serve/pruning/methods/coefficients.py": ("tests/pruning/methods/test_coefficients.py",),
+    "moe_serve/pruning/methods/grouping.py": ("tests/pruning/methods/test_grouping.py",),
+    "moe_serve/pruning/methods/groups.py": ("tests/pruning/methods/test_groups.py",),
+    "moe_serve/pruning/methods/obs.py": ("tests/pruning/methods/test_obs.py",),
+    "moe_serve/pruning/methods/similarity.py": ("tests/pruning/methods/test_similarity.py",),
+    "moe_serve/pruning/methods/tiles.py": ("tests/pruning/methods/test_tiles.py",),
+    "moe_serve/rollout/decision.py": ("tests/rollout/test_decision.py",),
+    "moe_serve/rollout/guards.py": ("tests/rollout/test_decision.py",),
+    "moe_serve/rollout/sequential.py": (
+        "tests/rollout/test_published.py",
+        "tests/rollout/test_sequential.py",
+    ),
+    "moe_serve_vllm/table.py": ("tests/patches/test_table.py",),
+}
+"""File that faults are planted in → tests that have to see them."""
+_SEEN: Final = {1, 3, 24, 36, 152, 255}
+"""Exit codes of a fault that tests saw: a failure, or a limit of time or processor."""
+
+
+def main() -> int:
+    """Plant, run, print; 1 where too few are seen."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sample", type=int, default=250, help="of all faults; 0: every one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--least", type=float, default=0.85, help="share that has to be seen")
+    options = parser.parse_args()
+    program = prepare()
+    # Nothing is called so: this plants them, and runs none.
+    mutate(program, "none")
+    every = sorted(results())
+    drawn = (
+        every if not options.sample else random.Random(options.seed).sample(every, options.sample)
+    )
+    mutate(program, *drawn)
+    found = results()
+    seen = {name: found[name] in _SEEN for name in drawn}
+    files = Counter(name.rpartition(".")[0] for name in drawn)
+    print("| file | faults | seen |\n|---|---|---|")
+    for file, count in sorted(files.items()):
+        hits = sum(hit for name, hit in seen.items() if name.rpartition(".")[0] == file)
+        print(f"| `{file}` | {count} | {hits / count:.0%} |")
+    share = sum(seen.values()) / len(seen)
+    print(f"| all, of {len(every)} | {len(seen)} | {share:.0%} |\n")
+    for name in sorted(name for name, hit in seen.items() if not hit):
+        print(f"- `{name}`: {change(program, name)}")
+    return int(share < options.least)
+
+
+def prepare() -> Path:
+    """A copy of the last commit in ``MUTANTS``, and mutmut beside the project's libraries."""
+    shutil.rmtree(MUTANTS, ignore_errors=True)
+    MUTANTS.mkdir(parents=True)
+    archive = subprocess.run(
+        ["git", "archive", "HEAD"], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    ).stdout
+    subprocess.run(["tar", "-x"], cwd=MUTANTS, input=archive, check=True)
+    # mutmut knows a module by its path.
+    shutil.move(MUTANTS / "patches" / "moe_serve_vllm", MUTANTS / "moe_serve_vllm")
+    tests = sorted({test for several in TESTED.values() for test in several})
+    settings = {
+        "source_paths": TESTED,
+        "pytest_add_cli_args_test_selection": tests,
+        "also_copy": ("moe_serve", "moe_serve_vllm", "tests", "benchmarks", "docs"),
+    }
+    lines = [f"{key}=\n    " + "\n    ".join(values) for key, values in settings.items()]
+    (MUTANTS / "setup.cfg").write_text("[mutmut]\n" + "\n".join(lines) + "\n")
+    venv = ROOT / "build" / "mutation-venv"
+    if not (venv / "bin" / "mutmut").exists():
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+        subprocess.run([venv / "bin" / "pip", "install", "--quiet", PIN], check=True)
+        site = next((venv / "lib").glob("python*/site-packages"))
+        (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return venv / "bin" / "mutmut"
+
+
+def mutate(program: Path, *names: str) -> None:
+    """Run the tests on these faults, one at a time."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    subprocess.run(
+        [program, "run", "--max-children", "1", *names],
+        cwd=MUTANTS,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        check=False,  # A fault that nobody sees is no failure of the tool.
+    )
+
+
+def results() -> dict[str, int | None]:
+    """Fault → exit code of its tests; ``None``: not run."""
+    found: dict[str, int | None] = {}
+    for path in (MUTANTS / "mutants").rglob("*.meta"):
+        found |= json.loads(path.read_text(encoding="utf-8"))["exit_code_by_key"]
+    if not found:
+        raise SystemExit("mutation: no fault was planted; run mutmut by hand in build/mutation")
+    return found
+
+
+def change(program: Path, name: str) -> str:
+    """A fault in a line: what stood there, and what stands there now."""
+    shown = subprocess.run(
+        [program, "show", name], cwd=MUTANTS, capture_output=True, text=True, check=False
+    ).stdout.splitlines()
+    lines = [x for x in shown if x[:1] in {"+", "-"} and x[:3] not in {"+++", "---"}]
+    before, after = ([x[1:].strip() for x in lines if x[0] == sign] for sign in "-+")
+    return f"`{' '.join(before)}` → `{' '.join(after)}`"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
