@@ -67,7 +67,11 @@ class Wanted:
             )
         load = self.load or Load()
         if min(load.requests, load.prompt_tokens, load.answer_tokens, load.concurrency) < 1:
-            raise UsageError("must be positive", where="--speed-requests, --answer-tokens")
+            raise UsageError(
+                "must be positive",
+                where="--speed-requests, --answer-tokens",
+                remedy="give 1 or more",
+            )
         for option, wanted in (("--prompts", self.prompts), ("--save-bench", self.results)):
             if wanted is not None and not self.engines:
                 raise UsageError("needs two engines", where=option, remedy="give their URLs")

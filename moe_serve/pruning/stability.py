@@ -106,11 +106,17 @@ def calibrate_until_stable(
         MoeServeError: as the calibration and the plan.
     """
     if not 0 < keep < 1 or not 0 < tolerance < 1:
-        raise UsageError("must lie between 0 and 1", where="--until-stable, --tolerance")
+        raise UsageError(
+            "must lie between 0 and 1", where="--until-stable, --tolerance", remedy="give 0.05, say"
+        )
     checkpoint = open_checkpoint(model)
     corpus = load_corpus(checkpoint, texts)
     if corpus is None:
-        raise UsageError("give texts to calibrate on", where="--calibration")
+        raise UsageError(
+            "give texts to calibrate on",
+            where="--calibration",
+            remedy="texts like those it will serve: .jsonl, .txt or a folder of them",
+        )
     selection = Selection(method=_RULE, keep=keep)
     fingerprint = corpus.record(checkpoint, texts.seed).to_json() | {
         "shards": checkpoint.freshness(),

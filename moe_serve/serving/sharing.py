@@ -79,7 +79,11 @@ def wake(url: str, seconds: float = WAKE_SECONDS) -> bool:
     _ask(url, "POST", "/wake_up", seconds)
     while is_sleeping(url):
         if time.monotonic() > until:
-            raise RolloutError(f"still sleeps after {seconds:g} s", where=url)
+            raise RolloutError(
+                f"still sleeps after {seconds:g} s",
+                where=url,
+                remedy="look at the engine's log, or start it again",
+            )
         time.sleep(0.05)
     return True
 
@@ -190,9 +194,17 @@ def _ask(url: str, method: str, path: str, seconds: float) -> str:
         response = connection.getresponse()
         body = response.read().decode()
     except (OSError, http.client.HTTPException) as exc:
-        raise RolloutError(f"does not answer ({exc})", where=f"{url}{path}") from exc
+        raise RolloutError(
+            f"does not answer ({exc})",
+            where=f"{url}{path}",
+            remedy="see that the engine is up: its log, its /health",
+        ) from exc
     finally:
         connection.close()
     if response.status != 200:
-        raise RolloutError(f"answered {response.status}: {body[:200]}", where=f"{url}{path}")
+        raise RolloutError(
+            f"answered {response.status}: {body[:200]}",
+            where=f"{url}{path}",
+            remedy="the engine's log says why",
+        )
     return body
