@@ -184,7 +184,8 @@ def _keeps_states(
         shape, tokens = checkpoint.shape, corpus.sequences.total
         needed = (shape.layers + 1) * tokens * shape.hidden * 4
         room = min(KEPT_BYTES, free_bytes(staging.path) // 3)
-        wanted = refit or request.selection.router_refit or request.selection.heal
+        # Healing walks over drafts as well, whose states are not among them.
+        wanted = (refit or request.selection.router_refit) and not request.selection.heal
         found = wanted and needed <= room
         staging.finish(_STATES, found)
     return bool(found)

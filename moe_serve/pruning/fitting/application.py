@@ -18,9 +18,10 @@ from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging
 from moe_serve.progress import Progress
 from moe_serve.pruning.fitting.build import build_blocks
+from moe_serve.pruning.fitting.drafts import with_drafts, write_drafts
 from moe_serve.pruning.fitting.refit import FitTokens
 from moe_serve.pruning.fitting.walk import FittedLayer, Walk, held_out
-from moe_serve.pruning.plan import Plan, Refit
+from moe_serve.pruning.plan import Heal, Plan, Refit
 
 _COPY = "apply/copy"
 
@@ -84,12 +85,43 @@ def _finish(app: Application, index: int, layer: FittedLayer | None) -> None:
     app.staging.finish(_step(index), layer.record if layer else {})
 
 
+def _drafted(
+    app: Application,
+    decoder: Decoder,
+    sequences: Sequences,
+    held_T: torch.Tensor,
+    settings: Heal,
+) -> Sequences:
+    """The calibration tokens and drafts of those that are not held out."""
+    offsets = sequences.offsets
+    numbers = [n for n, start in enumerate(offsets) if not bool(held_T[start])]
+    if app.staging.done(_step(0)) is not None:
+        # Past the embedding only their number and lengths matter: the states are on the disk.
+        drafts = [sequences.tokens[number] for number in numbers] * settings.drafts
+    else:
+        drafts = write_drafts(
+            decoder,
+            sequences,
+            numbers,
+            settings,
+            app.staging.work,
+            app.batch_tokens,
+            app.progress,
+        )
+    return with_drafts(sequences, numbers, drafts)
+
+
 def _stream(app: Application, plan: Plan, sequences: Sequences) -> dict[str, Any]:
     decoder = Decoder(app.checkpoint, app.device)
+    held_T = held_out(sequences, (plan.refit or Refit()).holdout)
+    if plan.heal is not None:
+        sequences = _drafted(app, decoder, sequences, held_T, plan.heal)
+        drafts = sequences.total - len(held_T)
+        held_T = torch.cat([held_T, torch.zeros(drafts, dtype=torch.bool)])
     tokens = FitTokens(
         batches=tuple(batches(sequences, app.batch_tokens, app.device)),
         omega_T=sequences.weights(),
-        held_T=held_out(sequences, (plan.refit or Refit()).holdout),
+        held_T=held_T,
     )
     layers, hidden, work = decoder.layers, app.checkpoint.shape.hidden, app.staging.work
     trace = Trace.kept(work, layers=layers, hidden=hidden, tokens=sequences.total)

@@ -14,6 +14,9 @@ from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import compare
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.fitting import application
+from moe_serve.pruning.fitting.application import Application
+from moe_serve.pruning.fitting.walk import FittedLayer
 from moe_serve.pruning.records.verify import verify
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import prune
@@ -52,7 +55,7 @@ def test_held_out_error_and_divergence_fall(root: Path) -> None:
     for layer in record.values():
         errors = layer["heal"]["held_out_errors"]
         assert min(errors) < errors[0]
-    unseen = TextOptions(paths=(HELDOUT,), tokens=512, length=LENGTH)
+    unseen = TextOptions(paths=(HELDOUT,), tokens=1024, length=LENGTH)
     before, after = (
         compare(MODEL, made, unseen, torch.device("cpu"), 4096, Silent()).mean.kl_nats
         for made in (plain, trained)
@@ -71,8 +74,22 @@ def test_only_routed_experts_and_router_rows_change(root: Path) -> None:
             assert trained.read_bytes(name) == original.read_bytes(name), name
 
 
-def test_it_is_repeatable(root: Path) -> None:
-    """The same bytes again."""
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after its second layer, when the drafts are known only as hidden states."""
+    finish, left = application._finish, [2]
+
+    def dying(app: Application, index: int, layer: FittedLayer | None) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        finish(app, index, layer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(application, "_finish", dying)
+        with pytest.raises(KeyboardInterrupt):
+            healed(root, "again", heal=True)
     again = healed(root, "again", heal=True)
     for file in sorted((root / "trained").glob("*.safetensors")):
         assert file.read_bytes() == (again / file.name).read_bytes()

@@ -1,0 +1,88 @@
+"""Drafts: drawn from what the original predicts, and nothing else than asked is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.fixtures import CALIBRATION, MODEL
+from moe_serve.calibration.decoder import Decoder
+from moe_serve.calibration.sequences import Sequences
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.progress import Silent
+from moe_serve.pruning.corpus import TextOptions, load_corpus
+from moe_serve.pruning.fitting.drafts import Tokens, with_drafts, write_drafts
+from moe_serve.pruning.plan import Heal
+
+
+@pytest.fixture(scope="module")
+def sequences() -> Sequences:
+    """Seven domains of two sequences of 64 tokens."""
+    texts = TextOptions(paths=(CALIBRATION,), tokens=128, length=64)
+    corpus = load_corpus(open_checkpoint(MODEL), texts)
+    assert corpus is not None
+    return corpus.sequences
+
+
+def drafts_of(
+    sequences: Sequences, folder: Path, numbers: list[int], batch: int = 256, **settings: float
+) -> list[Tokens]:
+    """By the trained fixture."""
+    decoder = Decoder(open_checkpoint(MODEL), torch.device("cpu"))
+    by = Heal.model_validate(settings)
+    return write_drafts(decoder, sequences, numbers, by, folder, batch, Silent())
+
+
+def test_tokens_are_drawn_from_the_original_s_predictions(
+    sequences: Sequences, tmp_path: Path
+) -> None:
+    """The mean surprise of what is drawn is the predictions' mean entropy, by transformers.
+
+    14 x 63 draws: their mean lies within four standard errors of it; tokens of the text itself or
+    of the place beside would not.
+    """
+    numbers = list(range(len(sequences.tokens)))
+    drafts = drafts_of(sequences, tmp_path, numbers, drafts=1, redrawn=1.0)
+    ids = torch.from_numpy(np.stack(sequences.tokens))
+    drawn = torch.from_numpy(np.stack(drafts))
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    with torch.inference_mode():
+        logs = torch.log_softmax(model(ids).logits[:, :-1].double(), dim=-1)
+
+    def surprise(tokens: torch.Tensor) -> torch.Tensor:
+        return -logs.gather(2, tokens[:, 1:, None])[..., 0]
+
+    entropy = -(logs.exp() * logs).sum(dim=-1)
+    variance = (logs.exp() * logs.square()).sum(dim=-1) - entropy.square()
+    error = variance.sum().sqrt() / variance.numel()
+    assert torch.equal(drawn[:, 0], ids[:, 0])
+    assert abs(surprise(drawn).mean() - entropy.mean()) < 4 * error
+    assert surprise(drawn.roll(1, dims=1)).mean() - entropy.mean() > 20 * error
+
+
+def test_each_draft_changes_a_share_of_the_one_before(sequences: Sequences, tmp_path: Path) -> None:
+    """Of 2 x 63 places 0.3 are drawn: 38, at most; the batch size changes none of them."""
+    numbers = [1, 4]
+    first, other, second, _ = drafts_of(sequences, tmp_path, numbers, drafts=2, redrawn=0.3)
+    assert 5 <= int((first != sequences.tokens[1]).sum()) <= 35
+    assert 5 <= int((second != first).sum()) <= 35
+    assert (other != sequences.tokens[4]).any()
+    again = drafts_of(sequences, tmp_path, numbers, batch=64, drafts=2, redrawn=0.3)
+    assert np.array_equal(again[0], first)
+    assert np.array_equal(again[2], second)
+    assert not list(tmp_path.iterdir())
+
+
+def test_drafts_stand_behind_the_texts_in_their_domains(sequences: Sequences) -> None:
+    """Sequences 1 and 4 are of the first and the third domain; domains weigh alike as before."""
+    rows = [np.full(64, number) for number in range(4)]
+    both = with_drafts(sequences, [1, 4], rows)
+    assert both.tokens[: len(sequences.tokens)] == sequences.tokens
+    assert both.domain[-4:] == (0, 2, 0, 2)
+    weights = both.weights()
+    of_domain = [float(weights[both.token_domains() == d].sum()) for d in range(7)]
+    assert of_domain == pytest.approx([both.total / 7] * 7)
