@@ -1,0 +1,85 @@
+"""The tutorial up to serving, from the wheel alone: no checkout is importable."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parents[2]
+LIMIT: Final = 1500
+"""Seconds, against hanging; it takes a few minutes."""
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> dict[str, str]:
+    """The environment of a venv that holds the built wheel; what it depends on lies beside."""
+    bins = Path(sys.executable).parent
+    subprocess.run(
+        [ROOT / "scripts" / "build", tmp_path / "dist"],
+        env=os.environ | {"MOE_SERVE_VENV": sys.prefix},
+        capture_output=True,
+        check=True,
+    )
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    python = venv / "bin" / "python"
+    wheel = next((tmp_path / "dist").glob("*.whl"))
+    install = [str(bins / "uv"), "pip", "install", "--offline", "--no-deps"]
+    install += ["--python", str(python), str(wheel)]
+    subprocess.run(install, capture_output=True, check=True)
+    libraries = sysconfig.get_path("purelib")
+    # A .pth adds a folder without reading the .pth files in it: the checkout stays out of sight.
+    site = venv / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
+    (site / "libraries.pth").write_text(libraries + "\n")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    environment["PATH"] = os.pathsep.join((str(venv / "bin"), os.environ["PATH"], str(bins)))
+    return environment
+
+
+def commands(page: Path) -> str:
+    """The blocks that are to run, as one script."""
+    text = page.read_text(encoding="utf-8").partition("## Serve both")[0]
+    found = re.findall(r"([^\n]*)\n```sh\n(.*?)```", text, re.DOTALL)
+    lines = [body for above, body in found if not above.startswith("<!-- not run")]
+    return "set -euxo pipefail\n" + "".join(lines)
+
+
+def test_the_tutorial_from_the_wheel(tmp_path: Path, installed: dict[str, str]) -> None:
+    """Inspect, prune, verify, compare, report."""
+    work = tmp_path / "work"
+    (work / "benchmarks").mkdir(parents=True)
+    (work / "benchmarks" / "fixtures").symlink_to(ROOT / "benchmarks" / "fixtures")
+    code = "import moe_serve, moe_serve_vllm as v; print(moe_serve.__file__, v.__file__)"
+    where = subprocess.run(
+        ["python", "-c", code], env=installed, cwd=work, capture_output=True, text=True, check=True
+    )
+    assert where.stdout.count(str(tmp_path / "venv")) == 2
+
+    script = commands(ROOT / "docs" / "tutorial.md")
+    with subprocess.Popen(
+        ["bash", "-c", script],
+        env=installed,
+        cwd=work,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as shell:
+        try:
+            told, _ = shell.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            os.killpg(shell.pid, signal.SIGTERM)
+            told, _ = shell.communicate()
+    assert shell.returncode == 0, told[-5000:]
+    assert "sound" in told
+    assert (work / "tutorial" / "pruned" / "moe_serve.json").exists()
+    for page in ("compare.html", "report.html"):
+        assert "</html>" in (work / "tutorial" / page).read_text(encoding="utf-8")
