@@ -32,12 +32,17 @@ SHARDS: Final = ("w1", "w3", "w2")
 """vLLM's names for gate, up and down."""
 
 
+def is_compact() -> bool:
+    """Whether the model that is being built has a compact table."""
+    vllm_config = get_current_vllm_config()
+    return vllm_config.model_config is not None and "compact_experts" in config_of(vllm_config)
+
+
 def table_for(prefix: str) -> LayerTable | None:
     """The table of the layer that is being built; ``None`` where nothing changes."""
-    vllm_config = get_current_vllm_config()
-    if vllm_config.model_config is None or "compact_experts" not in config_of(vllm_config):
+    if not is_compact():
         return None
-    _, tables = read_tables(vllm_config)
+    _, tables = read_tables(get_current_vllm_config())
     return tables.get(layer_index(prefix))
 
 
@@ -67,6 +72,9 @@ class CompactRoutedExperts(RoutedExperts):
     ) -> None:
         """Size the layer by its table, then build it as vLLM does."""
         table = table_for(layer_name)
+        if is_compact():
+            # Adapters are for attention only; kernels for adapted experts run on GPUs only.
+            moe_config.is_lora_enabled = False
         experts = moe_config.num_logical_experts if table is None else len(table.experts)
         if table is not None:
             if expert_map_manager.num_fused_shared_experts:

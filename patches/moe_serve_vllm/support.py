@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 LOAD_FORMAT: Final = "moe_serve"
+ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+"""What adapters may change."""
 ROTARY_OPTION: Final = """--compilation-config '{"custom_ops": ["all", "-rotary_embedding"]}'"""
 
 
@@ -58,7 +60,11 @@ def check(vllm_config: VllmConfig) -> None:
         "--enable-eplb": parallel.enable_eplb,
         "sequence parallelism for experts": parallel.use_sequence_parallel_moe,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,
-        "--enable-lora": vllm_config.lora_config is not None,
+        "adapters for more than attention (--enable-lora); name some of "
+        f"{' '.join(ATTENTION)} after --lora-target-modules": _adapts_more(vllm_config),
+        "adapters for latent attention (--enable-lora)": (
+            vllm_config.lora_config is not None and family.latent_attention
+        ),
         f"{_quantisation(vllm_config)} weights, only unquantised ones: vLLM's kernels for "
         "quantised experts need a GPU, or a processor with AMX, and were not tried on blocks; "
         "serve the form that moe-serve export --format tied writes": vllm_config.quant_config
@@ -79,6 +85,14 @@ def check(vllm_config: VllmConfig) -> None:
         raise UnsupportedSettings(
             "compact experts are not served with", problems, "change these settings"
         )
+
+
+def _adapts_more(vllm_config: VllmConfig) -> bool:
+    """Whether LoRA could reach a router or an expert; vLLM wraps only the modules it is told."""
+    lora = vllm_config.lora_config
+    return lora is not None and not (
+        lora.target_modules and set(lora.target_modules) <= set(ATTENTION)
+    )
 
 
 def _quantisation(vllm_config: VllmConfig) -> str:

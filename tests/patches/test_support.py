@@ -75,6 +75,25 @@ def test_quantised_weights_are_refused_by_name() -> None:
         assert words in told
 
 
+def test_adapters_are_for_attention_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VLLM wraps the modules named; without names all, experts and routers too."""
+
+    def lora(*names: str) -> Any:
+        return SimpleNamespace(target_modules=list(names) or None)
+
+    support.check(settings(lora_config=lora("q_proj", "o_proj")))
+    for more in (lora(), lora("q_proj", "gate"), lora("experts")):
+        assert "--lora-target-modules" in refusal(settings(lora_config=more))
+    on(monkeypatch, "cuda")
+    config, _ = sound()
+    config |= {"architectures": ["CompactGlm4MoeLiteForCausalLM"]}
+    config["n_routed_experts"] = config["num_experts"]
+    hf_config = SimpleNamespace(to_dict=lambda: dict(config))
+    latent = SimpleNamespace(hf_config=hf_config)
+    told = refusal(settings(model_config=latent, lora_config=lora("q_proj")))
+    assert "adapters for latent attention" in told
+
+
 def test_blocks_that_ranks_cannot_share_are_refused() -> None:
     """Blocks of 32 neurons on two ranks would be 16 each; layer 1 is the one with a table."""
     assert "--tensor-parallel-size 2 (blocks of layers [1]" in refusal(
