@@ -165,6 +165,16 @@ ENGINE: Final = Dashboard(
             (("moe_serve_engine_memory_bytes", "{{variant}} {{kind}}"),),
         ),
         Panel(
+            "Experts against calibration",
+            "Share of selections that went to other experts than on the calibration texts: mean "
+            "and worst layer. Of engines started with MOE_SERVE_EXPERT_SELECTIONS.",
+            "percentunit",
+            (
+                ("variant:moe_serve_routing_drift:mean", "{{variant}} mean"),
+                ("variant:moe_serve_routing_drift:max", "{{variant}} worst layer"),
+            ),
+        ),
+        Panel(
             "Expert bytes by layer",
             "Original and kept.",
             "bytes",
