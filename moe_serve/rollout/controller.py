@@ -141,9 +141,11 @@ class Controller:
         lost = "" if split is not None else say("no-routes")
         window.add(reading, policy, lost=lost)
         decision = decide(window, policy, saved.state, probed=probed)
-        seen = {"window": window.to_json(), "decision": decision.to_json()}
+        seen: dict[str, Any] = {"window": window.to_json(), "decision": decision.to_json()}
         if probed is not None:
             seen["quality"] = probed.to_json()
+        if policy.dry_run:
+            seen["noted"] = _deed(decision) if decision.kind != "hold" else _noted(saved)
         self._store.save_seen(seen)
         self._say(f"{decision.kind} ({decision.reason}): {decision.words}")
         if decision.kind != "hold":
@@ -223,8 +225,8 @@ class Controller:
             **decision.to_json(),
         }
         if policy.dry_run:
-            last = saved.seen.get("decision", {})
-            if (last.get("kind"), last.get("reason")) != (decision.kind, decision.reason):
+            # Once, also where a reading in between was not enough for it.
+            if _noted(saved) != _deed(decision):
                 self._store.note("dry-run", event)
             return
         if decision.kind == "pause":
@@ -254,6 +256,17 @@ class Controller:
         if line != self._told:
             self._told = line
             self._tell(line)
+
+
+def _deed(decision: Decision) -> list[str]:
+    """What tells one decision of a dry run from the next."""
+    return [decision.kind, decision.reason]
+
+
+def _noted(saved: Saved) -> list[str]:
+    """The decision of a dry run that was noted last."""
+    found: list[str] = saved.seen.get("noted", [])
+    return found
 
 
 def start(

@@ -200,12 +200,15 @@ def test_an_unreadable_route_file_is_blindness(proxy: Proxied) -> None:
 
 
 def test_a_dry_run_moves_nothing(proxy: Proxied) -> None:
-    """It says in the log what it would have done, once."""
+    """It says in the log what it would have done, once; also if it hesitated in between."""
     with begun(proxy, POLICY.model_copy(update={"dry_run": True})) as controller:
         for _ in range(5):
             ask(proxy, 150)
             time.sleep(0.1)
             controller.tick()
+            store = Store(proxy.state)
+            seen = store.saved().seen
+            store.save_seen(seen | {"decision": seen["decision"] | {"kind": "hold", "reason": "?"}})
         assert phase(proxy) == ("shadow", 0, 100)
         with Store(proxy.state)._open() as db:
             notes = db.execute("SELECT body FROM audit WHERE kind = 'dry-run'").fetchall()
