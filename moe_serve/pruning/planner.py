@@ -63,7 +63,7 @@ def make_plan(
     progress.start("plan", passes * len(layers))
 
     def view(index: int) -> LayerView:
-        return _view(checkpoint, statistics, index, budget.tile)
+        return LayerView.of(checkpoint, statistics, index, tile=budget.tile)
 
     def every() -> Iterator[LayerView]:
         for index in layers:
@@ -115,21 +115,6 @@ def make_plan(
     # Refuses what this format can't express.
     form_named(form, checkpoint, plan.table(), plan.top_k)
     return plan
-
-
-def _view(
-    checkpoint: Checkpoint,
-    statistics: Statistics | None,
-    index: int,
-    tile: int,
-) -> LayerView:
-    return LayerView(
-        index=index,
-        checkpoint=checkpoint,
-        statistics=statistics.layer(index) if statistics is not None else None,
-        loss=statistics.gradients(index) if statistics and statistics.has_gradients else None,
-        tile=tile,
-    )
 
 
 def _by_experts(

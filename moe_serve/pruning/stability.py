@@ -167,12 +167,7 @@ def errors(checkpoint: Checkpoint, statistics: Statistics, plans: Sequence[Plan]
     """What each plan's removals add to the output error of all layers, by some statistics."""
     totals = [0.0 for _ in plans]
     for index in checkpoint.family.moe_layers(checkpoint.config):
-        view = LayerView(
-            index=index,
-            checkpoint=checkpoint,
-            statistics=statistics.layer(index),
-            loss=statistics.gradients(index),
-        )
+        view = LayerView.of(checkpoint, statistics, index)
         for side, error in enumerate(_errors(view, [plan.layers.get(index) for plan in plans])):
             totals[side] += error
     return totals

@@ -31,15 +31,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     statistics = calibrated(root / "m", root)
     selection = Selection(keep=0.45, uniform=True)
     plan = make_plan(checkpoint, statistics, selection, Silent(), form="native")
-    views = (
-        LayerView(
-            index=i,
-            checkpoint=checkpoint,
-            statistics=statistics.layer(i),
-            loss=statistics.gradients(i),
-        )
-        for i in (0, 1)
-    )
+    views = (LayerView.of(checkpoint, statistics, i) for i in (0, 1))
     weighed = weigh(views, block_obs, 0.45)
     for name, size in {"fewer": Size(5, 64), "cut": Size(10, 32, 6)}.items():
         plan.model_copy(update={"layers": weighed.layers(size)}).save(root / f"{name}.json")

@@ -10,6 +10,7 @@ import torch
 from moe_serve.calibration.gradients import LayerGradients
 from moe_serve.calibration.mixture import Mixture, read_mixture
 from moe_serve.calibration.statistics import LayerStatistics
+from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.families import Shape
@@ -69,6 +70,19 @@ class LayerView:
     loss: LayerGradients | None
     tile: int = 1
     """Consecutive neurons that a method has to keep or remove together."""
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, statistics: Statistics | None, index: int, *, tile: int = 1
+    ) -> LayerView:
+        """A layer with what statistics hold of it."""
+        return cls(
+            index=index,
+            checkpoint=checkpoint,
+            statistics=statistics.layer(index) if statistics is not None else None,
+            loss=statistics.gradients(index) if statistics and statistics.has_gradients else None,
+            tile=tile,
+        )
 
     @property
     def shape(self) -> Shape:

@@ -131,15 +131,7 @@ def cut(root: Path) -> Path:
     checkpoint, statistics = open_checkpoint(root / "m"), Statistics(root / "statistics")
     selection = Selection(keep=0.7, uniform=True)
     plan = make_plan(checkpoint, statistics, selection, Silent(), form="native")
-    views = (
-        LayerView(
-            index=i,
-            checkpoint=checkpoint,
-            statistics=statistics.layer(i),
-            loss=statistics.gradients(i),
-        )
-        for i in (0, 1)
-    )
+    views = (LayerView.of(checkpoint, statistics, i) for i in (0, 1))
     layers = weigh(views, block_obs, 0.7).layers(Size(16, BLOCK, 6))
     plan.model_copy(update={"layers": layers, "refit": Refit()}).save(root / "plan.json")
     prune(wish(root, root / "out", root / "plan.json"), Silent())
@@ -192,15 +184,7 @@ def test_no_other_format_takes_such_a_plan(root: Path, cut: Path, tmp_path: Path
 def test_cuts_compete_with_whole_experts(root: Path) -> None:
     """Both kinds are on the shortlist, whatever their estimates."""
     checkpoint, statistics = open_checkpoint(root / "m"), Statistics(root / "statistics")
-    views = [
-        LayerView(
-            index=i,
-            checkpoint=checkpoint,
-            statistics=statistics.layer(i),
-            loss=statistics.gradients(i),
-        )
-        for i in (0, 1)
-    ]
+    views = [LayerView.of(checkpoint, statistics, i) for i in (0, 1)]
     weighed = weigh(views, block_obs, 0.7)
     kinds = {size.top_k for size in weighed.shortlist()}
     assert kinds == {None, 6}
