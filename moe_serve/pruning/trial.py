@@ -94,11 +94,7 @@ class Trial:
             refit: how what is kept is re-fitted.
             router: how the router is.
         """
-        sequences = trial_share(self.sequences)
-        measured_T = held_out(sequences, _MEASURED)
-        trace = self._trace(sequences)
-        ground = self._ground(name, sequences, measured_T, layers, refit, trace)
-        return self._measured(ground, layers, refit, router)
+        return self._measured(self._common(name, layers, refit), layers, refit, router)
 
     def compare(
         self,
@@ -157,10 +153,8 @@ class Trial:
         Returns:
             What was taken, by layer, and what all of it does to the model.
         """
-        sequences = trial_share(self.sequences)
-        measured_T, trace = held_out(sequences, _MEASURED), self._trace(sequences)
         picks: dict[int, Pick] = {}
-        ground = self._ground(name, sequences, measured_T, changed, refit, trace)
+        ground = self._common(name, changed, refit)
 
         def step(layer: Layer) -> dict[str, Any]:
             if layer.mixture is None or layer.index not in changed:
@@ -185,15 +179,17 @@ class Trial:
                 )
         return picks, ground.measured()
 
-    def _trace(self, sequences: Sequences) -> Trace:
-        """The original's states, which the first trial leaves to those after it."""
-        shape = self.checkpoint.shape
-        return Trace.kept(
+    def _common(self, name: str, changed: Collection[int], refit: Refit | None) -> Ground:
+        """The ground of all choices of a run; the original's states stay for those after it."""
+        sequences, shape = trial_share(self.sequences), self.checkpoint.shape
+        trace = Trace.kept(
             self.folder / _STATES,
             layers=shape.layers,
             hidden=shape.hidden,
             tokens=sequences.total,
         )
+        measured_T = held_out(sequences, _MEASURED)
+        return self._ground(name, sequences, measured_T, changed, refit, trace)
 
     def _ground(
         self,
