@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -18,44 +15,23 @@ from starlette.routing import Route
 from moe_serve.evaluation.models import StoredModel
 from moe_serve.progress import SILENT
 from moe_serve.serving.process import free_port
+from tests.support.threaded import Threaded
 
 
-class Computed:
+class Computed(Threaded):
     """Models, tokens, and completions with ``prompt_logprobs`` or ``echo``."""
 
     def __init__(self, path: Path) -> None:
         """Of a directory, on a free port."""
         self._model = StoredModel.at(path, torch.device("cpu"), 4096)
         self._one = threading.Lock()
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
         routes = [
             Route("/v1/models", self._models),
             Route("/tokenize", self._tokenize, methods=["POST"]),
             Route("/v1/completions", self._completions, methods=["POST"]),
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), host="127.0.0.1", port=self.port, log_level="error"
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-
-    def __enter__(self) -> Computed:  # noqa: PYI034 - a plain class
-        """Start, and wait until it listens."""
-        self._thread.start()
-        while not self._server.started:
-            pass
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _exc: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        """Stop."""
-        self._server.should_exit = True
-        self._thread.join(10)
+        super().__init__(routes, free_port())
+        self.url = f"http://127.0.0.1:{self.port}"
 
     async def _models(self, _request: Request) -> Response:
         return JSONResponse({"data": [{"id": "m", "max_model_len": self._model.length}]})

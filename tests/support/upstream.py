@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Callable
-from types import TracebackType
 
-import uvicorn
-from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from tests.support.threaded import Threaded
 
-class Upstream:
+
+class Upstream(Threaded):
     """Serves ``/health``, ``/v1/models`` and streamed completions on a loopback port."""
 
     def __init__(self, name: str, port: int, *, chunks: int = 20, pause: float = 0.05) -> None:
         """Name it; each completion streams ``chunks`` events, ``pause`` seconds apart."""
-        self.name, self.port = name, port
+        self.name = name
         self.started = 0
         self.fail_every = 0
         """Each such request is answered 500; 0: none."""
@@ -61,33 +59,12 @@ class Upstream:
             Route("/sleep", self._sleep, methods=["POST"]),
             Route("/wake_up", self._wake_up, methods=["POST"]),
         ]
-        config = uvicorn.Config(
-            Starlette(routes=routes), host="127.0.0.1", port=port, log_level="error"
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, daemon=True)
-
-    def __enter__(self) -> Upstream:  # noqa: PYI034 - a plain class
-        """Start, and wait until it listens."""
-        self._thread.start()
-        while not self._server.started:
-            pass
-        return self
-
-    def __exit__(
-        self,
-        _kind: type[BaseException] | None,
-        _exc: BaseException | None,
-        _trace: TracebackType | None,
-    ) -> None:
-        """Stop."""
-        self.stop()
+        super().__init__(routes, port)
 
     def stop(self) -> None:
         """Close the port at once, dropping what is in flight."""
         self._server.force_exit = True
-        self._server.should_exit = True
-        self._thread.join(10)
+        super().stop()
 
     def die(self) -> None:
         """Reset all connections and close the port, as a process that is killed does."""
