@@ -51,20 +51,25 @@ class Turn:
     tokens: tuple[tuple[int, ...], ...]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print both tables; 1 if native and compact did not generate alike in FP32."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--loads", type=int, default=7)
+def settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Add clock and number format, parse, and keep vLLM in this process and quiet."""
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="processor")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    given = parser.parse_args(arguments)
     os.environ |= {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print both tables; 1 if native and compact did not generate alike in FP32."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--loads", type=int, default=7)
+    given = settings(parser, arguments)
     clock = CLOCKS[given.clock]
     with tempfile.TemporaryDirectory(prefix="moe-serve-bench-") as folder:
         models = make_models(Path(folder) / "speed", DTYPES[given.dtype])

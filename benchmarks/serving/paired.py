@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import random
 import statistics
 import sys
@@ -31,6 +30,7 @@ from benchmarks.serving.overhead import (
     PROMPTS,
     Clock,
     make_models,
+    settings,
     start,
 )
 
@@ -46,15 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--starts", type=int, default=5)
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="processor")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    given = parser.parse_args(arguments)
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    given = settings(parser, arguments)
     print("| compact | against | prefill tokens/s | decode tokens/s |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="moe-serve-bench-") as folder:
         models = make_models(Path(folder), DTYPES[given.dtype])

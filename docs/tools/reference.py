@@ -86,7 +86,7 @@ def _command(path: str, command: Any) -> Iterator[str]:
 def settings() -> str:
     """The files that a person writes."""
     parts = ["# Settings\n", "Files in TOML. A key that is not listed is refused, by name.\n"]
-    for title, model, text in (
+    found = (
         ("stack.toml", StackConfig, "`moe-serve up stack.toml`: what is started."),
         ("policy.toml", Policy, "`moe-serve up --policy policy.toml`: how a rollout goes."),
         ("pilot.toml", PilotSettings, "`moe-serve pilot pilot.toml`: what is tried and measured."),
@@ -95,9 +95,16 @@ def settings() -> str:
             Declaration,
             "`moe-serve prune --declaration calibration.toml`: the terms of calibration texts.",
         ),
-    ):
-        parts += [f"## {title}\n", f"{text}\n", *_model(model)]
-    return "\n".join(parts)
+    )
+    return "\n".join([*parts, *_sections(found)])
+
+
+def _sections(found: Iterable[tuple[str, type, str]]) -> Iterator[str]:
+    """A file's name, what it is, and its keys."""
+    for title, model, text in found:
+        yield f"## {title}\n"
+        yield f"{text}\n"
+        yield from _model(model)
 
 
 def files() -> str:
@@ -108,7 +115,7 @@ def files() -> str:
         "give equal bytes. The remapping in `config.json` and the layout of tensors are explained",
         "in [how pruning works](../explanation/blocks.md).\n",
     ]
-    for title, model, text in (
+    found = (
         ("moe_serve.json", Manifest, "In a checkpoint: what it was made from, and how."),
         ("plan.json", Plan, "What `apply` carries out."),
         ("evidence.json", Evidence, "In a checkpoint: what its report is made from."),
@@ -117,9 +124,8 @@ def files() -> str:
             CalibrationRecord,
             "Beside `statistics.safetensors` (sums, so that shards add up): what was seen.",
         ),
-    ):
-        parts += [f"## {title}\n", f"{text}\n", *_model(model)]
-    return "\n".join(parts)
+    )
+    return "\n".join([*parts, *_sections(found)])
 
 
 def metrics() -> str:
