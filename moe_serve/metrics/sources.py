@@ -38,13 +38,21 @@ def _client() -> httpx.Client:
     return httpx.Client(limits=httpx.Limits(keepalive_expiry=20.0))
 
 
-def _get(url: str, timeout: float) -> httpx.Response:
+def answer(url: str, timeout: float) -> httpx.Response:
+    """What an address answers, whatever its status.
+
+    Raises:
+        httpx.HTTPError: nothing.
+    """
     try:
-        response = _client().get(url, timeout=timeout)
+        return _client().get(url, timeout=timeout)
     except httpx.RemoteProtocolError:
         # Kept from a process that is gone: the next connection is a new one.
-        response = _client().get(url, timeout=timeout)
-    return response.raise_for_status()
+        return _client().get(url, timeout=timeout)
+
+
+def _get(url: str, timeout: float) -> httpx.Response:
+    return answer(url, timeout).raise_for_status()
 
 
 @dataclass(kw_only=True, slots=True)

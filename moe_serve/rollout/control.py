@@ -26,6 +26,7 @@ from starlette.responses import PlainTextResponse, Response
 
 from moe_serve.errors import MoeServeError
 from moe_serve.metrics.exporter import Exporter
+from moe_serve.metrics.sources import answer
 from moe_serve.rollout import api, controller
 from moe_serve.rollout.access import Access, Bound, problem
 from moe_serve.rollout.connections import Bounded
@@ -119,12 +120,10 @@ def _plain(app: FastAPI, stack: StackState, collector: Exporter) -> None:
         if engine is None:
             return problem(404, f"no engine {variant!r}")
         try:
-            answer = httpx.get(f"{engine.url}/metrics", timeout=5.0)
+            told = answer(f"{engine.url}/metrics", timeout=5.0)
         except httpx.HTTPError as exc:
             return problem(502, f"the engine does not answer ({type(exc).__name__})")
-        return Response(
-            answer.content, answer.status_code, media_type=answer.headers.get("content-type")
-        )
+        return Response(told.content, told.status_code, media_type=told.headers.get("content-type"))
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Response:

@@ -123,10 +123,10 @@ def wake_original(stack: StackState) -> str | None:
     return None
 
 
-def answers(url: str) -> bool:
-    """Whether an engine says that it is well."""
+def answers(url: str, path: str = "/health") -> bool:
+    """Whether an engine, or another of our servers at its own path, says that it is well."""
     try:
-        _ask(url, "GET", "/health", _ASK)
+        _ask(url, "GET", path, _ASK)
     except RolloutError:
         return False
     return True

@@ -280,8 +280,6 @@ def _envoy(stack: Stack, engines: dict[str, EngineState], admin_port: int) -> Ch
 
 def _control(stack: Stack, tell: Tell) -> None:
     """Start the control process."""
-    import httpx
-
     log = stack.folder / "logs" / "control.log"
     log.unlink(missing_ok=True)
     config = stack.config
@@ -294,13 +292,7 @@ def _control(stack: Stack, tell: Tell) -> None:
     child = start("control", command, log)
     stack.children.append(child)
 
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{config.control_url}/healthz", timeout=1.0).status_code == 200
-        except httpx.HTTPError:
-            return False
-
-    _wait(child, answers, 60.0)
+    _wait(child, lambda: answers(config.control_url, "/healthz"), 60.0)
     tell("control: ready")
 
 
