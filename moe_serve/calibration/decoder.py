@@ -32,11 +32,16 @@ class Layer:
     mixture: Mixture | None
     """``None`` where the layer's feed-forward is dense."""
 
-    def attend(self, x_BLD: torch.Tensor, rotary: Any) -> torch.Tensor:
-        """The residual stream after attention, r = x + attention(norm(x))."""
+    def attend(
+        self, x_BLD: torch.Tensor, rotary: Any, mask_B1LL: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The residual stream after attention, r = x + attention(norm(x)); causal without a mask.
+
+        True in a mask: is seen.
+        """
         attended, *_ = self.module.self_attn(
             hidden_states=self.module.input_layernorm(x_BLD),
-            attention_mask=None,
+            attention_mask=mask_B1LL,
             position_embeddings=rotary,
         )
         r_BLD: torch.Tensor = x_BLD + attended
@@ -87,11 +92,15 @@ class Decoder:
         """The input embedding [V, D], FP32."""
         return self._read("model.embed_tokens.weight")
 
-    def rotary(self, batch: int, length: int) -> Any:
-        """Position embeddings for ``batch`` sequences of ``length`` tokens."""
-        positions = torch.arange(length, device=self.device)[None]
+    def rotary(self, batch: int, length: int, places_BL: torch.Tensor | None = None) -> Any:
+        """Position embeddings for ``batch`` sequences of ``length`` tokens, one after another.
+
+        Unless ``places_BL`` says where each token stands.
+        """
+        if places_BL is None:
+            places_BL = torch.arange(length, device=self.device)[None]
         like = torch.empty(batch, length, 1, device=self.device)
-        return self._rotary(like, position_ids=positions)
+        return self._rotary(like, position_ids=places_BL)
 
     def layer(self, index: int, *, ahead: int | None = None) -> Layer:
         """Load one layer's weights; drop the returned object to free them.

@@ -1,12 +1,12 @@
 """Quality of a pruned checkpoint against its original, both streamed layer by layer.
 
-Shape suffixes: T tokens, V vocabulary.
+Shape suffixes: B sequences, L tokens of each, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,13 +19,16 @@ from scipy import stats
 from moe_serve.calibration.decoder import Decoder
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
-from moe_serve.calibration.stream import batches, embed
+from moe_serve.calibration.stream import Batch, batches, embed
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CheckpointError
 from moe_serve.progress import Progress
 
-_LOGIT_TOKENS: Final = 1024
+LOGIT_TOKENS: Final = 1024
 """Tokens whose logits are held at once; T times V would not fit."""
+
+Arranged = Callable[[Batch], tuple[torch.Tensor | None, torch.Tensor | None]]
+"""Of a batch: each token's place in its text [B, L], and what attention sees [B, 1, L, L]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,8 +130,8 @@ def divergence(
     for tokens, start in zip(sequences.tokens, sequences.offsets, strict=True):
         ids = torch.from_numpy(np.ascontiguousarray(tokens)).to(device)
         parts = []
-        for begin in range(0, len(ids) - 1, _LOGIT_TOKENS):
-            count = min(_LOGIT_TOKENS, len(ids) - 1 - begin)
+        for begin in range(0, len(ids) - 1, LOGIT_TOKENS):
+            count = min(LOGIT_TOKENS, len(ids) - 1 - begin)
             logs = [
                 torch.log_softmax(head(s.read(start + begin, count).to(device)), dim=-1)
                 for head, s in zip(heads, final, strict=True)
@@ -148,8 +151,9 @@ def final_states(
     device: torch.device,
     batch_tokens: int,
     progress: Progress,
+    arranged: Arranged = lambda _batch: (None, None),
 ) -> States:
-    """The last layer's output for every token."""
+    """The last layer's output for every token; rows are texts unless ``arranged`` otherwise."""
     decoder = Decoder(checkpoint, device)
     hidden = checkpoint.shape.hidden
     states = [States(stem.with_suffix(f".{i}.f32"), hidden) for i in (0, 1)]
@@ -158,7 +162,9 @@ def final_states(
         layer = decoder.layer(index)
         before, after = states[index % 2], states[(index + 1) % 2]
         for batch in batches(sequences, batch_tokens, device):
-            r_BLD = layer.attend(batch.load(before), decoder.rotary(*batch.shape))
+            places_BL, mask_B1LL = arranged(batch)
+            rotary = decoder.rotary(*batch.shape, places_BL)
+            r_BLD = layer.attend(batch.load(before), rotary, mask_B1LL)
             batch.store(after, r_BLD + layer.feed_forward(layer.normed(r_BLD)))
         progress.advance()
     states[(decoder.layers + 1) % 2].remove()

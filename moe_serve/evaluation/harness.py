@@ -24,6 +24,7 @@ from lm_eval.tasks import TaskManager
 from yaml import YAMLError
 
 from moe_serve.errors import UsageError
+from moe_serve.evaluation.forks import forked
 from moe_serve.evaluation.models import Model
 from moe_serve.progress import Progress
 
@@ -84,24 +85,24 @@ class Asked(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Of each continuation after its context, whose beginning goes where it is too long."""
         room = self._model.length or _ROOM
-        rows, counts = [], []
+        pairs = []
         for _, context, continuation in requests:
-            rows.append([*context, *continuation][-room:])
-            counts.append(min(len(continuation), room - 1))
-        self._progress.start("tasks", len(rows) + self._model.steps)
-        found = []
-        with closing(self._model.expect(rows, 1, self._progress)) as every:
-            for ids, count, places in zip(rows, counts, every, strict=True):
-                # The last ``count`` of both; a slice of [-0:] would be all of them.
-                first = len(places) - count
-                pairs = list(zip(ids[first + 1 :], places[first:], strict=True))
-                found.append(
-                    (
-                        math.fsum(place.listed[token] for token, place in pairs),
-                        all(place.first == token for token, place in pairs),
+            row = tuple([*context, *continuation][-room:])
+            # A slice of [-0:] would be all of them.
+            first = len(row) - min(len(continuation), room - 1)
+            pairs.append((row[:first], row[first:]))
+        forks = forked(pairs)
+        self._progress.start("tasks", len(pairs) + self._model.steps)
+        found = [(0.0, True)] * len(pairs)
+        with closing(self._model.follow(tuple(forks), 1, self._progress)) as every:
+            for numbers, continuations in zip(forks.values(), every, strict=True):
+                for number, places in zip(numbers, continuations, strict=True):
+                    told = list(zip(pairs[number][1], places, strict=True))
+                    found[number] = (
+                        math.fsum(place.listed[token] for token, place in told),
+                        all(place.first == token for token, place in told),
                     )
-                )
-                self._progress.advance()
+                    self._progress.advance()
         return found
 
     def loglikelihood_rolling(

@@ -6,31 +6,23 @@ either can stand on either side.
 
 from __future__ import annotations
 
-import tempfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import httpx
-import numpy as np
 import torch
 
-from moe_serve.calibration.decoder import Decoder, OutputHead
-from moe_serve.calibration.sequences import Sequences, tokenizer
-from moe_serve.calibration.states import States
-from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
-from moe_serve.errors import UsageError
-from moe_serve.evaluation.divergence import final_states
+from moe_serve.evaluation.forks import Fork
+from moe_serve.evaluation.stored import StoredModel
 from moe_serve.progress import Progress
 from moe_serve.serving.client import ServedModel
 from moe_serve.serving.logprobs import Place
 
-_STRIDE: Final = 32
-"""Rows are filled up to a multiple of this: rows of equal length go through a layer together."""
 PATIENCE: Final = 300.0
 """Seconds for one answer of an engine."""
 
@@ -52,7 +44,7 @@ class Model(Protocol):
 
     @property
     def steps(self) -> int:
-        """How often it advances the progress for one call of :meth:`expect`."""
+        """How often it advances the progress for one call of :meth:`expect` or :meth:`follow`."""
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids without special tokens."""
@@ -61,6 +53,11 @@ class Model(Protocol):
         self, rows: Sequence[Sequence[int]], top: int, progress: Progress
     ) -> Generator[tuple[Place, ...], None, None]:
         """For each row, in order, what it expects at each place but the first."""
+
+    def follow(
+        self, forks: Sequence[Fork], top: int, progress: Progress
+    ) -> Generator[tuple[tuple[Place, ...], ...], None, None]:
+        """For each context, in order, what it expects at each place of its continuations."""
 
     def go_on(self, prompt: str, tokens: int, until: Sequence[str]) -> str:
         """Greedy continuation, up to where one of ``until`` would begin."""
@@ -86,102 +83,6 @@ def opened(name: str, device: torch.device, batch_tokens: int, concurrency: int)
         timeout=PATIENCE, limits=httpx.Limits(max_connections=2 * concurrency)
     ) as client:
         yield Engine(served=ServedModel.at(name, client), concurrency=concurrency)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoredModel:
-    """A checkpoint, computed here one layer at a time."""
-
-    checkpoint: Checkpoint
-    encode: Callable[[str], list[int]]
-    end: int | None
-    device: torch.device
-    batch_tokens: int
-
-    @classmethod
-    def at(cls, path: Path, device: torch.device, batch_tokens: int) -> StoredModel:
-        """Open it with its tokenizer."""
-        checkpoint = open_checkpoint(path)
-        encode, end = tokenizer(path)
-        return cls(
-            checkpoint=checkpoint, encode=encode, end=end, device=device, batch_tokens=batch_tokens
-        )
-
-    @property
-    def name(self) -> str:
-        """Its directory."""
-        return str(self.checkpoint.path)
-
-    @property
-    def length(self) -> int | None:
-        """Of its context."""
-        return self.checkpoint.family.longest(self.checkpoint.config)
-
-    @property
-    def steps(self) -> int:
-        """One for each layer."""
-        return self.checkpoint.shape.layers
-
-    def tokenize(self, text: str) -> list[int]:
-        """By the tokenizer in its directory."""
-        return self.encode(text)
-
-    def expect(
-        self, rows: Sequence[Sequence[int]], top: int, progress: Progress
-    ) -> Generator[tuple[Place, ...], None, None]:
-        """All rows go through a layer before the next is read; their states lie on disk."""
-        order = sorted(range(len(rows)), key=lambda n: len(rows[n]))
-        sequences = Sequences(
-            domains=("rows",),
-            tokens=tuple(self._filled(rows[n]) for n in order),
-            domain=(0,) * len(rows),
-        )
-        starts = dict(zip(order, sequences.offsets, strict=True))
-        with tempfile.TemporaryDirectory(prefix="moe-serve-compare-") as work:
-            states, head = self._computed(sequences, Path(work), progress)
-            for number, ids in enumerate(rows):
-                yield self._places(head, states, starts[number], ids, top)
-
-    def _filled(self, ids: Sequence[int]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """The row and some tokens that nobody looks at: attention looks back only."""
-        length = min(-(-len(ids) // _STRIDE) * _STRIDE, self.length or len(ids))
-        filled = np.zeros(max(length, len(ids)), dtype=np.int64)
-        filled[: len(ids)] = ids
-        return filled
-
-    @torch.inference_mode()
-    def _computed(
-        self, sequences: Sequences, work: Path, progress: Progress
-    ) -> tuple[States, OutputHead]:
-        states = final_states(
-            self.checkpoint, sequences, work / "rows", self.device, self.batch_tokens, progress
-        )
-        return states, Decoder(self.checkpoint, self.device).head()
-
-    @torch.inference_mode()
-    def _places(
-        self, head: OutputHead, states: States, start: int, ids: Sequence[int], top: int
-    ) -> tuple[Place, ...]:
-        x_TD = states.read(start, len(ids) - 1).to(self.device)
-        logs_TV = torch.log_softmax(head(x_TD), dim=-1)
-        values, tokens = logs_TV.topk(min(top, logs_TV.shape[1]), dim=-1)
-        next_T = torch.tensor(ids[1:], device=self.device)
-        stood = logs_TV.gather(1, next_T[:, None])[:, 0].tolist()
-        return tuple(
-            Place({**dict(zip(found, logs, strict=True)), token: own}, logs[-1], found[0])
-            for found, logs, token, own in zip(
-                tokens.tolist(), values.tolist(), ids[1:], stood, strict=True
-            )
-        )
-
-    def go_on(self, prompt: str, tokens: int, until: Sequence[str]) -> str:
-        """Refused: token by token, every layer would be read again each time."""
-        del prompt, tokens, until
-        raise UsageError(
-            "is a directory, and this task lets the model write",
-            where=self.name,
-            remedy="serve it and give its URL",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +125,22 @@ class Engine:
             finally:
                 for task in pending:
                     task.cancel()
+
+    def follow(
+        self, forks: Sequence[Fork], top: int, progress: Progress
+    ) -> Generator[tuple[tuple[Place, ...], ...], None, None]:
+        """Each continuation in a request of its own, its context computed again.
+
+        vLLM takes nothing from its prefix cache for a request with ``prompt_logprobs``.
+        """
+        rows = [(*fork.context, *ids) for fork in forks for ids in fork.continuations]
+        with closing(self.expect(rows, top, progress)) as every:
+            for fork in forks:
+                # Continuations first: where they end, no answer more is taken.
+                yield tuple(
+                    places[len(places) - len(ids) :]
+                    for ids, places in zip(fork.continuations, every, strict=False)
+                )
 
     def go_on(self, prompt: str, tokens: int, until: Sequence[str]) -> str:
         """As the engine generates it."""

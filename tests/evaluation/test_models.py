@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import compare
 from moe_serve.evaluation.measure import Wanted, measure
-from moe_serve.evaluation.models import StoredModel
+from moe_serve.evaluation.stored import StoredModel
 from moe_serve.progress import SILENT
 from moe_serve.pruning.corpus import TextOptions
 from tests.support.computed import Computed

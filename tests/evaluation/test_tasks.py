@@ -16,7 +16,8 @@ from benchmarks.tasks import build
 from moe_serve.calibration.passages import Known, passages
 from moe_serve.errors import UsageError
 from moe_serve.evaluation import harness
-from moe_serve.evaluation.models import Model, StoredModel, opened
+from moe_serve.evaluation.models import Model, opened
+from moe_serve.evaluation.stored import StoredModel
 from moe_serve.evaluation.tasks import compare_tasks, known_of
 from moe_serve.progress import SILENT
 from tests.support.computed import Computed

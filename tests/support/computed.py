@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from moe_serve.evaluation.models import StoredModel
+from moe_serve.evaluation.stored import StoredModel
 from moe_serve.progress import SILENT
 from moe_serve.serving.process import free_port
 from tests.support.threaded import Threaded
