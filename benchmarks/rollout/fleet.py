@@ -30,9 +30,10 @@ from moe_serve.metrics.exporter import READ, Exporter, Watched
 from moe_serve.metrics.sources import Host, Source
 from moe_serve.rollout.decision import decide
 from moe_serve.rollout.policy import Policy, Prometheus
+from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.rollout.sources import ENDED, HISTOGRAMS, TOKENS, PrometheusSources
 from moe_serve.rollout.state import State, enter
-from moe_serve.rollout.window import ArmReading, Reading, Window
+from moe_serve.rollout.window import Window
 from moe_serve.serving.process import free_port, start
 from moe_serve.serving.variants import VARIANTS
 
@@ -266,7 +267,7 @@ def _arm(requests: float) -> ArmReading:
         waiting=0.0,
         kv_usage=0.3,
         healthy=True,
-        started=1.0,
+        engines={"": 1.0},
     )
 
 

@@ -7,6 +7,7 @@ guard to exclude harm, and nothing else wrong. Everything else is waiting, and s
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from moe_serve.rollout.quality import Quality, garbage, quality
 from moe_serve.rollout.said import codes, join, say
 from moe_serve.rollout.state import State, enter, pause, roll_back
 from moe_serve.rollout.window import Window
+from moe_serve.serving.variants import PRUNED
 
 Kind = Literal["hold", "advance", "rollback", "pause"]
 
@@ -81,6 +83,7 @@ def decide(
     state: State,
     *,
     probed: Quality | None = None,
+    exchanged: Sequence[str] = (),
     explain: bool = True,
 ) -> Decision:
     """What to do now.
@@ -90,12 +93,13 @@ def decide(
         policy: the rollout's.
         state: where it stands.
         probed: what probes said since the rollout began.
+        exchanged: variants that are not the checkpoint which the rollout began with.
         explain: also estimate how much more is needed; takes longer.
     """
     if not state.active:
         return Decision(kind="hold", reason=state.phase, words=say("inactive", phase=state.phase))
     may_roll_back = state.phase != "paused" or policy.while_paused == "rollback"
-    if found := _without_statistics(window, policy, may_roll_back=may_roll_back):
+    if found := _without_statistics(window, policy, exchanged, may_roll_back=may_roll_back):
         return found
     if "promoted" in (state.phase, state.before):
         return Decision(kind="hold", reason=state.phase, words=say("promoted"))
@@ -114,7 +118,7 @@ def _onwards(
     step = policy.steps[state.step]
     missing = join(_missing(window, step, evidence))
     mismatch = split_mismatch(window, policy)
-    late = window.now - state.began >= step.max_seconds
+    late = window.waited(state.began) >= step.max_seconds
     kind: Kind = "hold"
     words: str
     if state.phase == "paused":
@@ -141,10 +145,16 @@ def _onwards(
     return kind, reason, words
 
 
-def _without_statistics(window: Window, policy: Policy, *, may_roll_back: bool) -> Decision | None:
-    """What comes before any guard: nowhere to go back to, a hard limit, no data."""
+def _without_statistics(
+    window: Window, policy: Policy, exchanged: Sequence[str], *, may_roll_back: bool
+) -> Decision | None:
+    """What comes before any guard: nowhere to go back to, other models, a hard limit, blindness."""
     if window.original_down:
         return Decision(kind="hold", reason="original-down", words=say("original-down"))
+    if exchanged:
+        # What was shown of the others says nothing of these, whoever paused and for what reason.
+        words = say("exchanged", who=list(exchanged))
+        return Decision(kind="rollback", reason="exchanged", words=words)
     if may_roll_back and (found := _hard(window, policy)):
         return found
     return _blind(window, policy, may_roll_back=may_roll_back) if window.trouble else None
@@ -159,8 +169,8 @@ def _hard(window: Window, policy: Policy) -> Decision | None:
         found = say("burst", failed=failed, requests=requests)
     elif _lasts(window.unhealthy_since, now, hard.unhealthy_seconds):
         found = say("unhealthy", span=hard.unhealthy_seconds)
-    elif window.restarts["pruned"] >= hard.restarts:
-        found = say("restarted", times=window.restarts["pruned"])
+    elif len(window.restarts[PRUNED]) >= hard.restarts:
+        found = say("restarted", times=len(window.restarts[PRUNED]))
     elif _lasts(window.full_since, now, hard.kv_seconds):
         found = say("full", span=hard.kv_seconds)
     return Decision(kind="rollback", reason="hard", words=found) if found else None

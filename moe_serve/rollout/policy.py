@@ -188,7 +188,10 @@ class Hard(_Part):
     unhealthy_seconds: float = Field(default=15.0, ge=0.0)
     """The pruned engine's health check failing. Its traffic already goes to the original."""
     restarts: int = Field(default=3, ge=1)
-    """Restarts of the pruned engine within one step."""
+    """Restarts of pruned engines..."""
+    restart_seconds: Positive = 86_400.0
+    """...within so long, under one split. A day: as long as a step lasts at most; after promotion
+    the odd restart in a month is no loop."""
     kv_usage: float = Field(default=0.99, gt=0.0, le=1.0)
     """The pruned engine's KV cache this full..."""
     kv_seconds: float = Field(default=300.0, ge=0.0)
@@ -203,12 +206,12 @@ class Freeze(_Part):
     start: time = time(0, 0)
     """In the policy's time zone."""
     end: time = time(23, 59, 59)
-    """On the same day; a window over midnight is two entries."""
+    """On the same day, that second included; a window over midnight is two entries."""
 
     def covers(self, moment: datetime) -> bool:
         """Whether it lies within."""
         day = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")[moment.weekday()]
-        return day in self.days and self.start <= moment.time() <= self.end
+        return day in self.days and self.start <= moment.time().replace(microsecond=0) <= self.end
 
 
 class Hooks(_Part):

@@ -18,9 +18,10 @@ from moe_serve.rollout.decision import apply, decide
 from moe_serve.rollout.policy import Policy, QualityGuard, ShareGuard
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import BOUND, Quality
+from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.rollout.state import begin
 from moe_serve.rollout.users import Crowd
-from moe_serve.rollout.window import ArmReading, Reading, Window
+from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 Fate = Literal["promoted", "rolled_back", "paused", "unfinished"]
@@ -215,7 +216,7 @@ def play(policy: Policy, scenario: Scenario, seed: int) -> Outcome:
         arms = {v: _reading(policy, *seen) for v, seen in traffic.next(percent, shadow).items()}
         at = _START + traffic.elapsed
         reading = Reading(at=at, tick=traffic.elapsed, arms=arms, crowds=traffic.crowds())
-        window.add(reading, policy)
+        window.add(reading, policy, began=state.began)
         traffic.ask(probed, policy)
         found = decide(window, policy, state, probed=probed, explain=False)
         if found.kind == "hold":

@@ -15,10 +15,12 @@ import httpx
 
 from moe_serve.metrics.sources import Counts, Endpoints, EngineCounts, Host, Source, buckets, total
 from moe_serve.rollout.policy import Metric, Policy, Prometheus
-from moe_serve.rollout.window import ArmReading, Reading
+from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import VARIANTS
 
+_COUNTED: Final = "moe_serve_requests_total"
+_STARTED: Final = "process_start_time_seconds"
 TOKENS: Final = "vllm:request_generation_tokens"
 ENDED: Final = "vllm:request_success_total"
 _CUT_SHORT: Final = ("length", "repetition")
@@ -95,6 +97,7 @@ def _arm(
         if counts and (found := over_edge(counts[0], guard.objective)):
             over[metric], edges[metric] = found
     requests, failed = _requests(host)
+    started = total(samples, _STARTED)
     return ArmReading(
         requests=requests,
         failed=failed,
@@ -104,7 +107,7 @@ def _arm(
         waiting=total(samples, "vllm:num_requests_waiting"),
         kv_usage=total(samples, "vllm:kv_cache_usage_perc"),
         healthy=host.healthy if host else None,
-        started=total(samples, "process_start_time_seconds"),
+        engines={} if started is None else {"": started},
     )
 
 
@@ -168,23 +171,29 @@ class PrometheusSources:
             if counts and (found := over_edge(counts, guard.objective)):
                 over[metric], edges[metric] = found
         shares = self._shares(labels, edges)
-        requests = "moe_serve_requests_total"
-        age = self._one(f"time() - max(timestamp({requests}{{{labels}}}))")
-        fresh = age is not None and age <= _STALE
-        counted = self._one(f'sum({requests}{{{labels},outcome=~"answered|failed"}})')
-        failed = self._one(f'sum({requests}{{{labels},outcome=~"failed|cut"}})')
-        known = fresh and counted is not None and failed is not None
+        age = self._one(f"time() - max(timestamp({_COUNTED}{{{labels}}}))")
+        proxies = self._ask(f"{_COUNTED}{{{labels}}}")
+        of = {
+            outcome: [v for row, v in proxies if row["metric"].get("outcome") == outcome]
+            for outcome in ("answered", "failed", "cut")
+        }
+        known = age is not None and age <= _STALE and of["answered"] and of["failed"]
+        counted = sum(of["answered"]) + sum(of["failed"])
+        failed = min(counted, sum(of["failed"]) + sum(of["cut"]))
+        engines = {_whose(row): value for row, value in self._ask(f"{_STARTED}{{{labels}}}")}
+        running = self._ask(f"vllm:num_requests_running{{{labels}}}")
         return ArmReading(
             requests=counted if known else None,
-            failed=min(failed or 0.0, counted or 0.0) if known else None,
+            failed=failed if known else None,
             over=over,
             shares=shares,
             # Of one engine: the load that a request meets.
-            running=self._one(f"avg(vllm:num_requests_running{{{labels}}})"),
+            running=sum(v for _, v in running) / len(running) if running else None,
             waiting=self._one(f"sum(vllm:num_requests_waiting{{{labels}}})"),
             kv_usage=self._one(f"min(vllm:kv_cache_usage_perc{{{labels}}})"),
-            started=self._one(f"max(process_start_time_seconds{{{labels}}})"),
             counts_probes=self._at_engines,
+            engines=engines,
+            parts=frozenset([*engines, *(_whose(row) for row, _ in (*running, *proxies))]),
         )
 
     def _shares(self, labels: str, edges: dict[str, float]) -> dict[str, Over]:
@@ -214,6 +223,11 @@ class PrometheusSources:
             return [(row, float(row["value"][1])) for row in answer["data"]["result"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError):
             return []
+
+
+def _whose(row: Mapping[str, Any]) -> str:
+    """A series by its labels, whatever it counts."""
+    return ",".join(f"{k}={v}" for k, v in sorted(row["metric"].items()) if k != "__name__")
 
 
 def sources_of(policy: Policy, stack: StackState) -> Sources:

@@ -6,7 +6,6 @@ counts. Missing data is not good data: the window says since when it is blind.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping
@@ -14,6 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.reading import (
+    ArmReading,
+    Reading,
+    engine_fell,
+    growth,
+    of_users,
+    usable,
+    users_requests,
+    went_back,
+)
 from moe_serve.rollout.said import say
 from moe_serve.rollout.users import Crowd
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
@@ -22,48 +31,6 @@ _RECENT: Final = 60.0
 """Seconds that the hard guards look back."""
 _GAP: Final = 6.0
 """Intervals without a reading, after which the next one only starts afresh."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ArmReading:
-    """One variant's counters at one moment. ``None``: not known."""
-
-    requests: float | None
-    """Answered or failed, counted at the proxy, cumulative."""
-    failed: float | None
-    """Of these."""
-    over: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Metric → (requests over the objective, requests), cumulative, from the engine."""
-    shares: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """Guard → (answers or votes of the kind, all), cumulative."""
-    probes: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """What probes have added to the engine's counters, by metric and guard: they are no users."""
-    running: float | None = None
-    """Requests in the engine now; the stratum."""
-    waiting: float | None = None
-    """Requests that wait for room in it."""
-    kv_usage: float | None = None
-    """Of its KV cache, 0 to 1."""
-    healthy: bool | None = None
-    counts_probes: bool = False
-    """Whether ``requests`` has the probes in it: where engines count, and not a proxy."""
-    started: float | None = None
-    """When the engine's process started, seconds since the epoch; a change is a restart."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
-    """Both variants at one moment."""
-
-    at: float
-    """Wall clock, seconds since the epoch."""
-    tick: float
-    """Monotonic clock."""
-    arms: Mapping[str, ArmReading]
-    edges: Mapping[str, float] = field(default_factory=dict)
-    """Metric → the histogram edge that stands for the objective, seconds."""
-    crowds: Mapping[str, Crowd] = field(default_factory=dict)
-    """Variant → requests of users told apart, since the window began."""
 
 
 Pair = list[float]
@@ -80,6 +47,10 @@ class Window:
 
     began: float
     """Wall clock."""
+    age: float = 0.0
+    """Seconds of the monotonic clock that were watched since then, usable or not."""
+    step: tuple[float, float] = (0.0, 0.0)
+    """When the step began by the record, and ``age`` at that time."""
     weight: float = 0.0
     """Percent of the traffic that pruned had in all of it."""
     shadow: float = 0.0
@@ -97,7 +68,8 @@ class Window:
     edges: dict[str, float] = field(default_factory=dict)
     crowds: dict[str, Crowd] = field(default_factory=_pairs)
     """Variant → [requests of users told apart, sum of these users' requests squared]."""
-    restarts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VARIANTS, 0))
+    restarts: dict[str, list[float]] = field(default_factory=lambda: {v: [] for v in VARIANTS})
+    """Variant → ``age`` at each restart of one of its engines, as far back as policy counts."""
     trouble: str = ""
     """Why the last reading could not be used."""
     blind_since: float | None = None
@@ -113,17 +85,32 @@ class Window:
     now: float = 0.0
     """Wall clock of the last reading."""
     last: Reading | None = None
+    _known: dict[str, dict[str, tuple[float, float]]] = field(
+        default_factory=lambda: {v: {} for v in VARIANTS}, repr=False
+    )
+    """Variant → engine → when its process started, and ``age`` when it was last seen."""
 
-    def add(self, reading: Reading, policy: Policy, *, lost: str = "") -> None:
-        """Take one more reading in; ``lost`` says why it can't be used, if that is known."""
+    def add(
+        self, reading: Reading, policy: Policy, *, lost: str = "", began: float | None = None
+    ) -> None:
+        """Take one more reading in.
+
+        Args:
+            reading: what was read.
+            policy: the rollout's.
+            lost: why it can't be used, if that is known.
+            began: when the step began, by the record; by default with the window.
+        """
         before, self.last = self.last, reading
         self.now = reading.at
+        self._grow_older(before, reading, began or self.step[0] or self.began)
         self.edges = dict(reading.edges) or self.edges
         # Fewer than before: the file was cut, and a new controller has read what is left.
         for name, crowd in reading.crowds.items():
             self.crowds[name] = max(self.crowds[name], crowd)
         self._follow_clock(before, reading, policy)
         self._watch(reading, policy)
+        self._count_restarts(before, reading, policy)
         self.trouble = lost or self._trouble(before, reading, policy)
         if self.trouble:
             if self.blind_since is None:
@@ -134,7 +121,7 @@ class Window:
             return
         step = reading.tick - before.tick
         self._recent(before, reading)
-        if reading.at - self.began < policy.warmup_seconds + step:
+        if self.age < policy.warmup_seconds + step:
             return
         self.seconds += step
         for variant in VARIANTS:
@@ -151,6 +138,35 @@ class Window:
             moment = getattr(self, name)
             if moment is not None:
                 setattr(self, name, moment + jump)
+        # What the proxy noted by the clock before is still to be found.
+        self.began = min(self.began, self.began + jump)
+
+    def _grow_older(self, before: Reading | None, now: Reading, began: float) -> None:
+        if before is not None:
+            self.age += max(0.0, now.tick - before.tick)
+        elif not self.age:
+            self.age = min(max(0.0, now.at - self.began), _RECENT)
+        if self.step[0] != began:
+            # The step of a new window began with it, one that was gone on with only now.
+            self.step = (began, self.age if self.step[0] else 0.0)
+
+    def waited(self, began: float) -> float:
+        """Seconds that the step which began then was watched, by a clock that nobody sets."""
+        return self.age - self.step[1] if self.step[0] == began else 0.0
+
+    def _count_restarts(self, before: Reading | None, now: Reading, policy: Policy) -> None:
+        oldest = self.age - policy.hard.restart_seconds
+        for variant in VARIANTS:
+            arm, known = now.arms.get(variant), self._known[variant]
+            found = [age for age in self.restarts[variant] if age > oldest]
+            if arm is not None:
+                again = [e for e, at in arm.engines.items() if e in known and at - known[e][0] > 1]
+                was = before.arms.get(variant) if before is not None else None
+                if again or (not arm.engines and was is not None and engine_fell(was, arm)):
+                    found += [self.age] * max(1, len(again))
+                known.update({e: (at, self.age) for e, at in arm.engines.items()})
+            self.restarts[variant] = found
+            self._known[variant] = {e: seen for e, seen in known.items() if seen[1] > oldest}
 
     def _watch(self, reading: Reading, policy: Policy) -> None:
         """What the hard guards need, also from readings that give no counts."""
@@ -175,41 +191,42 @@ class Window:
         return reading.at if moment is None else moment
 
     def _trouble(self, before: Reading | None, now: Reading, policy: Policy) -> str:
-        missing = [name for name in VARIANTS if not _usable(now.arms.get(name), policy)]
+        missing = [name for name in VARIANTS if not usable(now.arms.get(name), policy)]
         if missing:
             return say("no-counters", who=missing)
-        if before is None or any(not _usable(before.arms.get(n), policy) for n in VARIANTS):
+        if before is None or any(not usable(before.arms.get(n), policy) for n in VARIANTS):
             return "" if before is None else say("before-unusable")
         step = now.tick - before.tick
         if step <= 0.0 or abs((now.at - before.at) - step) > policy.clock_jump_seconds:
             return say("clock")
         if step > _GAP * policy.interval_seconds:
             return say("unread", seconds=step)
-        back = [n for n in VARIANTS if _went_back(before.arms[n], now.arms[n])]
-        for name in back:
-            self.restarts[name] += 1
+        others = [n for n in VARIANTS if before.arms[n].parts != now.arms[n].parts]
+        if others:
+            return say("other-engines", who=others)
+        back = [n for n in VARIANTS if went_back(before.arms[n], now.arms[n])]
         return say("began-anew", who=back) if back else ""
 
     def _recent(self, before: Reading, now: Reading) -> None:
         a, b = before.arms[PRUNED], now.arms[PRUNED]
-        self.recent.append((now.tick, _delta(a.failed, b.failed), _delta(a.requests, b.requests)))
+        self.recent.append((now.tick, growth(a.failed, b.failed), users_requests(a, b)))
         while self.recent and now.tick - self.recent[0][0] > _RECENT:
             self.recent.popleft()
 
     def _count(self, variant: str, a: ArmReading, b: ArmReading, policy: Policy) -> None:
-        failed, requests = self.failures[variant], _delta(a.requests, b.requests)
-        failed[0] += _delta(a.failed, b.failed)
+        failed, requests = self.failures[variant], users_requests(a, b)
+        failed[0] += growth(a.failed, b.failed)
         failed[1] += requests
         # The load that the requests of this interval met: the mean of its two ends.
         load = ((a.running or 0.0) + (b.running or 0.0)) / 2.0
         stratum = bisect_right(policy.strata, load)
         for metric in policy.guards.latency():
             slow, total = self.over.setdefault(metric, {}).setdefault(stratum, _pairs())[variant]
-            more, all_ = _of_users(metric, a.over[metric], b.over[metric], a, b)
+            more, all_ = of_users(metric, a.over[metric], b.over[metric], a, b)
             self.over[metric][stratum][variant] = [slow + more, total + all_]
         for name in policy.guards.shares():
             pair = self.shares.setdefault(name, _pairs())[variant]
-            more, all_ = _of_users(name, a.shares[name], b.shares[name], a, b)
+            more, all_ = of_users(name, a.shares[name], b.shares[name], a, b)
             pair[0] += more
             pair[1] += all_
 
@@ -238,6 +255,8 @@ class Window:
         """For the store: all but the last reading, whose clock another process does not share."""
         plain = (
             "began",
+            "age",
+            "step",
             "weight",
             "shadow",
             "version",
@@ -257,47 +276,13 @@ class Window:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Window:
-        """Back from the store; the next reading starts afresh."""
-        over = {m: {int(s): p for s, p in v.items()} for m, v in value["over"].items()}
-        return cls(**{**value, "over": over})
+    def from_json(cls, value: Mapping[str, Any]) -> Window | None:
+        """Back from the store; the next reading starts afresh.
 
-
-def _usable(arm: ArmReading | None, policy: Policy) -> bool:
-    """Whether the counters are there and are numbers."""
-    if arm is None or arm.requests is None or arm.failed is None:
-        return False
-    values = [arm.requests, arm.failed]
-    for metric in policy.guards.latency():
-        if metric not in arm.over:
-            return False
-        values += arm.over[metric]
-    for name in policy.guards.shares():
-        if name not in arm.shares:
-            return False
-        values += arm.shares[name]
-    return all(math.isfinite(value) for value in values)
-
-
-def _went_back(a: ArmReading, b: ArmReading) -> bool:
-    """A counter fell, or the process is another one."""
-    pairs = [(a.requests, b.requests), (a.failed, b.failed)]
-    for metric in a.over.keys() & b.over.keys():
-        pairs += zip(a.over[metric], b.over[metric], strict=True)
-    for name in a.shares.keys() & b.shares.keys():
-        pairs += zip(a.shares[name], b.shares[name], strict=True)
-    fell = any((y or 0.0) < (x or 0.0) for x, y in pairs)
-    other = a.started is not None and b.started is not None and b.started - a.started > 1.0
-    return fell or other
-
-
-def _of_users(
-    name: str, a: tuple[float, float], b: tuple[float, float], was: ArmReading, now: ArmReading
-) -> tuple[float, float]:
-    """Growth of a pair of counters less what probes added to it."""
-    before, after = was.probes.get(name, (0.0, 0.0)), now.probes.get(name, (0.0, 0.0))
-    return b[0] - a[0] - (after[0] - before[0]), b[1] - a[1] - (after[1] - before[1])
-
-
-def _delta(a: float | None, b: float | None) -> float:
-    return (b or 0.0) - (a or 0.0)
+        ``None`` where another version wrote it: what it counted is not known to mean the same.
+        """
+        try:
+            over = {m: {int(s): p for s, p in v.items()} for m, v in value["over"].items()}
+            return cls(**{**value, "over": over, "step": tuple(value["step"])})
+        except (KeyError, TypeError, ValueError):
+            return None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from moe_serve.rollout import decision as d
 from moe_serve.rollout import state as s
 from moe_serve.rollout.policy import Freeze, Hard, Policy, Step
-from moe_serve.rollout.window import ArmReading, Window
+from moe_serve.rollout.reading import ArmReading
+from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.readings import EMPTY, START, UNPROBED, Traffic
 
@@ -207,6 +208,20 @@ def test_a_clock_that_is_set_makes_nothing_last_longer(jump: float) -> None:
     assert found.reason == "hard"
 
 
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_a_clock_that_is_set_ends_no_step(jump: float) -> None:
+    """A day forth or back: the verdict is due after an hour of the clock that does not jump."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    traffic.at += jump
+    reasons = [
+        d.decide(window, POLICY, CANARY, explain=False).reason
+        for window in traffic.steadily(720, (1, 0, 0), (0.1, 0, 0))
+    ]
+    # 3,600 s in steps of 5 s, of which warming up took the first 40 s.
+    assert reasons.index("inconclusive") == 720 - 40 // 5 - 1
+
+
 def test_gauges_that_are_no_numbers_are_no_limit_reached() -> None:
     """A KV cache of NaN is not full; the requests are counted, in a stratum like any other."""
     odd = broken(**dict.fromkeys(("running", "waiting", "kv_usage"), float("nan")))
@@ -281,6 +296,18 @@ def test_restarts_hold_and_a_crash_loop_rolls_back() -> None:
     assert seen == ["hold", "rollback"]
 
 
+def test_restarts_of_long_ago_are_no_crash_loop() -> None:
+    """Promoted, and a restart every second day: the third comes on the fifth day."""
+    traffic = Traffic(POLICY)
+    promoted = s.enter(CANARY, POLICY, 1, START)
+    for days in range(3):
+        traffic.arms[PRUNED] = replace(traffic.arms[PRUNED], engines={"": START + days})
+        found = d.decide(traffic.read(), POLICY, promoted)
+        assert (found.kind, len(traffic.window.restarts[PRUNED])) == ("hold", 0)
+        traffic.read(2 * 86_400.0)
+        traffic.arms[PRUNED] = replace(traffic.arms[PRUNED], engines={"": START + days + 0.9})
+
+
 def test_a_full_cache_that_stays_full() -> None:
     """With requests waiting, for five minutes."""
     traffic = Traffic(POLICY)
@@ -302,6 +329,14 @@ def test_nothing_advances_in_a_freeze_window() -> None:
     policy = POLICY.model_copy(update={"freeze": (Freeze(days=("fri",)),)})
     assert after(60, policy=policy).reason == "freeze"
     assert after(120, policy=policy, pruned=(50, 2, 0)).kind == "rollback"
+
+
+def test_a_frozen_day_is_frozen_to_its_end() -> None:
+    """The last second of Friday is Friday's, and the first of Saturday is not."""
+    freeze = Freeze(days=("fri",))
+    friday = datetime(2027, 1, 15, 23, 59, 59, 700_000, UTC)
+    assert freeze.covers(friday)
+    assert not freeze.covers(friday + timedelta(seconds=0.3))
 
 
 def test_different_loads_are_not_compared() -> None:

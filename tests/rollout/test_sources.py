@@ -88,12 +88,10 @@ def prometheus(age: float) -> httpx.Client:
                 rows = [({"finished_reason": name}, count) for name, count in ends.items()]
             elif query.startswith("time()"):
                 rows = [({}, str(age))]
-            elif "answered|failed" in query:
-                rows = [({}, "10")]
-            elif "failed|cut" in query:
-                rows = [({}, "1")]
-            elif re.match(r"avg\(vllm:num_requests_running", query):
-                rows = [({}, "3.5")]
+            elif query.startswith("moe_serve_requests_total"):
+                rows = [({"outcome": o}, n) for o, n in (("answered", "9"), ("failed", "1"))]
+            elif re.match(r"vllm:num_requests_running|process_start_time", query):
+                rows = [({"instance": name}, n) for name, n in (("a", "3"), ("b", "4"))]
         result = [{"metric": labels, "value": [0, value]} for labels, value in rows]
         body = {"status": "success", "data": {"resultType": "vector", "result": result}}
         return httpx.Response(200, json=body)
@@ -107,6 +105,8 @@ def test_prometheus_gives_the_same_reading() -> None:
     found = PrometheusSources(settings, prometheus(5.0)).read(POLICY)
     arm = found.arms[PRUNED]
     assert (arm.requests, arm.failed, arm.running, arm.waiting) == (10, 1, 3.5, None)
+    assert arm.engines == {"instance=a": 3.0, "instance=b": 4.0}
+    assert arm.parts > arm.engines.keys()
     assert arm.over == {"ttft": (2, 8), "tpot": (4, 8)}
     # Cut short: 3 of 3 + 5; of one token at most: 6 of 8.
     assert arm.shares == {"truncated": (3, 8), "empty": (6, 8)}

@@ -11,10 +11,11 @@ import pytest
 
 from moe_serve.rollout.guards import effect, errors, split_mismatch
 from moe_serve.rollout.policy import Policy, Step
+from moe_serve.rollout.reading import Reading
 from moe_serve.rollout.simulation import Scenario, play
 from moe_serve.rollout.traffic import move
 from moe_serve.rollout.users import Users
-from moe_serve.rollout.window import Reading, Window
+from moe_serve.rollout.window import Window
 from moe_serve.serving import listener
 from moe_serve.serving.listener import listener_file, trim_users, users_file
 from moe_serve.serving.routes import STICKY
@@ -120,7 +121,9 @@ def test_what_was_counted_is_kept_when_less_is_left_to_read() -> None:
         reading = Reading(at=traffic.at, tick=traffic.tick, arms=traffic.arms, crowds=crowds)
         traffic.window.add(reading, PLAIN)
         assert traffic.window.crowds[PRUNED] == [9.0, 81.0]
-    assert Window.from_json(traffic.window.to_json()).crowds == traffic.window.crowds
+    again = Window.from_json(traffic.window.to_json())
+    assert again is not None
+    assert again.crowds == traffic.window.crowds
 
 
 def test_a_split_by_users_is_checked_by_users() -> None:

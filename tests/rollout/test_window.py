@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
-from tests.support.readings import PLAIN, Traffic
+from tests.support.readings import EMPTY, PLAIN, Traffic
 
 POLICY = PLAIN
 
@@ -60,13 +60,70 @@ def test_another_process_is_a_restart_even_if_its_counters_are_higher() -> None:
     """The process's own start time says so."""
     traffic = Traffic(POLICY)
     for name in (ORIGINAL, PRUNED):
-        traffic.arms[name] = replace(traffic.arms[name], started=100.0)
+        traffic.arms[name] = replace(traffic.arms[name], engines={"": 100.0})
     traffic.warm()
     traffic.serve(PRUNED, 10)
-    traffic.arms[PRUNED] = replace(traffic.arms[PRUNED], started=200.0)
+    traffic.arms[PRUNED] = replace(traffic.arms[PRUNED], engines={"": 200.0})
     window = traffic.read()
-    assert (window.restarts[PRUNED], window.requests) == (1, 0)
+    assert (len(window.restarts[PRUNED]), window.requests) == (1, 0)
     assert window.trouble == "counters of pruned began anew (a restart)"
+
+
+def engines(traffic: Traffic, *counts: float, started: float = 100.0) -> Window:
+    """A reading of as many pruned engines, each with its lifetime's requests."""
+    names = {f"instance={i}": started for i in range(len(counts))}
+    traffic.arms[PRUNED] = EMPTY
+    traffic.serve(PRUNED, sum(counts))
+    traffic.arms[PRUNED] = replace(
+        traffic.arms[PRUNED], engines=names, parts=frozenset(names), running=1.0
+    )
+    return traffic.read()
+
+
+def test_engines_that_come_and_go_bring_no_evidence_and_are_no_crash_loop() -> None:
+    """A sum over engines that loses one with 9,000 requests and gets it back saw none of them.
+
+    Nor is it a restart, however often an autoscaler does it; the 20 requests between are counted.
+    """
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    engines(traffic, 1000, 9000)
+    for seen in range(4):
+        counted = traffic.window.requests
+        window = engines(traffic, 1000 + 20 * seen)
+        assert window.trouble == "others of pruned are counted than before"
+        engines(traffic, 1010 + 20 * seen)
+        assert engines(traffic, 1010 + 20 * seen, 9000).trouble == window.trouble
+        engines(traffic, 1020 + 20 * seen, 9000)
+        assert window.requests == counted + 20
+    assert window.restarts[PRUNED] == []
+    engines(traffic, 1080, 5, started=200.0)
+    assert len(window.restarts[PRUNED]) == 2
+
+
+def test_a_proxy_that_begins_anew_is_no_restart_of_the_engine() -> None:
+    """Its requests are counted from zero again, the engine's are not."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    traffic.serve(PRUNED, 100)
+    traffic.read()
+    traffic.arms[PRUNED] = replace(traffic.arms[PRUNED], requests=0.0)
+    window = traffic.read()
+    assert (window.trouble != "", window.restarts[PRUNED]) == (True, [])
+
+
+def test_a_probe_that_is_counted_ahead_is_no_restart() -> None:
+    """Engines count, and one is late with it: two requests of a probe are known, one is seen."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    arm = replace(traffic.arms[PRUNED], counts_probes=True, requests=10.0)
+    for requests, probes in ((10.0, 0.0), (11.0, 2.0), (15.0, 2.0)):
+        traffic.arms[PRUNED] = replace(
+            arm, requests=requests, probes={"truncated": (0.0, probes)}, shares=arm.shares
+        )
+        window = traffic.read()
+        assert window.trouble == ""
+    assert (window.requests, window.restarts[PRUNED]) == (3.0 + 10.0, [])
 
 
 def test_it_survives_the_store() -> None:
@@ -77,7 +134,9 @@ def test_it_survives_the_store() -> None:
     traffic.serve(ORIGINAL, 10)
     window = traffic.read()
     again = Window.from_json(json.loads(json.dumps(window.to_json())))
+    assert again is not None
     assert again.to_json() == window.to_json()
+    assert Window.from_json({**window.to_json(), "restarts": 1, "of-old": 2}) is None
     traffic.window = again
     traffic.serve(PRUNED, 10)
     assert traffic.read().requests == 10

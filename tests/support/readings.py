@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from moe_serve.rollout.policy import Guards, Policy, Step
-from moe_serve.rollout.window import ArmReading, Reading, Window
+from moe_serve.rollout.reading import ArmReading, Reading
+from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 START = 1_800_000_000.0
