@@ -26,6 +26,7 @@ from moe_serve.rollout.people import ACTOR, People
 from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.prober import Prober, prober_of
 from moe_serve.rollout.quality import Quality
+from moe_serve.rollout.reading import Reading
 from moe_serve.rollout.recovery import recover
 from moe_serve.rollout.said import say
 from moe_serve.rollout.sources import Sources, sources_of
@@ -33,11 +34,12 @@ from moe_serve.rollout.store import Saved, Store
 from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import Basis, move
 from moe_serve.rollout.users import Users
-from moe_serve.rollout.window import Reading, Window
+from moe_serve.rollout.window import Window
 from moe_serve.serving.listener import users_file
 from moe_serve.serving.routes import Split
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
+from moe_serve.serving.variants import VARIANTS
 
 _IDLE: Final = 5.0
 """Seconds between looks while no rollout is under way."""
@@ -79,6 +81,10 @@ class Controller:
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._policy: tuple[str, Policy, Sources] | None = None
         self._window: Window | None = None
+        self._saved: Saved | None = None
+        """Where the rollout stood when the record could last be used, and this one drove it."""
+        self._owed: list[dict[str, Any]] = []
+        """What was decided while it could not: put on record when it can."""
         self._told = ""
 
     @property
@@ -111,7 +117,66 @@ class Controller:
             Overtaken: another controller holds the lease, or someone acted in between.
             RolloutError: record or routes can't be used.
         """
-        self._store.lease(self._holder, max(30.0, _LEASE * self.interval))
+        saved, split = self._standing()
+        if not saved.state.active or saved.policy is None:
+            self._policy = self._window = None
+            self._ask_no_more()
+            return None
+        policy, sources = self._of(saved.policy)
+        window = self._evidence(saved, split)
+        probed = self._probed(saved, policy)
+        with self._prober.quiet() if self._prober is not None else nullcontext():
+            reading = self._complete(sources.read(policy))
+        reading = replace(reading, crowds=self._users.since(window.began + policy.warmup_seconds))
+        lost = "" if split is not None else say("no-routes")
+        window.add(reading, policy, lost=lost, began=saved.state.began)
+        served = StackState.load(self._folder).models()
+        models = saved.seen.get("models", served)
+        exchanged = [name for name in VARIANTS if models[name] != served[name]]
+        decision = decide(window, policy, saved.state, probed=probed, exchanged=exchanged)
+        self._say(f"{decision.kind} ({decision.reason}): {decision.words}")
+        seen: dict[str, Any] = {
+            "window": window.to_json(),
+            "decision": decision.to_json(),
+            "models": models,
+        }
+        if probed is not None:
+            seen["quality"] = probed.to_json()
+        if policy.dry_run:
+            seen["noted"] = _deed(decision) if decision.kind != "hold" else _noted(saved)
+        try:
+            self._store.save_seen(seen)
+        except RolloutError as exc:
+            # What was seen is kept in memory; harm does not wait for the disk.
+            self._say(f"not on record: {exc}")
+        if decision.kind != "hold":
+            self._act(decision, saved, policy)
+        try:
+            # After the deed: a picture must not delay it.
+            self._trace.add(window.now, saved.state.step, decision.evidence)
+        except RolloutError as exc:
+            self._tell(str(exc))
+        return decision
+
+    def _standing(self) -> tuple[Saved, Split | None]:
+        """Where the rollout stands, and what the routes say; ``None``: they can't be read.
+
+        While the record can't be used (a full disk, a program that holds it) a rollout that this
+        controller drives stands where it last stood: guards go on, and may roll back.
+        """
+        try:
+            self._store.lease(self._holder, max(30.0, _LEASE * self.interval))
+            while self._owed:
+                self._store.note("unrecorded", self._owed[0])
+                del self._owed[0]
+        except Overtaken:
+            self._saved = None
+            raise
+        except RolloutError as exc:
+            if self._saved is None:
+                raise
+            self._say(f"the record can't be used, guards go on without it: {exc}")
+            return self._saved, self._routes()
         try:
             for line in recover(self._folder):
                 self._tell(line)
@@ -127,35 +192,15 @@ class Controller:
         except MoeServeError as exc:
             # Who is not told now is told later; traffic does not wait for it.
             self._say(f"hooks wait: {exc}")
-        saved = self._store.saved()
-        if not saved.state.active or saved.policy is None:
-            self._policy = self._window = None
-            self._ask_no_more()
-            return None
-        policy, sources = self._of(saved.policy)
-        window = self._evidence(saved, split)
-        probed = self._probed(saved, policy)
-        with self._prober.quiet() if self._prober is not None else nullcontext():
-            reading = self._complete(sources.read(policy))
-        reading = replace(reading, crowds=self._users.since(window.began + policy.warmup_seconds))
-        lost = "" if split is not None else say("no-routes")
-        window.add(reading, policy, lost=lost)
-        decision = decide(window, policy, saved.state, probed=probed)
-        seen: dict[str, Any] = {"window": window.to_json(), "decision": decision.to_json()}
-        if probed is not None:
-            seen["quality"] = probed.to_json()
-        if policy.dry_run:
-            seen["noted"] = _deed(decision) if decision.kind != "hold" else _noted(saved)
-        self._store.save_seen(seen)
-        self._say(f"{decision.kind} ({decision.reason}): {decision.words}")
-        if decision.kind != "hold":
-            self._act(decision, saved, policy)
+        self._saved = self._store.saved()
+        return self._saved, split
+
+    def _routes(self) -> Split | None:
         try:
-            # After the deed: a picture must not delay it.
-            self._trace.add(window.now, saved.state.step, decision.evidence)
+            return routing_of(self._folder).read()
         except RolloutError as exc:
-            self._tell(str(exc))
-        return decision
+            self._say(str(exc))
+            return None
 
     def _of(self, text: str) -> tuple[Policy, Sources]:
         if self._policy is None or self._policy[0] != text:
@@ -191,10 +236,7 @@ class Controller:
         for name, arm in reading.arms.items():
             shares = {**arm.shares, "feedback": self._votes.counted(name)}
             probes = self._prober.counted(name, reading.edges) if self._prober is not None else {}
-            requests = arm.requests
-            if arm.counts_probes and requests is not None and "truncated" in probes:
-                requests -= probes["truncated"][1]
-            arms[name] = replace(arm, requests=requests, shares=shares, probes=probes)
+            arms[name] = replace(arm, shares=shares, probes=probes)
         if self._prober is not None:
             self._prober.crowded({name: arm.waiting for name, arm in arms.items()})
         return replace(reading, arms=arms)
@@ -203,6 +245,8 @@ class Controller:
         """The window of the present split; a new split begins a new one."""
         if self._window is None and "window" in saved.seen:
             self._window = Window.from_json(saved.seen["window"])
+            if self._window is None:
+                self._tell("the evidence on record is another version's, and begins anew")
         if split is None:
             self._window = self._window or Window(began=time.time())
         elif self._window is None or self._window.version != split.version:
@@ -249,6 +293,9 @@ class Controller:
             )
             for warning in moved.warnings:
                 self._tell(warning)
+            if not moved.recorded:
+                self._owed.append(event)
+                self._saved = replace(saved, state=becomes)
         notify(policy.hooks, event, self._tell)
 
     def _say(self, line: str) -> None:

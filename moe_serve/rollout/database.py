@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,11 +30,14 @@ def opened(
     """
     db = None
     try:
+        # For its owner alone: a policy on record may hold a webhook's address.
+        if not path.exists():
+            os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
         db = sqlite3.connect(path, timeout=timeout, isolation_level=None)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute(f"PRAGMA synchronous={synchronous}")
         yield db
-    except sqlite3.Error as exc:
+    except (sqlite3.Error, OSError) as exc:
         raise RolloutError(f"{fault} ({exc})", where=str(path), remedy=remedy) from exc
     finally:
         if db is not None:

@@ -70,7 +70,7 @@ class Feed:
                 news = [_event("log", line.model_dump_json(), line.id) for line in lines]
                 status = await run_in_threadpool(self.status)
                 if status is not None:
-                    content = status.model_dump_json(exclude={"at"})
+                    content = status.model_dump_json(exclude={"at", "step_seconds"})
                     if content != told:
                         told = content
                         news.append(_event("status", status.model_dump_json()))

@@ -217,6 +217,6 @@ def prober_of(policy: Policy, stack: StackState, tell: Tell, known: Quality | No
         for name, found in stack.engines.items()
     }
     # What was heard of other models says nothing of these.
-    subject = "\n".join([probes.digest, *(stack.engines[name].model for name in VARIANTS)])
+    subject = "\n".join([probes.digest, *(stack.models()[name] for name in VARIANTS)])
     about = replace(probes, digest=hashlib.sha256(subject.encode()).hexdigest())
     return Prober(about, policy.probes, engines, tell, known)

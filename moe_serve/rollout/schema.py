@@ -165,6 +165,8 @@ class Status(_Told):
     """Of the policy of the rollout under way, or of the last one; empty before the first."""
     step_began: float
     """When the present step began, or the rollout ended; 0 before the first."""
+    step_seconds: float
+    """For how long the present step was watched, by a clock that nobody sets."""
     reason: str
     """Why it is paused or rolled back."""
     reason_codes: Codes | None = None

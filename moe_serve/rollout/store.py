@@ -19,7 +19,7 @@ from typing import Any, Final
 from moe_serve.errors import Overtaken, RolloutError
 from moe_serve.rollout import audit
 from moe_serve.rollout.database import opened
-from moe_serve.rollout.state import State
+from moe_serve.rollout.state import State, pause
 
 DATABASE: Final = "rollout.sqlite3"
 _VERSION: Final = 3
@@ -261,10 +261,26 @@ class Store:
         """It never got into the route file; the state before it holds again."""
         with self._writing() as db:
             self._stamp(db, "abandoned", change)
-            before = db.execute(
-                "SELECT state_before FROM changes WHERE id = ?", (change,)
-            ).fetchone()[0]
-            db.execute("UPDATE rollout SET revision = revision + 1, state = ?", (before,))
+            present, before = (
+                State.from_json(json.loads(text))
+                for text in db.execute(
+                    "SELECT state, state_before FROM rollout, changes WHERE changes.id = ?",
+                    (change,),
+                ).fetchone()
+            )
+            if present.phase == "paused" and self._paused_since(db, change):
+                before = pause(before, present.reason)
+            self._put(db, before)
+
+    @staticmethod
+    def _paused_since(db: sqlite3.Connection, change: int) -> bool:
+        """Whether someone paused after the change was intended; that stays."""
+        found = db.execute(
+            "SELECT count(*) FROM audit WHERE kind = 'paused' AND id > (SELECT id FROM audit WHERE"
+            " kind = 'intended' AND json_extract(body, '$.change') = ?)",
+            (change,),
+        ).fetchone()
+        return bool(found[0])
 
     def _mark(self, what: str, change: int) -> None:
         with self._writing() as db:

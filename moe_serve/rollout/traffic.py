@@ -49,6 +49,8 @@ class Moved:
     effective_seconds: float | None
     """From the write until it was in force; ``None`` where nobody could be asked."""
     warnings: tuple[str, ...] = ()
+    recorded: bool = True
+    """Whether its intent is in the record."""
 
     def to_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -159,6 +161,7 @@ def move(
         written_at=written_at,
         effective_seconds=effective,
         warnings=tuple(warnings),
+        recorded=bool(change),
     )
 
 

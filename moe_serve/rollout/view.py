@@ -12,6 +12,7 @@ from moe_serve.rollout.policy import Hooks, Policy, load_policy
 from moe_serve.rollout.store import Change, Entry, Saved, Store
 from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import status
+from moe_serve.rollout.window import Window
 from moe_serve.serving.state import StackState
 
 
@@ -32,10 +33,16 @@ def look(state: Path) -> schema.Status:
             "steps": [step.model_dump() for step in policy.steps] if policy else [],
             "dry_run": policy is not None and saved.state.active and policy.dry_run,
             "step_began": saved.state.began,
+            "step_seconds": _watched(saved),
             "actions": _actions(found, saved, policy),
             "last_change": {**last, "evidence": last["evidence"] or None} if last else None,
         }
     )
+
+
+def _watched(saved: Saved) -> float:
+    window = Window.from_json(saved.seen.get("window", {}))
+    return window.waited(saved.state.began) if window is not None else 0.0
 
 
 def _actions(found: dict[str, Any], saved: Saved, policy: Policy | None) -> list[schema.Action]:
@@ -145,8 +152,10 @@ def policy(state: Path) -> schema.PolicyOut:
 
 
 def _shown(hooks: Hooks) -> Hooks:
+    """Without what may be a secret: an address's path, a command's arguments."""
+    told = hooks.model_copy(update={"command": hooks.command[:1]})
     if hooks.webhook is None:
-        return hooks
+        return told
     parts = urlsplit(hooks.webhook)
     host = parts.netloc.rpartition("@")[2]
-    return hooks.model_copy(update={"webhook": f"{parts.scheme}://{host}/"})
+    return told.model_copy(update={"webhook": f"{parts.scheme}://{host}/"})

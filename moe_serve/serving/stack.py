@@ -17,6 +17,7 @@ from moe_serve.metrics.memory import read_gpus
 from moe_serve.serving import envoy
 from moe_serve.serving.config import StackConfig
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
+from moe_serve.serving.identity import identity
 from moe_serve.serving.listener import put_listener
 from moe_serve.serving.process import Child, free_port, port_is_free, start
 from moe_serve.serving.routes import (
@@ -132,8 +133,9 @@ def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:
     started: list[tuple[EngineSpec, Child]] = []
     for variant in VARIANTS:
         model = config.models()[variant].absolute()
+        weights = identity(model)
         if (url := config.urls()[variant]) is not None:
-            engines[variant] = EngineState(url=url, model=str(model))
+            engines[variant] = EngineState(url=url, model=str(model), weights=weights)
             continue
         log = stack.folder / "logs" / f"{variant}.log"
         log.unlink(missing_ok=True)
@@ -151,7 +153,7 @@ def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:
         stack.children.append(child)
         started.append((spec, child))
         engines[variant] = EngineState(
-            url=spec.url, model=str(model), pid=child.pid, log=str(spec.log)
+            url=spec.url, model=str(model), pid=child.pid, log=str(spec.log), weights=weights
         )
         tell(f"{variant} engine: starting (log {log})")
         if config.share_gpu:

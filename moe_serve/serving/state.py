@@ -22,6 +22,8 @@ class EngineState:
     pid: int | None = None
     """``None`` where it was not started here."""
     log: str = ""
+    weights: str = ""
+    """:func:`~moe_serve.serving.identity.identity` of what it loaded; empty where unknown."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +48,10 @@ class StackState:
     """File of the rollout's policy, where ``up`` was given one."""
     shares_gpu: bool = False
     """Whether the original may be asleep, and has to be woken before traffic goes to it."""
+
+    def models(self) -> dict[str, str]:
+        """Variant → what tells its checkpoint from another, even one in the same place."""
+        return {name: engine.weights or engine.model for name, engine in self.engines.items()}
 
     def save(self, folder: Path) -> None:
         """Write ``stack.json`` atomically."""

@@ -234,7 +234,9 @@ def test_the_policys_secrets_are_not_told(tmp_path: Path) -> None:
     write_split(tmp_path, 0)
     store = Store(tmp_path)
     store.lease("test", 60.0)
-    start_rollout(tmp_path, Policy(hooks=Hooks(webhook=SECRET)), reason="")
+    start_rollout(
+        tmp_path, Policy(hooks=Hooks(webhook=SECRET, command=("curl", SECRET))), reason=""
+    )
     client = TestClient(application(tmp_path), base_url=BASE)
     for path in ("policy", "status", "history", "guards"):
         assert "sesame" not in client.get(f"/api/{path}").text

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import getpass
 import json
+import sqlite3
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -32,7 +34,7 @@ from moe_serve.rollout.policy import (
     Step,
 )
 from moe_serve.rollout.prober import prober_of
-from moe_serve.rollout.store import Store
+from moe_serve.rollout.store import DATABASE, Store
 from moe_serve.rollout.traffic import move, status
 from moe_serve.serving.routes import read_split, route_file
 from moe_serve.serving.state import StackState
@@ -81,6 +83,16 @@ def begun(proxy: Proxied, policy: Policy = POLICY) -> Iterator[Controller]:
     start_rollout(proxy.state, policy, reason="test")
     controller.tick()
     yield controller
+
+
+@contextmanager
+def holding(state: Path) -> Iterator[None]:
+    """Another program holds the record."""
+    db = sqlite3.connect(state / DATABASE, isolation_level=None)
+    db.execute("BEGIN EXCLUSIVE")
+    yield
+    db.execute("ROLLBACK")
+    db.close()
 
 
 def phase(proxy: Proxied) -> tuple[str, float, float]:
@@ -197,6 +209,46 @@ def test_an_unreadable_route_file_is_blindness(proxy: Proxied) -> None:
         assert kinds[0] == "hold"
         assert kinds[-1] == "rollback"
         assert read_split(proxy.state).percent == 0
+
+
+def test_a_record_that_is_held_does_not_hold_up_a_rollback(proxy: Proxied) -> None:
+    """Every second request fails while another program has the database: back all the same.
+
+    What it rested on is put on record once that can be written; nobody steps forward meanwhile.
+    """
+    steps = (Step(weight=50, **QUICK), Step(weight=90, **QUICK))
+    with begun(proxy, POLICY.model_copy(update={"steps": steps})) as controller:
+        with holding(proxy.state):
+            ask(proxy, 300)
+            time.sleep(0.1)
+            with pytest.raises(RolloutError, match="the record can't be used"):
+                controller.tick()
+            assert read_split(proxy.state).percent == 50
+            proxy.pruned.fail_every = 2
+            for _ in range(20):
+                ask(proxy, 100)
+                time.sleep(0.1)
+                decision = controller.tick()
+                if decision is not None and decision.kind == "rollback":
+                    break
+            assert read_split(proxy.state).percent == 0
+            assert controller.tick() is None
+        controller.tick()
+        assert phase(proxy) == ("rolled_back", 0, 0)
+        (entry,) = [e for e in Store(proxy.state).log() if e.kind == "unrecorded"]
+        assert (entry.body["kind"], entry.body["reason"]) == ("rollback", "harm")
+
+
+@pytest.mark.parametrize("variant", [ORIGINAL, PRUNED])
+def test_evidence_of_one_checkpoint_lets_no_other_on(proxy: Proxied, variant: str) -> None:
+    """Stopped in mid-rollout and started with another one in the same place: back to the start."""
+    with begun(proxy) as controller:
+        stack = StackState.load(proxy.state)
+        engine = replace(stack.engines[variant], weights="another")
+        replace(stack, engines={**stack.engines, variant: engine}).save(proxy.state)
+        controller.tick()
+        assert phase(proxy) == ("rolled_back", 0, 0)
+        assert Store(proxy.state).history()[0].reason.startswith(f"{variant}: another checkpoint")
 
 
 def test_a_dry_run_moves_nothing(proxy: Proxied) -> None:

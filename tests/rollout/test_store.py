@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from moe_serve.errors import Overtaken, RolloutError
-from moe_serve.rollout.state import State
+from moe_serve.rollout.state import State, pause
 from moe_serve.rollout.store import DATABASE, Store
 
 CANARY = State(phase="canary", step=1, began=5.0)
@@ -47,6 +48,29 @@ def test_it_is_written_through(tmp_path: Path) -> None:
     with store._open() as db:
         assert db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
         assert db.execute("PRAGMA synchronous").fetchone()[0] == 2
+
+
+def test_it_is_for_its_owner_alone(tmp_path: Path) -> None:
+    """A policy on record may name a webhook whose address is a secret."""
+    Store(tmp_path).lease("someone", 1.0)
+    assert (tmp_path / DATABASE).stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pause_outlives_a_change_that_was_given_up(tmp_path: Path) -> None:
+    """A controller died between intent and route file; a person paused before the next began.
+
+    What was intended is given up, and the rollout stays paused, at the step before.
+    """
+    store = Store(tmp_path)
+    store.note("policy", {}, state=CANARY, policy="{}")
+    onwards = replace(CANARY, step=2)
+    change = intend(store, decision="advance", state=onwards)
+    store.note("paused", {}, state=pause(onwards, "lunch (ada)"))
+    store.abandoned(change)
+    assert store.saved().state == pause(CANARY, "lunch (ada)")
+    change = intend(store, state=pause(CANARY, "set to 30 % by hand"))
+    store.abandoned(change)
+    assert store.saved().state == pause(CANARY, "lunch (ada)")
 
 
 def test_a_state_is_committed_with_its_intent(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from moe_serve.rollout.web.words import (
     size,
 )
 
-_NOTABLE: Final = frozenset({"intended", "paused", "resumed", "dry-run"})
+_NOTABLE: Final = frozenset({"intended", "paused", "resumed", "dry-run", "unrecorded"})
 _LINES: Final = 20
 
 
@@ -226,7 +226,7 @@ def _line(entry: Entry, words: Words) -> Line:
         reason, evidence, what = done.reason, done.evidence, done.decision
         start = "?" if done.percent_before is None else f"{done.percent_before:g}"
         split, fate = f"{start} → {done.percent_after:g} %", _fate(entry, words)
-    tones = {"rollback": "bad", "promote": "good", "advance": "good"}
+    tones = {"rollback": "bad", "unrecorded": "bad", "promote": "good", "advance": "good"}
     return Line(
         id=entry.id,
         at=float(body.get("at", 0.0)),
@@ -266,7 +266,7 @@ def page(state: Path, found: schema.Variants, words: Words, before: int | None) 
         "status": status,
         "waits": waits(status.decision, words),
         "why": words.say(status.reason_codes, status.reason),
-        "spent": max(0.0, status.at - status.step_began),
+        "spent": status.step_seconds,
         "guards": cards(view.guards(state, 240), words),
         "variants": found,
         "rows": rows(found, words),
