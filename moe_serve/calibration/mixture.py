@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers.activations import ACT2FN
 
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.substitution import constant_name
 from moe_serve.checkpoint.table import LayerTable
+from moe_serve.errors import UnsupportedFamily
 from moe_serve.families import Routing
 
 
@@ -260,9 +260,24 @@ def read_mixture(checkpoint: Checkpoint, layer: int, device: torch.device) -> Mi
     return Mixture(
         router=read_router(checkpoint, layer, device),
         units=make_units(table, gates, ups, downs) + constant_units(constants),
-        activation=ACT2FN[checkpoint.config.get("hidden_act", "silu")],
+        activation=_activation(checkpoint),
         shared=read_shared(checkpoint, layer, device),
     )
+
+
+def _activation(checkpoint: Checkpoint) -> Callable[[torch.Tensor], torch.Tensor]:
+    # Takes seconds to import, for which what only reads or checks files need not wait.
+    from transformers.activations import ACT2FN
+
+    name = checkpoint.config.get("hidden_act", "silu")
+    if name not in ACT2FN:
+        raise UnsupportedFamily(
+            f"hidden_act is {name!r}, which transformers has no function for",
+            where=str(checkpoint.path / "config.json"),
+            remedy="set it to the one the model was trained with, mostly silu",
+        )
+    activation: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
+    return activation
 
 
 def _read(

@@ -115,3 +115,16 @@ def test_listing_and_completing_commands_imports_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_no_command_waits_for_transformers_to_explain_itself() -> None:
+    """It takes seconds to import, and only reading a model's layers needs it."""
+    code = (
+        "import sys; from typer.main import get_command; from moe_serve.cli.app import app; "
+        "from moe_serve.cli.commands import COMMANDS; "
+        "root = get_command(app); ctx = root.make_context('moe-serve', ['rollout']); "
+        "assert all(root.get_command(ctx, name) for name in COMMANDS); "
+        "sys.exit('transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
