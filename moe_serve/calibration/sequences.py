@@ -30,6 +30,9 @@ class Sequences:
     """One array of token ids per sequence, at most L long."""
     domain: tuple[int, ...]
     """Index into ``domains`` for each sequence."""
+    documents: tuple[np.ndarray[Any, np.dtype[np.int64]], ...] = ()
+    """For each sequence, which of all documents each of its tokens is from; empty where that is
+    not known."""
     corpus: tuple[int, ...] = ()
     """Tokens per domain of the corpus that these are a share of; empty where they are all."""
     balance: tuple[float, ...] = ()
@@ -44,6 +47,12 @@ class Sequences:
     def offsets(self) -> tuple[int, ...]:
         """For each sequence, the number of tokens before it."""
         return tuple(int(n) for n in np.cumsum([0, *(len(t) for t in self.tokens)])[:-1])
+
+    def document(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Of each token of one sequence; a sequence is a document where that is not known."""
+        if self.documents:
+            return self.documents[number]
+        return np.full(len(self.tokens[number]), number, dtype=np.int64)
 
     def tokens_by_domain(self) -> dict[str, int]:
         """Token counts."""
@@ -90,19 +99,20 @@ class Sequences:
             self,
             tokens=tuple(self.tokens[n] for n in chosen),
             domain=tuple(self.domain[n] for n in chosen),
+            documents=tuple(self.document(n) for n in chosen),
             corpus=(),
         )
 
     def cut(self, length: int) -> Sequences:
         """The same tokens in sequences of at most ``length``; short remainders are left out."""
         parts = [
-            (part, domain)
-            for tokens, domain in zip(self.tokens, self.domain, strict=True)
+            (part, domain, self.document(number)[start : start + length])
+            for number, (tokens, domain) in enumerate(zip(self.tokens, self.domain, strict=True))
             for start in range(0, len(tokens), length)
             if len(part := tokens[start : start + length]) >= min(MIN_LENGTH, len(tokens))
         ]
-        tokens, domain = zip(*parts, strict=True)
-        return replace(self, tokens=tokens, domain=domain)
+        tokens, domain, documents = zip(*parts, strict=True)
+        return replace(self, tokens=tokens, domain=domain, documents=documents)
 
     def share(self, numbers: Iterable[int]) -> Sequences:
         """Some of the sequences; each token keeps the weight it has among all."""
@@ -173,10 +183,11 @@ def pack(
         CalibrationError: a domain with hardly a token.
     """
     sequences: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    sources: list[np.ndarray[Any, np.dtype[np.int64]]] = []
     owners: list[int] = []
     for number, domain in enumerate(texts.domains):
-        documents = [d for d in texts.documents if d.domain == domain]
-        ids = _spread(
+        documents = [(n, d) for n, d in enumerate(texts.documents) if d.domain == domain]
+        ids, source = _spread(
             documents, encode, end, tokens_per_domain, length, random.Random(f"{seed}/{domain}")
         )
         if len(ids) < MIN_LENGTH:
@@ -189,36 +200,49 @@ def pack(
             part = np.asarray(ids[start : start + length], dtype=np.int64)
             if len(part) >= min(MIN_LENGTH, length):
                 sequences.append(part)
+                sources.append(np.asarray(source[start : start + length], dtype=np.int64))
                 owners.append(number)
-    return Sequences(domains=texts.domains, tokens=tuple(sequences), domain=tuple(owners))
+    return Sequences(
+        domains=texts.domains,
+        tokens=tuple(sequences),
+        domain=tuple(owners),
+        documents=tuple(sources),
+    )
 
 
 def _spread(
-    documents: list[Document],
+    documents: list[tuple[int, Document]],
     encode: Callable[[str], list[int]],
     end: int | None,
     tokens: int,
     length: int,
     rng: random.Random,
-) -> list[int]:
-    """At most ``tokens`` ids, as evenly from the documents as excerpts allow."""
+) -> tuple[list[int], list[int]]:
+    """At most ``tokens`` ids, as evenly from the documents as excerpts allow; whose they are."""
     rng.shuffle(documents)
     size = max(1, min(length, max(_EXCERPT, tokens // len(documents))))
     ids: list[int] = []
-    rest: list[list[list[int]]] = []
-    for document in documents:
+    source: list[int] = []
+    rest: list[tuple[int, list[list[int]]]] = []
+
+    def take(number: int, excerpts: list[list[int]]) -> None:
+        excerpt = excerpts.pop()
+        ids.extend(excerpt)
+        source.extend([number] * len(excerpt))
+
+    for number, document in documents:
         if len(ids) >= tokens:
             break
         whole = encode(document.text) + ([end] if end is not None else [])
         excerpts = [whole[i : i + size] for i in range(0, len(whole), size)]
         rng.shuffle(excerpts)
-        ids += excerpts.pop()
-        rest.append(excerpts)
-    while len(ids) < tokens and any(rest):
-        for excerpts in rest:
+        take(number, excerpts)
+        rest.append((number, excerpts))
+    while len(ids) < tokens and any(excerpts for _, excerpts in rest):
+        for number, excerpts in rest:
             if excerpts and len(ids) < tokens:
-                ids += excerpts.pop()
-    return ids[:tokens]
+                take(number, excerpts)
+    return ids[:tokens], source[:tokens]
 
 
 def tokenizer(model: Path) -> tuple[Callable[[str], list[int]], int | None]:

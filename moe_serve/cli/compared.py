@@ -11,6 +11,7 @@ from moe_serve.cli.output import out
 from moe_serve.evaluation.comparison import Comparison
 from moe_serve.evaluation.generation import generation_json
 from moe_serve.evaluation.paired import UNSETTLED
+from moe_serve.evaluation.quality import Figures
 from moe_serve.evaluation.results import DEFINITIONS
 from moe_serve.report import words
 
@@ -44,26 +45,28 @@ def quality_table(found: Comparison) -> Table:
     for name in found.ordered:
         quality = found.domains[name]
         figures = quality.figures
-        interval = "one sequence"
-        if quality.low is not None and quality.high is not None:
-            interval = f"{quality.low.kl_nats:.4f}-{quality.high.kl_nats:.4f}"
         table.add_row(
             name,
-            f"{figures.kl_nats:.4f} ({interval})",
+            f"{figures.kl_nats:.4f} ({_ends(quality.interval) or 'one document'})",
             f"{figures.perplexity_ratio:.4f}",
             f"{figures.top1_agreement:.2%}",
             f"{quality.tokens:,}",
         )
-    mean = found.mean
+    mean, ends = found.mean, _ends(found.mean_interval)
     table.add_row(
         "mean",
-        f"{mean.kl_nats:.4f}",
+        f"{mean.kl_nats:.4f} ({ends})" if ends else f"{mean.kl_nats:.4f}",
         f"{mean.perplexity_ratio:.4f}",
         f"{mean.top1_agreement:.2%}",
         "",
         style="bold",
     )
     return table
+
+
+def _ends(interval: tuple[Figures, Figures] | None) -> str:
+    """Of KL; nothing where there is none."""
+    return f"{interval[0].kl_nats:.4f}-{interval[1].kl_nats:.4f}" if interval else ""
 
 
 def generation_table(found: Comparison) -> Table:

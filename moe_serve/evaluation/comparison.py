@@ -13,8 +13,9 @@ import torch
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
-from moe_serve.evaluation.divergence import DomainQuality, Figures, by_domain, divergence
+from moe_serve.evaluation.divergence import divergence
 from moe_serve.evaluation.generation import SideBySide, generation_json
+from moe_serve.evaluation.quality import DomainQuality, Estimates, Figures, by_domain
 from moe_serve.progress import SILENT, Progress
 from moe_serve.pruning.corpus import Corpus, TextOptions, load_corpus, refuse_overlap
 from moe_serve.pruning.request import CPU, DEFAULT_BATCH
@@ -58,6 +59,12 @@ class Comparison:
         )
 
     @property
+    def mean_interval(self) -> tuple[Figures, Figures] | None:
+        """Of 95 % of that mean; ``None`` where a domain has none."""
+        known = [d.estimates for d in self.domains.values() if d.estimates is not None]
+        return Estimates.average(known).interval if len(known) == len(self.domains) else None
+
+    @property
     def worst(self) -> str:
         """The domain with the largest KL."""
         return self.ordered[0]
@@ -78,13 +85,14 @@ class Comparison:
             "pruned": str(self.pruned),
             "quality": {
                 "kl": {"exact": self.top is None, "top": self.top},
-                "mean": asdict(self.mean),
+                "mean": asdict(self.mean) | {"interval": _interval(self.mean_interval)},
                 "worst_domain": asdict(worst) | {"domain": self.worst},
                 "domains": {
                     name: asdict(quality.figures)
                     | {
                         "tokens": quality.tokens,
-                        "interval": _interval(quality),
+                        "documents": quality.documents,
+                        "interval": _interval(quality.interval),
                     }
                     for name, quality in self.domains.items()
                 },
@@ -131,13 +139,13 @@ def compare(
     if not allow_overlap:
         refuse_overlap(shared, f"to calibrate {pruned}")
     with tempfile.TemporaryDirectory(prefix="moe-serve-compare-") as work:
-        sums = divergence(
+        values = divergence(
             before, after, corpus.sequences, Path(work), device, batch_tokens, progress, reference
         )
     return Comparison(
         original=original,
         pruned=pruned,
-        domains=by_domain(corpus.sequences, sums),
+        domains=by_domain(corpus.sequences, values),
         expert_bytes={
             "original": sum(before.expert_bytes().values()),
             "pruned": sum(after.expert_bytes().values()),
@@ -147,10 +155,8 @@ def compare(
     )
 
 
-def _interval(quality: DomainQuality) -> dict[str, Any] | None:
-    if quality.low is None or quality.high is None:
-        return None
-    return {"low": asdict(quality.low), "high": asdict(quality.high)}
+def _interval(ends: tuple[Figures, Figures] | None) -> dict[str, Any] | None:
+    return {"low": asdict(ends[0]), "high": asdict(ends[1])} if ends else None
 
 
 def _total(checkpoint: Checkpoint) -> int:

@@ -16,14 +16,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from moe_serve.calibration.passages import passages
 from moe_serve.calibration.sequences import pack
 from moe_serve.calibration.texts import read_texts
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import Comparison
-from moe_serve.evaluation.divergence import Sums, by_domain
 from moe_serve.evaluation.models import Model, is_url
+from moe_serve.evaluation.quality import Floats, by_domain
 from moe_serve.progress import Progress
 from moe_serve.pruning.corpus import Corpus, TextOptions, refuse_overlap
 from moe_serve.serving.logprobs import Place, divergence
@@ -92,7 +94,7 @@ def compare_served(
         closing(after.expect(rows, top, progress)) as other,
     ):
         for ids, expected, found in zip(rows, one, other, strict=True):
-            every.append(sums(ids, expected, found))
+            every.append(values(ids, expected, found))
             progress.advance()
     return Comparison(
         original=before.name,
@@ -112,13 +114,12 @@ def calibration_of(name: str) -> dict[str, Any]:
     return Manifest.load(Path(name)).calibration or {}
 
 
-def sums(ids: Sequence[int], original: Sequence[Place], pruned: Sequence[Place]) -> Sums:
-    """One sequence's totals over its places."""
-    pairs = list(zip(original, pruned, strict=True))
-    return Sums(
-        tokens=len(pairs),
-        kl=math.fsum(divergence(p, q, math.inf) for p, q in pairs),
-        agree=sum(p.first == q.first for p, q in pairs),
-        loss_original=-math.fsum(p.listed[i] for i, p in zip(ids[1:], original, strict=True)),
-        loss_pruned=-math.fsum(q.listed[i] for i, q in zip(ids[1:], pruned, strict=True)),
-    )
+def values(ids: Sequence[int], original: Sequence[Place], pruned: Sequence[Place]) -> Floats:
+    """What one sequence's places came to."""
+    return np.array(
+        [
+            (divergence(p, q, math.inf), p.first == q.first, -p.listed[i], -q.listed[i])
+            for i, p, q in zip(ids[1:], original, pruned, strict=True)
+        ],
+        dtype=np.float64,
+    ).reshape(-1, 4)

@@ -17,7 +17,7 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
-from moe_serve.evaluation.divergence import LOGIT_TOKENS, final_states
+from moe_serve.evaluation.divergence import LOGIT_TOKENS, final_states, require_numbers
 from moe_serve.evaluation.forks import Fork, Tokens, visible
 from moe_serve.progress import Progress
 from moe_serve.serving.logprobs import Place
@@ -145,7 +145,9 @@ class StoredModel:
         for begin in range(0, len(asked), LOGIT_TOKENS):
             ids, outputs = zip(*asked[begin : begin + LOGIT_TOKENS], strict=True)
             at_T = torch.tensor(outputs, device=self.device) - first
-            every += _listed(torch.log_softmax(head(x_TD[at_T]), dim=-1), ids, top)
+            logs_TV = torch.log_softmax(head(x_TD[at_T]), dim=-1)
+            require_numbers(self.checkpoint, logs_TV)
+            every += _listed(logs_TV, ids, top)
         rest = iter(every)
         return [tuple(islice(rest, len(ids))) for ids in part.continuations]
 

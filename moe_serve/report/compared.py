@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from moe_serve.report import words
 from moe_serve.report.catalogue import Catalogue
 from moe_serve.report.templating import templates
+
+_REACH: Final = 3.0
+"""How far the drawing's scale goes beyond the largest KL, at most."""
 
 
 def comparison_page(found: Mapping[str, Any], language: str) -> str:
@@ -25,7 +28,9 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
     rows = sorted(
         found["quality"]["domains"].items(), key=lambda item: (-item[1]["kl_nats"], item[0])
     )
-    highest = max((row["interval"] or {"high": row})["high"]["kl_nats"] for _, row in rows)
+    ends = [(row["interval"] or {"high": row})["high"]["kl_nats"] for _, row in rows]
+    # An interval of two documents may reach a thousand times as far as anything measured.
+    highest = min(max(ends), _REACH * rows[0][1]["kl_nats"])
     return environment.get_template("compare.html").render(
         found=found,
         rows=[_row(name, row, highest) for name, row in rows],
@@ -35,7 +40,7 @@ def comparison_page(found: Mapping[str, Any], language: str) -> str:
         ],
         answers=found.get("generation"),
         tasks=_tasks(found["tasks"], t) if found.get("tasks") else [],
-        mean=found["quality"]["mean"],
+        mean=_texts(found["quality"]["mean"]),
         sizes=[
             (label, sizes["original"], sizes["pruned"])
             for label, sizes in (
@@ -82,22 +87,26 @@ def _speed(found: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]
 
 def _row(name: str, row: Mapping[str, Any], highest: float) -> dict[str, Any]:
     """One domain: its figures as text, and where they stand on a scale of 100."""
-    known = row["interval"] is not None
-    low, high = (row["interval"][end] if known else row for end in ("low", "high"))
+    low, high = ((row["interval"] or {end: row})[end]["kl_nats"] for end in ("low", "high"))
     scale = 100.0 / highest if highest else 0.0
     return {
         "name": name,
         "at": row["kl_nats"] * scale,
-        "from": low["kl_nats"] * scale,
-        "to": high["kl_nats"] * scale,
-        "kl": words.short(row["kl_nats"]),
-        "kl_interval": f"{words.short(low['kl_nats'])} - {words.short(high['kl_nats'])}"
-        if known
-        else "",
-        "perplexity": f"{row['perplexity_ratio']:.3f}",
-        "perplexity_interval": f"{low['perplexity_ratio']:.3f} - {high['perplexity_ratio']:.3f}"
-        if known
-        else "",
-        "agreement": words.percent(row["top1_agreement"]),
+        "from": low * scale,
+        "to": min(high * scale, 100.0),
         "tokens": words.number(row["tokens"]),
+        **_texts(row),
+    }
+
+
+def _texts(row: Mapping[str, Any]) -> dict[str, str]:
+    """Figures and their intervals as text; no interval of one document."""
+    ends = [row["interval"][end] for end in ("low", "high")] if row["interval"] else []
+    return {
+        "kl": words.short(row["kl_nats"]),
+        "kl_interval": " - ".join(words.short(end["kl_nats"]) for end in ends),
+        "perplexity": f"{row['perplexity_ratio']:.3f}",
+        "perplexity_interval": " - ".join(f"{end['perplexity_ratio']:.3f}" for end in ends),
+        "agreement": words.percent(row["top1_agreement"]),
+        "agreement_interval": " - ".join(words.percent(end["top1_agreement"]) for end in ends),
     }

@@ -22,8 +22,12 @@ def figures(kl: float) -> dict[str, float]:
 
 def domain(kl: float) -> dict[str, Any]:
     """A domain with an interval of half to twice its figures."""
-    interval = {"low": figures(kl / 2), "high": figures(2 * kl)}
-    return figures(kl) | {"tokens": 1234, "interval": interval}
+    return figures(kl) | {"tokens": 1234, "interval": interval(kl)}
+
+
+def interval(kl: float) -> dict[str, Any]:
+    """From half to twice."""
+    return {"low": figures(kl / 2), "high": figures(2 * kl)}
 
 
 def result(domains: dict[str, float]) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def result(domains: dict[str, float]) -> dict[str, Any]:
         "pruned": "b",
         "quality": {
             "kl": {"exact": True, "top": None},
-            "mean": figures(0.1),
+            "mean": figures(0.1) | {"interval": interval(0.1)},
             "domains": {name: domain(kl) for name, kl in domains.items()},
         },
         "memory": {"expert_bytes": sizes, "total_bytes": sizes},
@@ -109,7 +113,8 @@ def test_the_page_opens(tmp_path: Path) -> None:
             rows = shown.locator("#domains tbody tr").all_inner_texts()
             assert rows[0].split("\t")[:3] == [MARKUP, "0.25", "0.125 - 0.5"]
             assert rows[1].startswith("code")
-            assert rows[2].split("\t") == ["one", "0.01", "", "1.010", "", "99 %", "9"]
+            assert rows[2].split("\t") == ["one", "0.01", "", "1.010", "", "99 %", "", "9"]
+            assert rows[3].split("\t")[1:3] == ["0.1", "0.05 - 0.2"]
             speeds = shown.locator("#speed tbody tr").all_inner_texts()
             assert speeds[1].split("\t") == ["ttft mean", "ms", "4", "2", "0.50"]
             held = [row.split("\t") for row in shown.locator("#held tbody tr").all_inner_texts()]
