@@ -13,7 +13,7 @@ from moe_serve.cli.output import err, out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.errors import UsageError
 from moe_serve.files import write_atomic
-from moe_serve.pilot.decision import misses, money, recommend
+from moe_serve.pilot.decision import Option, misses, money, recommend
 from moe_serve.pilot.page import page
 from moe_serve.pilot.run import Pilot, run, to_json
 from moe_serve.pilot.settings import TEMPLATE, load_settings
@@ -72,7 +72,9 @@ def _init(path: Path) -> None:
 
 def _table(pilot: Pilot) -> Table:
     currency = pilot.settings.prices.currency
-    table = Table("option", "bytes", "cards", "KL", "worst domain", "hours", currency, "within")
+    table = Table(
+        "option", "bytes", "cards", "KL (95 %)", "worst domain", "hours", currency, "within"
+    )
     for option in pilot.options:
         cost = money(option, pilot.baseline, pilot.settings)
         missed = misses(option, pilot.settings.tolerance)
@@ -80,10 +82,16 @@ def _table(pilot: Pilot) -> Table:
             option.name,
             f"{option.total_bytes / pilot.baseline.total_bytes:.0%}",
             str(option.gpus or "> 64"),
-            f"{option.mean_kl:.4f}",
+            f"{option.mean_kl:.4f}{_interval(option)}",
             f"{option.worst_kl:.4f} {option.worst_domain}",
             f"{cost.machine_hours:.2f} + {cost.person_hours:g}",
             f"{cost.once:,.0f}",
             "no: " + ", ".join(missed) if missed else "yes",
         )
     return table
+
+
+def _interval(option: Option) -> str:
+    if option.mean_kl_low is None or option.mean_kl_high is None:
+        return ""
+    return f" ({option.mean_kl_low:.4f}-{option.mean_kl_high:.4f})"

@@ -22,9 +22,12 @@ class Option:
     gpus: int | None
     """Cards that hold it with its cache; ``None``: more than any power of two up to 64."""
     mean_kl: float
+    mean_kl_low: float | None
+    """Ends of the mean's 95 % interval; ``None``: some domain has one document only."""
+    mean_kl_high: float | None
     worst_kl: float
     worst_kl_high: float | None
-    """Largest upper end of all domains' 95 % intervals; ``None``: none has two sequences."""
+    """Largest upper end of all domains' 95 % intervals; ``None``: none has two documents."""
     worst_domain: str
     perplexity_ratio: float
     top1: float
@@ -77,8 +80,15 @@ def money(option: Option, baseline: Baseline, settings: PilotSettings) -> Money:
     )
 
 
+def loses_less(one: Option, other: Option) -> bool:
+    """Whether the texts tell them apart: both have intervals, and these do not overlap."""
+    if one.mean_kl_high is None or other.mean_kl_low is None:
+        return False
+    return one.mean_kl_high < other.mean_kl_low
+
+
 def front(options: Sequence[Option]) -> list[Option]:
-    """Those that no other beats in both bytes and mean KL, largest first."""
+    """Those that no other beats in both bytes and mean KL as measured, largest first."""
     best: list[Option] = []
     for option in sorted(options, key=lambda o: (o.total_bytes, o.mean_kl)):
         if not best or option.mean_kl < best[-1].mean_kl:
@@ -90,8 +100,8 @@ def knee(options: Sequence[Option], baseline: Baseline) -> Option | None:
     """Where the front bends most: farthest below the line from the original to the smallest.
 
     Both axes are scaled to that line's ends (Satopää et al. 2011, "Finding a 'kneedle' in a
-    haystack"). ``None`` with fewer than two options on the front, or where none of them lies below
-    the line: nothing bends.
+    haystack"). ``None`` with fewer than two options on the front, where none of them lies below
+    the line, or where the texts don't tell the bend from the next option: nothing is known to bend.
     """
     line = front(options)
     if len(line) < 2:
@@ -106,17 +116,19 @@ def knee(options: Sequence[Option], baseline: Baseline) -> Option | None:
     ]
     best = max(range(len(line)), key=gains.__getitem__)
     # The smallest lies on the line by its making: where none lies below, nothing bends.
-    return line[best] if gains[best] > 0 else None
+    if gains[best] <= 0 or not loses_less(line[best], line[best + 1]):
+        return None
+    return line[best]
 
 
 def misses(option: Option, tolerance: Tolerance) -> list[str]:
     """Names of the tolerances that an option exceeds."""
-    found = {
-        "mean_kl_nats": option.mean_kl > tolerance.mean_kl_nats,
-        "worst_kl_nats": option.worst_kl > tolerance.worst_kl_nats,
-        "top1_agreement": option.top1 < tolerance.top1_agreement,
+    within = {
+        "mean_kl_nats": option.mean_kl <= tolerance.mean_kl_nats,
+        "worst_kl_nats": option.worst_kl <= tolerance.worst_kl_nats,
+        "top1_agreement": option.top1 >= tolerance.top1_agreement,
     }
-    return [name for name, missed in found.items() if missed]
+    return [name for name, kept in within.items() if not kept]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +144,10 @@ class Recommendation:
     """Options within tolerance."""
     uncertain: bool = False
     """Some domain's interval reaches beyond the tolerance for the worst one."""
+    uncertain_mean: bool = False
+    """The mean's interval reaches beyond its tolerance."""
+    alike: tuple[Option, ...] = ()
+    """Others within tolerance on as few cards of which the texts don't tell that they lose more."""
 
 
 def recommend(options: Sequence[Option], settings: PilotSettings) -> Recommendation:
@@ -154,6 +170,8 @@ def recommend(options: Sequence[Option], settings: PilotSettings) -> Recommendat
         fewest_gpus=fewest,
         candidates=len(good),
         uncertain=(best.worst_kl_high or 0.0) > tolerance.worst_kl_nats,
+        uncertain_mean=(best.mean_kl_high or 0.0) > tolerance.mean_kl_nats,
+        alike=tuple(o for o in fitting if o is not best and not loses_less(best, o)),
     )
 
 

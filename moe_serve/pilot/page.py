@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,12 +9,12 @@ from moe_serve.pilot.decision import (
     Money,
     Option,
     Recommendation,
-    front,
     knee,
     misses,
     money,
     recommend,
 )
+from moe_serve.pilot.plot import plot
 from moe_serve.pilot.run import Pilot
 from moe_serve.report import words
 from moe_serve.report.catalogue import Catalogue
@@ -24,7 +23,6 @@ from moe_serve.version import __version__
 
 _FEW_TOKENS: Final = 2000
 """Fewer measured tokens than this and a domain's figure is a guess."""
-_WIDTH, _HEIGHT = 640.0, 300.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +66,7 @@ def page(pilot: Pilot, language: str) -> str:
         tiles=_tiles(pilot, row, t),
         risks=_risks(pilot, advice, t),
         rows=rows,
-        bend=knee(pilot.options, baseline),
-        plot=_plot(pilot),
+        plot=_plot(pilot, advice, knee(pilot.options, baseline), t),
     )
 
 
@@ -86,6 +83,8 @@ def _tiles(pilot: Pilot, row: Row, t: Catalogue) -> list[dict[str, str]]:
     option, cost, baseline = row.option, row.money, pilot.baseline
     if cost.monthly is None:
         note = t("cost_unknown")
+    elif cost.gpus_saved and not cost.monthly:
+        note = t("cost_no_price", gpus=cost.gpus_saved)
     elif cost.payback_months is None:
         note = t("cost_saves_none")
     else:
@@ -162,7 +161,13 @@ def _reasons(pilot: Pilot, advice: Recommendation, t: Catalogue) -> list[str]:
                 count=advice.candidates,
             )
         )
-    found.append(t("reason_memory") if settings.prefer == "memory" else t("reason_quality"))
+    if settings.prefer == "memory":
+        found.append(t("reason_memory"))
+    elif advice.alike:
+        names = t("join_list").join(other.name for other in advice.alike)
+        found.append(t("reason_quality_alike", names=names))
+    else:
+        found.append(t("reason_quality"))
     bend = knee(pilot.options, pilot.baseline)
     if bend is option:
         found.append(t("reason_knee"))
@@ -185,6 +190,11 @@ def _risks(pilot: Pilot, advice: Recommendation, t: Catalogue) -> list[str]:
         found.append(
             t("risk_uncertain", high=words.short(option.worst_kl_high), limit=f"{limit:g}")
         )
+    if advice.uncertain_mean:
+        limit = pilot.settings.tolerance.mean_kl_nats
+        found.append(
+            t("risk_uncertain_mean", high=words.short(option.mean_kl_high), limit=f"{limit:g}")
+        )
     if option.overlap:
         found.append(t("risk_overlap", files=", ".join(option.overlap)))
     few = sorted(
@@ -197,47 +207,16 @@ def _risks(pilot: Pilot, advice: Recommendation, t: Catalogue) -> list[str]:
     return found
 
 
-def _plot(pilot: Pilot) -> dict[str, Any]:
-    """Places in a drawing of 640 by 300, its margins included."""
-    left, right, top, bottom = 60.0, 20.0, 34.0, 46.0
-    total = pilot.baseline.total_bytes
-    highest = max(option.mean_kl for option in pilot.options) * 1.1 or 1.0
-    lowest = min(option.total_bytes / total for option in pilot.options)
-    lowest = max(0.0, lowest - 0.05)
-
-    def x(share: float) -> float:
-        return left + (share - lowest) / (1.0 - lowest) * (_WIDTH - left - right)
-
-    def y(kl: float) -> float:
-        return _HEIGHT - bottom - kl / highest * (_HEIGHT - top - bottom)
-
-    line = [(1.0, 0.0), *((o.total_bytes / total, o.mean_kl) for o in front(pilot.options))]
-    return {
-        "width": _WIDTH,
-        "height": _HEIGHT,
-        "line": " ".join(f"{x(s):.1f},{y(k):.1f}" for s, k in line),
-        "points": [
-            _point(x(o.total_bytes / total), y(o.mean_kl)) | {"option": o} for o in pilot.options
-        ],
-        "origin": (x(1.0), y(0.0)),
-        "xs": [(x(s), words.percent(s)) for s in _ticks(lowest, 1.0)],
-        "ys": [(y(k), f"{k:g}") for k in _ticks(0.0, highest)],
-        "left": left,
-        "base": _HEIGHT - bottom,
-    }
-
-
-def _point(x: float, y: float) -> dict[str, Any]:
-    """A point and its label, on the side where the line that falls to the right is not."""
-    if x < 0.6 * _WIDTH:
-        return {"x": x, "y": y, "label_x": x + 9, "label_y": y - 9, "anchor": "start"}
-    return {"x": x, "y": y, "label_x": x - 7, "label_y": y + 19, "anchor": "end"}
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round values between both ends: multiples of 1, 2, 2.5 or 5 tens."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * m for m in (1.0, 2.0, 2.5, 5.0, 10.0) if power * m >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(n * step, 12) for n in range(first, last + 1)]
+def _plot(
+    pilot: Pilot, advice: Recommendation, bend: Option | None, t: Catalogue
+) -> dict[str, Any]:
+    """Each option by its name, and what is special about it."""
+    labels = [
+        " · ".join(
+            [option.name]
+            + ([t("recommended")] if option is advice.option else [])
+            + ([t("knee")] if option is bend else [])
+        )
+        for option in pilot.options
+    ]
+    return plot(pilot.options, pilot.baseline, labels, t("original"))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.calibration.governance import undeclared
-from moe_serve.calibration.store import Statistics
+from moe_serve.calibration.store import RECORD, Statistics
 from moe_serve.checkpoint.manifest import MANIFEST
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
@@ -25,8 +25,10 @@ from moe_serve.pruning.gathering import calibrate
 from moe_serve.pruning.request import PruneRequest, device_named
 from moe_serve.pruning.run import prune
 from moe_serve.pruning.selection import Selection
+from moe_serve.version import __version__
 
 RESULTS: Final = "results"
+SETTINGS: Final = "settings.json"
 STATISTICS: Final = "statistics"
 
 
@@ -51,6 +53,7 @@ def run(settings: PilotSettings, progress: Progress) -> Pilot:
     """
     original = open_checkpoint(settings.model)
     (settings.output / RESULTS).mkdir(parents=True, exist_ok=True)
+    _claim(settings, original)
     seconds, covered = _calibrated(settings, progress)
     record = Statistics(settings.output / STATISTICS).record if covered else {}
     if covered and not settings.allow_overlap:
@@ -105,27 +108,40 @@ def _calibrated(settings: PilotSettings, progress: Progress) -> tuple[float, tup
     """Gather statistics once for all options; seconds it took, and domains seen."""
     if not settings.calibration:
         return 0.0, ()
-    folder, record = settings.output / STATISTICS, settings.output / RESULTS / "calibration.json"
-    wanted = _digest(settings, "calibration")
-    if record.exists():
-        found = _same(record, wanted)
-    else:
-        began = time.monotonic()
-        statistics = calibrate(
+    folder = settings.output / STATISTICS
+    seconds = _timed(
+        settings.output / RESULTS / "calibration.json",
+        folder / RECORD,
+        lambda: calibrate(
             settings.model,
             folder,
             _calibration(settings),
             device_named(settings.device),
             settings.batch_tokens,
             progress,
-        )
-        found = {
-            "settings": wanted,
-            "seconds": time.monotonic() - began,
-            "domains": list(Statistics(statistics.folder).record["domains"]),
-        }
+        ),
+    )
+    return seconds, tuple(Statistics(folder).record["domains"])
+
+
+def _timed(record: Path, last: Path, make: Callable[[], object]) -> float:
+    """Make what is not there yet, and say how many seconds that took.
+
+    Args:
+        record: keeps when it began and how long it took; of a run that was stopped, of its last
+            part alone.
+        last: the file that is there once all is.
+        make: what makes it.
+    """
+    if not last.exists():
+        write_json(record, {"began": time.time()})
+        make()
+    found = read_json(record)
+    if "seconds" not in found:
+        # Also where this process was stopped between the last file and here.
+        found["seconds"] = max(last.stat().st_mtime - found["began"], 0.0)
         write_json(record, found)
-    return float(found["seconds"]), tuple(found["domains"])
+    return float(found["seconds"])
 
 
 def _option(
@@ -138,15 +154,13 @@ def _option(
 ) -> Option:
     name = f"{method}-{keep:g}"
     record = settings.output / RESULTS / f"{name}.json"
-    wanted = _digest(settings, name)
-    if record.exists():
-        found = _same(record, wanted)
-    else:
-        found = {"settings": wanted} | _made(settings, name, method, keep, progress)
-        write_json(record, found)
+    if not record.exists():
+        write_json(record, _made(settings, name, method, keep, progress))
+    found = read_json(record)
     quality, hardware = found["comparison"]["quality"], settings.hardware
     worst, memory = quality["worst_domain"], found["comparison"]["memory"]
     intervals = [domain["interval"] for domain in quality["domains"].values()]
+    mean = quality["mean"]["interval"]
     # Not the worst domain's alone: another, measured on less text, may reach further.
     highs = [interval["high"]["kl_nats"] for interval in intervals if interval]
     return Option(
@@ -160,6 +174,8 @@ def _option(
             original.config, memory["total_bytes"]["pruned"], hardware.memory, hardware.kv_tokens
         ),
         mean_kl=quality["mean"]["kl_nats"],
+        mean_kl_low=mean["low"]["kl_nats"] if mean else None,
+        mean_kl_high=mean["high"]["kl_nats"] if mean else None,
         worst_kl=worst["kl_nats"],
         worst_kl_high=max(highs, default=None),
         worst_domain=worst["domain"],
@@ -177,24 +193,23 @@ def _made(
     """Prune, unless a run before got that far, and measure."""
     folder = settings.output / name
     device = device_named(settings.device)
-    seconds = 0.0
-    if not (folder / MANIFEST).exists():
-        request = PruneRequest(
-            model=settings.model,
-            output=folder,
-            texts=_calibration(settings),
-            selection=Selection(
-                keep=keep, method=method, uniform=settings.format == "native", seed=settings.seed
-            ),
-            form=settings.format,
-            device=device,
-            batch_tokens=settings.batch_tokens,
-            statistics=settings.output / STATISTICS if settings.calibration else None,
-        )
-        seconds = sum(prune(request, progress).seconds.values())
-        write_json(settings.output / RESULTS / f"{name}.pruned.json", {"seconds": seconds})
-    else:
-        seconds = float(read_json(settings.output / RESULTS / f"{name}.pruned.json")["seconds"])
+    request = PruneRequest(
+        model=settings.model,
+        output=folder,
+        texts=_calibration(settings),
+        selection=Selection(
+            keep=keep, method=method, uniform=settings.format == "native", seed=settings.seed
+        ),
+        form=settings.format,
+        device=device,
+        batch_tokens=settings.batch_tokens,
+        statistics=settings.output / STATISTICS if settings.calibration else None,
+    )
+    seconds = _timed(
+        settings.output / RESULTS / f"{name}.pruned.json",
+        folder / MANIFEST,
+        lambda: prune(request, progress),
+    )
     found: Comparison = compare(
         settings.model,
         folder,
@@ -208,7 +223,24 @@ def _made(
     return {"seconds": seconds, "comparison": found.to_json()}
 
 
-def _digest(settings: PilotSettings, name: str) -> str:
+def _claim(settings: PilotSettings, original: Checkpoint) -> None:
+    """Keep a folder to one pilot: whatever lies there was made with the same settings and texts.
+
+    Raises:
+        UsageError: it was not.
+    """
+    record, digest = settings.output / RESULTS / SETTINGS, _digest(settings, original)
+    if not record.exists() and not any(record.parent.glob("*.json")):
+        write_json(record, {"sha256": digest})
+    if not record.exists() or read_json(record).get("sha256") != digest:
+        raise UsageError(
+            "was made with other settings or texts, of another model or by another version",
+            where=str(settings.output),
+            remedy="choose another output folder in pilot.toml, or remove this one",
+        )
+
+
+def _digest(settings: PilotSettings, original: Checkpoint) -> str:
     """Of everything that a result depends on; prices and tolerances may change at any time."""
     fixed = settings.model_dump(
         mode="json",
@@ -225,21 +257,11 @@ def _digest(settings: PilotSettings, name: str) -> str:
             "purpose",
         },
     )
-    given = (*settings.calibration, *settings.texts, settings.declaration)
-    files = [p for p in given if p is not None and p.is_file()]
-    fixed |= {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-    return hashlib.sha256(f"{name} {sorted(fixed.items())}".encode()).hexdigest()
-
-
-def _same(record: Path, wanted: str) -> dict[str, Any]:
-    found = read_json(record)
-    if found.get("settings") != wanted:
-        raise UsageError(
-            "was made with other settings or texts",
-            where=str(record),
-            remedy="choose another output folder in pilot.toml, or remove this one",
-        )
-    return found
+    given = [p for p in (*settings.calibration, *settings.texts, settings.declaration) if p]
+    files = [file for p in given for file in ([p] if p.is_file() else sorted(p.rglob("*")))]
+    fixed |= {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.is_file()}
+    fixed |= {"version": __version__, "fingerprint": original.fingerprint()}
+    return hashlib.sha256(repr(sorted(fixed.items())).encode()).hexdigest()
 
 
 def to_json(pilot: Pilot) -> dict[str, Any]:

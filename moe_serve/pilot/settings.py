@@ -128,7 +128,10 @@ class PilotSettings(_Part):
     def _distinct(self) -> Self:
         if not self.texts or not self.keep or not self.methods:
             raise ValueError("texts, keep and methods must not be empty")
-        if len(set(self.keep)) < len(self.keep) or len(set(self.methods)) < len(self.methods):
+        # By what names an option: more digits than that would be one folder.
+        if len({f"{k:g}" for k in self.keep}) < len(self.keep) or len(set(self.methods)) < len(
+            self.methods
+        ):
             raise ValueError("keep and methods must not name anything twice")
         if set(self.texts) & set(self.calibration):
             raise ValueError("measure on other texts than those for calibration")

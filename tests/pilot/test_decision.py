@@ -9,14 +9,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_serve.pilot.decision import Baseline, Option, front, knee, misses, money, recommend
+from moe_serve.pilot.decision import (
+    Baseline,
+    Option,
+    front,
+    knee,
+    loses_less,
+    misses,
+    money,
+    recommend,
+)
 from moe_serve.pilot.settings import Hardware, PilotSettings, Prices, Tolerance
 
 ORIGINAL = Baseline(expert_bytes=900, total_bytes=1000, gpus=4)
 
 
 def option(name: str, size: int, kl: float, **more: Any) -> Option:
-    """One of ``size`` bytes that loses ``kl`` nats, twice that in its worst domain."""
+    """One of ``size`` bytes that loses ``kl`` nats ± 5 %, twice that in its worst domain."""
     values: dict[str, Any] = {
         "name": name,
         "method": "auto",
@@ -26,6 +35,8 @@ def option(name: str, size: int, kl: float, **more: Any) -> Option:
         "total_bytes": size,
         "gpus": 2,
         "mean_kl": kl,
+        "mean_kl_low": 0.95 * kl,
+        "mean_kl_high": 1.05 * kl,
         "worst_kl": 2 * kl,
         "worst_kl_high": 2.2 * kl,
         "worst_domain": "c",
@@ -106,6 +117,39 @@ def test_the_knee_is_where_the_line_bends() -> None:
     assert knee([last], ORIGINAL) is None
     straight = [option("a", 750, 0.05), last]
     assert knee(straight, ORIGINAL) is None
+
+
+def test_what_the_texts_do_not_tell_apart_is_no_better() -> None:
+    """0.0100 ± 0.0005 and 0.0104 ± 0.0005 overlap, 0.0200 ± 0.001 lies beyond both."""
+    one, near, far = option("one", 750, 0.01), option("near", 700, 0.0104), option("far", 600, 0.02)
+    assert not loses_less(one, near)
+    assert loses_less(near, far)
+    unknown = option("unknown", 600, 0.04, mean_kl_low=None, mean_kl_high=None)
+    assert not loses_less(one, unknown)
+    found = recommend([one, near, far, unknown], settings(prefer="quality"))
+    assert found.option is one
+    assert found.alike == (near, unknown)
+    # A card more, or beyond the tolerance: not what it was chosen from.
+    elsewhere = [option("near", 700, 0.0104, gpus=4), option("far", 600, 0.06)]
+    assert recommend([one, *elsewhere], settings(prefer="quality")).alike == ()
+
+
+def test_a_bend_that_the_texts_do_not_show_is_none() -> None:
+    """The next smaller one may lose as little, for all that was measured."""
+    bend, last = option("bend", 750, 0.01), option("last", 500, 0.1, mean_kl_low=0.0104)
+    assert knee([bend, last], ORIGINAL) is None
+
+
+def test_no_number_is_within_no_tolerance() -> None:
+    """Every comparison with NaN is false."""
+    broken = option("broken", 500, float("nan"), top1=float("nan"))
+    assert misses(broken, Tolerance()) == ["mean_kl_nats", "worst_kl_nats", "top1_agreement"]
+
+
+def test_an_interval_of_the_mean_beyond_its_tolerance_is_told() -> None:
+    """0.049 × 1.05 = 0.0515 > 0.05."""
+    assert recommend([option("a", 750, 0.049)], settings()).uncertain_mean
+    assert not recommend([option("a", 750, 0.04)], settings()).uncertain_mean
 
 
 SIZES = st.lists(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from string import Formatter
 
@@ -17,7 +18,7 @@ from moe_serve.evaluation import comparison
 from moe_serve.pilot import run as module
 from moe_serve.pilot.page import page
 from moe_serve.pilot.run import Pilot, run
-from moe_serve.pilot.settings import load_settings
+from moe_serve.pilot.settings import Prices, load_settings
 from moe_serve.progress import Silent
 from moe_serve.report.catalogue import LANGUAGES, Catalogue
 from tests.support.accessible import barriers
@@ -147,6 +148,50 @@ def test_the_page_opens(
     shown.close()
 
 
+@pytest.mark.parametrize(
+    ("language", "saves", "none"),
+    [("en", "saves no money", "no card fewer"), ("ja", "節約額はありません", "減りません")],
+)
+def test_a_card_for_nothing_is_still_a_card_less(
+    pilot: Pilot, language: str, saves: str, none: str
+) -> None:
+    """Two of four cards saved at a price of zero: no payback, but not «no card fewer»."""
+    settings = pilot.settings.model_copy(update={"prices": Prices(gpu_hour=0)})
+    fewer = replace(
+        pilot,
+        settings=settings,
+        baseline=replace(pilot.baseline, gpus=4),
+        options=tuple(replace(option, gpus=2) for option in pilot.options),
+    )
+    text = page(fewer, language)
+    assert saves in text
+    assert none not in text
+
+
+def test_quality_that_is_not_told_apart_is_not_called_better(pilot: Pilot) -> None:
+    """The reason names the others instead; where nothing overlaps it says so."""
+    settings = pilot.settings.model_copy(update={"prefer": "quality"})
+
+    def told(high: float) -> str:
+        one, other = pilot.options
+        ends = [(0.9 * one.mean_kl, high), (high * 0.99, 9.0)]
+        options = (
+            replace(o, gpus=1, mean_kl_low=low, mean_kl_high=top)
+            for o, (low, top) in zip((one, other), ends, strict=True)
+        )
+        return page(replace(pilot, settings=settings, options=tuple(options)), "en")
+
+    assert "do not tell it from drop-frequency-0.5" in told(1.0)
+    apart = replace(
+        pilot,
+        settings=settings,
+        options=tuple(
+            replace(o, gpus=1, mean_kl_low=o.mean_kl, mean_kl_high=o.mean_kl) for o in pilot.options
+        ),
+    )
+    assert "it loses least, also by the 95 % intervals" in page(apart, "en")
+
+
 def test_the_command_prints_what_it_measured(pilot: Pilot, root: Path) -> None:
     """``--json`` holds options, the recommendation and the pages; prices are read anew."""
     import typer
@@ -158,6 +203,8 @@ def test_the_command_prints_what_it_measured(pilot: Pilot, root: Path) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["recommended"] == "drop-frequency-0.5"
     assert len(found["options"]) == len(pilot.options)
+    for option in found["options"]:
+        assert option["mean_kl_low"] < option["mean_kl"] < option["mean_kl_high"]
     assert all(Path(path).exists() for path in found["pages"].values())
 
 
@@ -177,6 +224,7 @@ def test_the_template_is_read_by_what_reads_it(tmp_path: Path) -> None:
     ("change", "words"),
     [
         ("keep = [0.5, 0.5]", "not name anything twice"),
+        ("keep = [0.50000001, 0.5]", "not name anything twice"),
         ("keep = [1.5]", "keep.0"),
         ('texts = ["texts.jsonl"]', "other texts"),
         ('colour = "red"', "colour"),
