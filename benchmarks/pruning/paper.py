@@ -31,8 +31,8 @@ MODELS: Final = Path(__file__).with_name("paper.json")
 BASE_MEMORY: Final = 600_000_000
 """Interpreter and libraries."""
 MACHINES: Final = {
-    "16 cores": Rates(flops=1e12, plan_flops=1e12, read=3e9, write=1.5e9),
-    "one H100 and 16 cores": Rates(flops=4e13, plan_flops=1e12, read=3e9, write=1.5e9),
+    "16 cores": Rates(flops=1e12, processor_flops=1e12, read=3e9, write=1.5e9),
+    "one H100 and 16 cores": Rates(flops=4e13, processor_flops=1e12, read=3e9, write=1.5e9),
 }
 """FP32 without tensor cores; one NVMe disk."""
 
@@ -74,8 +74,9 @@ def report(name: str, sizes: Sizes, work: Work) -> None:
     print("|---" * (6 + len(MACHINES)) + "|")
     for step in steps:
         minutes = " | ".join(f"{step.seconds(r) / 60:,.0f}" for r in MACHINES.values())
+        flops = step.flops + step.processor_flops
         print(
-            f"| {step.name} | {step.passes} | {step.flops / 1e15:,.1f} | {step.read / 1e9:,.0f} | "
+            f"| {step.name} | {step.passes} | {flops / 1e15:,.1f} | {step.read / 1e9:,.0f} | "
             f"{step.written / 1e9:,.0f} | {step.memory / 1e9:,.0f} | {minutes} |"
         )
     minutes = " | ".join(f"{found.seconds(r) / 60:,.0f}" for r in MACHINES.values())

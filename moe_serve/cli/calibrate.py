@@ -134,7 +134,15 @@ def calibrate_command(
 
         stable = None
         if until_stable is not None:
-            stable = calibrate_until_stable(model, output, texts, until_stable, tolerance, gathered)
+            stable = calibrate_until_stable(
+                model,
+                output,
+                texts,
+                until_stable,
+                tolerance,
+                gathered,
+                device=device_named(device),
+            )
         made = stable.statistics if stable else gathered(output, texts)
     if leads():
         found = Evidence.of(open_checkpoint(model), made) if coverage else None

@@ -150,6 +150,7 @@ def plan_command(
         Path | None, typer.Option(help="The checkpoint, where it has moved since calibrate.")
     ] = None,
     seed: options.Seed = 0,
+    device: options.Device = None,
     as_json: options.Json = False,
 ) -> None:
     """Decide what to keep, from statistics; writes plan.json."""
@@ -175,7 +176,9 @@ def plan_command(
         seed=seed,
     )
     with progress_bar() as progress:
-        made = make_plan(checkpoint, found, selection, progress, form=form)
+        made = make_plan(
+            checkpoint, found, selection, progress, form=form, device=device_named(device)
+        )
     made.save(output)
     if as_json:
         print_json({"output": str(output), "method": made.method, "sha256": made.sha256()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -27,6 +27,8 @@ from moe_serve.pruning.plan import Heal, LayerPlan, Plan, Refit, RouterFit
 from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Trial
 
+_CPU: Final = torch.device("cpu")
+
 
 @torch.inference_mode()
 def make_plan(
@@ -37,6 +39,7 @@ def make_plan(
     *,
     form: str = "compact",
     trial: Trial | None = None,
+    device: torch.device = _CPU,
 ) -> Plan:
     """Decide what every layer keeps.
 
@@ -50,6 +53,7 @@ def make_plan(
         progress: told about every layer.
         form: output format the plan must be expressible in.
         trial: where choices that estimates leave open are measured; without texts they are not.
+        device: where large matrices are inverted.
 
     Raises:
         PlanError, UsageError: the request can't be met.
@@ -63,7 +67,7 @@ def make_plan(
     progress.start("plan", passes * len(layers))
 
     def view(index: int) -> LayerView:
-        return LayerView.of(checkpoint, statistics, index, tile=budget.tile)
+        return LayerView.of(checkpoint, statistics, index, tile=budget.tile, device=device)
 
     def every() -> Iterator[LayerView]:
         for index in layers:

@@ -209,7 +209,13 @@ def _planned(
             progress=progress,
         )
     plan = make_plan(
-        checkpoint, statistics, request.selection, progress, form=request.form, trial=trial
+        checkpoint,
+        statistics,
+        request.selection,
+        progress,
+        form=request.form,
+        trial=trial,
+        device=request.device,
     )
     if rounds:
         weighed = {"objective": WORST, "rounds": [r.to_json() for r in rounds]}

@@ -27,6 +27,7 @@ from moe_serve.pruning.methods.obs import damped_inverse
 from moe_serve.pruning.methods.view import LayerView
 from moe_serve.pruning.plan import LayerPlan, Plan
 from moe_serve.pruning.planner import make_plan
+from moe_serve.pruning.request import CPU
 from moe_serve.pruning.selection import Selection
 
 TOLERANCE: Final = 0.05
@@ -87,6 +88,7 @@ def calibrate_until_stable(
     keep: float,
     tolerance: float,
     gather: Callable[[Path, TextOptions], Statistics],
+    device: torch.device = CPU,
 ) -> Stable:
     """Calibrate on twice as many tokens each time, until the plan no longer changes.
 
@@ -100,6 +102,7 @@ def calibrate_until_stable(
         keep: share of the expert bytes that the plans keep.
         tolerance: see :func:`regret`.
         gather: calibrates into a folder, resuming an unfinished one.
+        device: where plans are made.
 
     Raises:
         UsageError: a bound is out of range, or there are no texts.
@@ -130,7 +133,7 @@ def calibrate_until_stable(
             folder = staging.work / f"tokens-{count}"
             done = (folder / RECORD).exists()
             found = Statistics(folder) if done else gather(folder, replace(texts, tokens=count))
-            newer = make_plan(checkpoint, found, selection, SILENT)
+            newer = make_plan(checkpoint, found, selection, SILENT, device=device)
             changed = None if older is None else regret(checkpoint, found, older, newer)
             observed = sum(found.record["tokens"].values())
             steps.append(Calibrated(tokens=count, observed=observed, regret=changed))

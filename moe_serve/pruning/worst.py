@@ -132,7 +132,12 @@ class Game:
                     Silent(),
                 )
                 plan = make_plan(
-                    self.checkpoint, statistics, self.selection, Silent(), form=self.form
+                    self.checkpoint,
+                    statistics,
+                    self.selection,
+                    Silent(),
+                    form=self.form,
+                    device=self.settings.device,
                 )
             trial = Trial(
                 checkpoint=self.checkpoint,

@@ -140,9 +140,9 @@ class Rates:
     """Per second, of this machine."""
 
     flops: float
-    """FP32, in products of the experts' shape."""
-    plan_flops: float
-    """The same on the processor, where plans are made."""
+    """FP32, in products of the experts' shape, on the device."""
+    processor_flops: float
+    """The same on the processor."""
     read: float
     write: float
 
@@ -162,12 +162,13 @@ class Step:
     """Peak, beyond what the interpreter and its libraries take."""
     disk: int
     """Files that the finished output does not keep."""
-    on_processor: bool = False
+    processor_flops: float = 0.0
+    """Of what stays on the processor whatever the device."""
 
     def seconds(self, rates: Rates) -> float:
         """Computing, reading and writing one after the other."""
-        flops = rates.plan_flops if self.on_processor else rates.flops
-        return self.flops / flops + self.read / rates.read + self.written / rates.write
+        computing = self.flops / rates.flops + self.processor_flops / rates.processor_flops
+        return computing + self.read / rates.read + self.written / rates.write
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,10 +239,10 @@ def calibrate_step(sizes: Sizes, work: Work) -> Step:
 def plan_step(sizes: Sizes, work: Work) -> Step:
     """One layer's statistics at a time, and what the method adds.
 
-    Inversions: Cholesky factor I³/3, inverse 2 I³/3, downdates in rounds 2 I³/3 and 2 I² D for the
-    weights. Comparisons of experts: all of them on the reservoir's S tokens, and Gram matrices
-    [S, S] in FP64. Alignments: inner products of all pairs of neurons, 3 D weights each; the
-    assignment itself is small beside them.
+    Inversions, on the device: Cholesky factor I³/3, inverse 2 I³/3, downdates in rounds 2 I³/3 and
+    2 I² D for the weights. On the processor: comparisons of experts, all of them on the reservoir's
+    S tokens, with Gram matrices [S, S] in FP64; alignments, inner products of all pairs of neurons,
+    3 D weights each; the assignment itself is small beside them.
     """
     shape = sizes.shape
     square = shape.experts * shape.width**2
@@ -250,11 +251,11 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
     if work.inverts:
         each = 5 / 3 * shape.width**3 + 2 * shape.width**2 * shape.hidden
         flops = sizes.sparse * shape.experts * each
-    flops += sizes.sparse * work.alignments * 6 * shape.width**2 * shape.hidden
+    apart = sizes.sparse * work.alignments * 6.0 * shape.width**2 * shape.hidden
     outputs = 0
     if work.compares:
         each = 2 * RESERVOIR * (sizes.expert_weights + RESERVOIR * (shape.hidden + shape.experts))
-        flops += sizes.sparse * shape.experts * each
+        apart += sizes.sparse * shape.experts * each
         outputs = shape.experts * RESERVOIR * (shape.hidden * _F32 + RESERVOIR * _F64)
     return Step(
         name="plan",
@@ -264,7 +265,7 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
         written=0,
         memory=2 * square * _F32 + experts * _F32 + outputs,
         disk=0,
-        on_processor=True,
+        processor_flops=apart,
     )
 
 

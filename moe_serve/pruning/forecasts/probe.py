@@ -30,7 +30,7 @@ def measure(checkpoint: Checkpoint, output: Path, device: torch.device, batch: i
     side = min(shape.width, 2048)
     return Rates(
         flops=forward,
-        plan_flops=_products(side, side, side, torch.device("cpu")),
+        processor_flops=_products(side, side, side, torch.device("cpu")),
         read=_reading(max(checkpoint.shards, key=lambda file: file.stat().st_size)),
         write=_writing(output),
     )

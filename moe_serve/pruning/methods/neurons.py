@@ -94,9 +94,9 @@ def block_obs(view: LayerView) -> Ladder:
     down_NDI = torch.einsum("de,ndi->nei", root_DD, view.projection(2))
     normal_NII = statistics.normal_NII / statistics.weight
     path = (
-        removal_path(normal_NII, down_NDI)
+        removal_path(normal_NII, down_NDI, device=view.device)
         if view.tile == 1
-        else tile_path(normal_NII, down_NDI, view.tile)
+        else tile_path(normal_NII, down_NDI, view.tile, device=view.device)
     )
     scores = {
         "reap": statistics.reap().tolist(),

@@ -19,6 +19,8 @@ _FP64_WIDTH: Final = 1024
 ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
 
+_CPU: Final = torch.device("cpu")
+
 _BATCH_BYTES: Final = 2**28
 """Experts that fit are handled side by side: a round's cost is mostly that of beginning it."""
 
@@ -46,7 +48,11 @@ class RemovalPath:
 
 
 def removal_path(
-    normal_NII: torch.Tensor, down_NDI: torch.Tensor, *, ridge: float = 0.01
+    normal_NII: torch.Tensor,
+    down_NDI: torch.Tensor,
+    *,
+    ridge: float = 0.01,
+    device: torch.device = _CPU,
 ) -> RemovalPath:
     """Remove all neurons of every expert in order of least added error.
 
@@ -55,8 +61,10 @@ def removal_path(
         down_NDI: down projections.
         ridge: λ as a multiple of the layer's mean diagonal; keeps neurons that no token
             used (and experts that no token reached) well defined, and cheapest.
+        device: where it is computed; what is given and returned stays on the processor.
 
-    Memory: 256 MiB, or one expert's matrix, three times; FP64 up to an expert width of 1024.
+    Memory of the device: 256 MiB, or one expert's matrix, three times; FP64 up to an expert width
+    of 1024.
     """
     experts, width, _ = normal_NII.shape
     step = -(-width // ROUNDS)
@@ -66,44 +74,58 @@ def removal_path(
     together = max(1, _BATCH_BYTES // (width * width * dtype.itemsize))
     for first in range(0, experts, together):
         some = range(first, min(first + together, experts))
-        inverse_nII = torch.stack([damped_inverse(normal_NII, expert, ridge) for expert in some])
-        weight_nID = down_NDI[some.start : some.stop].transpose(1, 2).to(dtype, copy=True)
-        order, error = _peel(inverse_nII, weight_nID.contiguous(), step)
+        inverse_nII = torch.stack(
+            [damped_inverse(normal_NII, expert, ridge, device) for expert in some]
+        )
+        weight_nID = down_NDI[some.start : some.stop].transpose(1, 2).to(device, dtype, copy=True)
+        order, error = peel(inverse_nII, weight_nID.contiguous(), step)
         order_NI[some.start : some.stop], error_NI[some.start : some.stop] = order, error
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
 
 
-def damped_inverse(normal_NII: torch.Tensor, expert: int, ridge: float) -> torch.Tensor:
+def damped_inverse(
+    normal_NII: torch.Tensor, expert: int, ridge: float, device: torch.device = _CPU
+) -> torch.Tensor:
     """(H + λI)⁻¹ [I, I] of one expert, λ a multiple of the layer's mean diagonal."""
     dtype = torch.float64 if normal_NII.shape[1] <= _FP64_WIDTH else torch.float32
     mean = float(normal_NII.diagonal(dim1=1, dim2=2).double().mean())
-    hessian = normal_NII[expert].to(dtype)
+    hessian = normal_NII[expert].to(device, dtype, copy=True)
     hessian.diagonal().add_(max(mean, torch.finfo(torch.float32).tiny) * ridge)
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
 
 
-def _peel(
+def peel(
     inverse_nII: torch.Tensor, weight_nID: torch.Tensor, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Remove ``step`` neurons of every expert per round until none is left.
 
     Experts are independent and lose equally many in a round, so they go side by side. The arrays
-    shrink to the survivors now and then, so that the whole costs a fraction of I³ per expert.
+    shrink to the survivors now and then, so that the whole costs a fraction of I³ per expert. No
+    step waits for a value: on a GPU the rounds follow one another without a stop.
+
+    Args:
+        inverse_nII: H⁻¹; used up.
+        weight_nID: down projections, on the same device; used up.
+        step: neurons per round.
+
+    Returns:
+        Order of removal [n, I] and total error [n, I], on that device.
     """
     experts, width, _ = weight_nID.shape
-    alive_nI = torch.arange(width).expand(experts, width)
-    gone_nI = torch.zeros(experts, width, dtype=torch.bool)
+    device = weight_nID.device
+    alive_nI = torch.arange(width, device=device).expand(experts, width)
+    gone_nI = torch.zeros(experts, width, dtype=torch.bool, device=device)
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
-    total_n1 = torch.zeros(experts, 1, dtype=torch.float64)
+    total_n1 = torch.zeros(experts, 1, dtype=torch.float64, device=device)
     left = width
     while left:
         if left < 0.8 * alive_nI.shape[1]:
-            keep_nI = (~gone_nI).nonzero()[:, 1].view(experts, left)
+            keep_nI = gone_nI.long().argsort(dim=1, stable=True)[:, :left]
             alive_nI = alive_nI.gather(1, keep_nI)
             inverse_nII = _rows(_rows(inverse_nII, keep_nI).transpose(1, 2), keep_nI)
             weight_nID = _rows(weight_nID, keep_nI)
-            gone_nI = torch.zeros(experts, left, dtype=torch.bool)
+            gone_nI = torch.zeros(experts, left, dtype=torch.bool, device=device)
         count = min(step, left)
         diagonal_nI = inverse_nII.diagonal(dim1=1, dim2=2)
         score_nI = (weight_nID.square().sum(dim=2) / diagonal_nI).masked_fill(gone_nI, torch.inf)
@@ -121,7 +143,7 @@ def _peel(
         # A removed neuron's row and column are zero up to rounding; make its pivot harmless.
         diagonal_nI.masked_fill_(gone_nI, 1.0)
         order.append(alive_nI.gather(1, chosen_nR))
-        share_R = torch.arange(1, count + 1, dtype=torch.float64) / count
+        share_R = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
         errors.append(total_n1 + added_n1 * share_R)
         total_n1 = total_n1 + added_n1
         left -= count

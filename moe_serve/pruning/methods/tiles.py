@@ -6,13 +6,22 @@ with the tile as the unit: all neurons of a tile go together, at the tile's cost
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 
 from moe_serve.pruning.methods.obs import ROUNDS, RemovalPath, damped_inverse
 
+_CPU: Final = torch.device("cpu")
+
 
 def tile_path(
-    normal_NII: torch.Tensor, down_NDI: torch.Tensor, tile: int, *, ridge: float = 0.01
+    normal_NII: torch.Tensor,
+    down_NDI: torch.Tensor,
+    tile: int,
+    *,
+    ridge: float = 0.01,
+    device: torch.device = _CPU,
 ) -> RemovalPath:
     """Remove whole tiles of every expert in order of least added error under re-fitting.
 
@@ -24,33 +33,44 @@ def tile_path(
         down_NDI: down projections.
         tile: neurons per tile; a short last tile goes first, as no block can hold it.
         ridge: λ as a multiple of the layer's mean diagonal.
+        device: where it is computed; what is given and returned stays on the processor.
     """
     experts, width, _ = normal_NII.shape
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
     for expert in range(experts):
-        inverse = damped_inverse(normal_NII, expert, ridge)
-        weight_ID = down_NDI[expert].T.to(inverse.dtype).clone()
-        order_NI[expert], error_NI[expert] = _peel(inverse, weight_ID, tile)
+        inverse = damped_inverse(normal_NII, expert, ridge, device)
+        weight_ID = down_NDI[expert].T.to(device, inverse.dtype, copy=True)
+        order_NI[expert], error_NI[expert] = peel(inverse, weight_ID, tile)
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
 
 
-def _peel(
+def peel(
     inverse: torch.Tensor, weight_ID: torch.Tensor, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Remove tiles, the dearest last; up to 192 tiles one at a time, else several per round."""
+    """Remove tiles, the dearest last; up to 192 tiles one at a time, else several per round.
+
+    Args:
+        inverse: H⁻¹ [I, I]; used up.
+        weight_ID: the down projection, on the same device; used up.
+        tile: neurons per tile.
+
+    Returns:
+        Order of removal [I] and total error [I], on that device.
+    """
     width, hidden = weight_ID.shape
+    device = weight_ID.device
     tiles, step = width // tile, -(-(width // tile) // ROUNDS)
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
 
     def remove(gone: torch.Tensor, shares: torch.Tensor) -> None:
         nonlocal total
         rows = inverse[gone]
         pivot = rows[:, gone].clone()
         update = torch.linalg.solve(pivot, weight_ID[gone])
-        added = float((weight_ID[gone] * update).sum())
+        added = (weight_ID[gone] * update).sum(dtype=torch.float64)
         weight_ID.sub_(rows.T @ update)
         inverse.sub_(rows.T @ torch.linalg.solve(pivot, rows))
         # What is left of a removed neuron is zero up to rounding; make its pivot harmless.
@@ -58,22 +78,25 @@ def _peel(
         inverse.diagonal()[gone] = 1.0
         order.append(gone)
         errors.append(total + added * shares)
-        total += added
+        total = total + added
 
     if short := width - tiles * tile:
-        remove(torch.arange(tiles * tile, width), torch.ones(short, dtype=torch.float64))
-    alive = torch.ones(tiles, dtype=torch.bool)
-    numbers = torch.arange(tiles * tile).view(tiles, tile)
-    while bool(alive.any()):
+        ones = torch.ones(short, dtype=torch.float64, device=device)
+        remove(torch.arange(tiles * tile, width, device=device), ones)
+    alive = torch.ones(tiles, dtype=torch.bool, device=device)
+    numbers = torch.arange(tiles * tile, device=device).view(tiles, tile)
+    left = tiles
+    while left:
         whole = inverse[: tiles * tile, : tiles * tile].view(tiles, tile, tiles, tile)
         pivots = whole.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         weights = weight_ID[: tiles * tile].view(tiles, tile, hidden)
         cost = (weights * torch.linalg.solve(pivots, weights)).sum(dim=(1, 2))
-        count = min(step, int(alive.sum()))
+        count = min(step, left)
         cost = cost.masked_fill(~alive, torch.inf)
         chosen = torch.topk(cost, count, largest=False, sorted=True).indices
         alive[chosen] = False
-        shares = torch.arange(1, count + 1, dtype=torch.float64) / count
+        left -= count
+        shares = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
         remove(numbers[chosen].flatten(), shares.repeat_interleave(tile))
     return torch.cat(order), torch.cat(errors)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from moe_serve.errors import UsageError
 from moe_serve.families import Shape
 
 _T = TypeVar("_T")
+_CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,10 +71,18 @@ class LayerView:
     loss: LayerGradients | None
     tile: int = 1
     """Consecutive neurons that a method has to keep or remove together."""
+    device: torch.device = _CPU
+    """Where large matrices are inverted; all that a method sees is on the processor."""
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, statistics: Statistics | None, index: int, *, tile: int = 1
+        cls,
+        checkpoint: Checkpoint,
+        statistics: Statistics | None,
+        index: int,
+        *,
+        tile: int = 1,
+        device: torch.device = _CPU,
     ) -> LayerView:
         """A layer with what statistics hold of it."""
         return cls(
@@ -82,6 +91,7 @@ class LayerView:
             statistics=statistics.layer(index) if statistics is not None else None,
             loss=statistics.gradients(index) if statistics and statistics.has_gradients else None,
             tile=tile,
+            device=device,
         )
 
     @property
@@ -107,7 +117,7 @@ class LayerView:
 
     def mixture(self) -> Mixture:
         """Router and experts, FP32."""
-        return read_mixture(self.checkpoint, self.index, torch.device("cpu"))
+        return read_mixture(self.checkpoint, self.index, _CPU)
 
     def projection(self, which: int) -> torch.Tensor:
         """All experts' gate (0) or up (1) [N, I, D], or down (2) [N, D, I], FP32."""

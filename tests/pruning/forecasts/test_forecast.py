@@ -90,10 +90,11 @@ def test_arithmetic_of_comparisons() -> None:
     """
     comparing = replace(WORK, compares=True)
     expected = 8 * (2 * 1024 * 180 + 2 * 1024**2 * 14)
-    assert plan_step(SIZES, comparing).flops == pytest.approx(expected)
+    assert plan_step(SIZES, comparing).processor_flops == pytest.approx(expected)
     more = plan_step(SIZES, comparing).memory - plan_step(SIZES, WORK).memory
     assert more == 4 * (1024 * 10 * 4 + 1024**2 * 8)
-    assert plan_step(SIZES, replace(WORK, alignments=3)).flops == pytest.approx(2 * 3 * 2160)
+    aligning = plan_step(SIZES, replace(WORK, alignments=3))
+    assert aligning.processor_flops == pytest.approx(2 * 3 * 2160)
 
 
 def test_a_refit_costs_more_and_stores_as_much() -> None:
@@ -108,10 +109,12 @@ def test_a_refit_costs_more_and_stores_as_much() -> None:
 
 
 def test_seconds_follow_from_rates() -> None:
-    """10 / 5 of computing, 30 / 10 of reading, 4 / 1 of writing."""
-    rates = Rates(flops=5, plan_flops=1, read=10, write=1)
-    step = Step(name="x", passes=1, flops=10, read=30, written=4, memory=0, disk=0)
-    assert step.seconds(rates) == 2 + 3 + 4
+    """10 / 5 on the device, 6 / 1 on the processor, 30 / 10 of reading, 4 / 1 of writing."""
+    rates = Rates(flops=5, processor_flops=1, read=10, write=1)
+    step = Step(
+        name="x", passes=1, flops=10, processor_flops=6, read=30, written=4, memory=0, disk=0
+    )
+    assert step.seconds(rates) == 2 + 6 + 3 + 4
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])

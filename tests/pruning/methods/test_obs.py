@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from moe_serve.pruning.methods.obs import removal_path
+from moe_serve.pruning.methods import obs
+from moe_serve.pruning.methods.obs import peel, removal_path
 
 
 def added_error(p: torch.Tensor, w: torch.Tensor, kept: list[int], ridge: float) -> float:
@@ -91,3 +92,26 @@ def test_order_is_nearly_optimal() -> None:
         added_error(p, down.T, list(kept), ridge) for kept in itertools.combinations(range(8), 4)
     )
     assert float(path.error_at(4)[0]) <= 1.1 * best
+
+
+def test_every_expert_is_damped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In FP32, where a cast is no copy: equal experts have equal paths, the input is untouched."""
+    monkeypatch.setattr(obs, "_FP64_WIDTH", 0)
+    torch.manual_seed(3)
+    p = torch.randn(50, 6)
+    normal = (p.T @ p).expand(4, 6, 6).clone()
+    before = normal.clone()
+    path = removal_path(normal, torch.randn(1, 3, 6).expand(4, 3, 6), ridge=1.0)
+    assert torch.equal(normal, before)
+    assert torch.equal(path.error_NI, path.error_NI[:1].expand(4, 6))
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_gpu_computes_without_a_stop(step: int) -> None:
+    """Tensors without values: no other device takes part, and no value is asked for."""
+    inverse = torch.empty(3, 40, 40, dtype=torch.float64, device="meta")
+    weight = torch.empty(3, 40, 7, dtype=torch.float64, device="meta")
+    order, error = peel(inverse, weight, step)
+    assert order.shape == error.shape == (3, 40)
+    assert order.is_meta
+    assert error.is_meta

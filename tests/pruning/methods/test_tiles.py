@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from moe_serve.pruning.methods.tiles import tile_path, tiles_by_value
+from moe_serve.pruning.methods.tiles import peel, tile_path, tiles_by_value
 
 
 def test_error_is_that_of_the_best_refit_without_the_tile() -> None:
@@ -45,3 +45,11 @@ def test_tiles_go_whole_and_a_short_one_first() -> None:
     torch.manual_seed(0)
     normal = torch.eye(10)[None]
     assert tile_path(normal, torch.randn(1, 3, 10), 4).order_NI[0, :2].tolist() == [8, 9]
+
+
+def test_a_gpu_computes_without_a_stop() -> None:
+    """Tensors without values: no other device takes part, and no value is asked for."""
+    order, error = peel(torch.empty(42, 42, device="meta"), torch.empty(42, 7, device="meta"), 8)
+    assert order.shape == error.shape == (42,)
+    assert order.is_meta
+    assert error.is_meta
