@@ -14,6 +14,9 @@ WIDTH_MULTIPLE: Final = 32
 """vLLM's CPU kernels read neurons in groups of this many."""
 MAX_BLOCKS: Final = 8
 """Blocks of one expert: each adds a row to the second matrix product."""
+MOST_BLOCKS: Final = 991
+"""Blocks of one layer that vLLM's Triton kernels can sort: their number and one for none, rounded
+up to 32s, has to be less than 1024 (``triton_moe.py``, ``is_supported_config``)."""
 
 Blocks = tuple[int, ...] | None
 """Blocks of one original expert; ``()`` adds nothing, ``None`` is never selected."""

@@ -9,6 +9,7 @@ from typing import Any
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.checkpoint.quantisation import quantisation_settings
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.checkpoint.table import MOST_BLOCKS
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -68,7 +69,9 @@ def _served_by(checkpoint: Checkpoint) -> str:
     if quantisation_settings(checkpoint.config):
         return "nothing in this form, for it is quantised: export it with --format tied"
     if checkpoint.family.served:
-        return "vLLM 0.32 or 0.33 with the moe-serve plugin (--load-format moe_serve)"
+        plugin = "vLLM 0.32 or 0.33 with the moe-serve plugin (--load-format moe_serve)"
+        most = max((t.blocks for t in checkpoint.table.layers.values()), default=0)
+        return plugin if most <= MOST_BLOCKS else f"{plugin}, on processors: GPUs sort no {most}"
     return "nothing in this form: export it with --format tied or native"
 
 

@@ -93,6 +93,8 @@ class Family:
     """vLLM's class heeds ``tie_word_embeddings``; others then serve an output never written."""
     latent_attention: bool = False
     """Queries are rotated in part: what vLLM's rotary kernel for CPUs gets wrong."""
+    cpu_obstacle: str | None = None
+    """Why vLLM 0.32 serves it wrongly on a processor, or not at all."""
     served: bool = False
     """The vLLM plugin has a row for the compact form; others go as ``tied`` or ``native``."""
 

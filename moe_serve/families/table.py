@@ -53,7 +53,7 @@ _DEEPSEEK_V32: Final = replace(
     indexer="self_attn.indexer.",
     indexed_key="index_topk",
     kinds_key="mlp_layer_types",
-    # vLLM's sparse attention wants a GPU.
+    cpu_obstacle="has no sparse attention there",
     served=False,
 )
 
@@ -243,6 +243,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
         sparse_step_key="moe_layer_interval",
         extra_layers_key="num_nextn_predict_layers",
         extra_prefix="model.mtp_",
+        cpu_obstacle="leaves out the bias by which its routers select, without a word",
     ),
     Family(
         model_type="minimax_m2",
@@ -255,10 +256,10 @@ FAMILIES: Final[tuple[Family, ...]] = (
         correction_bias=f"{_SPARSE_BLOCK}.e_score_correction_bias",
         expert=f"{_SPARSE_BLOCK}.experts.{{expert}}",
         projections=_NUMBERED,
-        # vLLM 0.32's router for CPUs has no sigmoid without groups, so the plugin has no row that
-        # could be tested.
         routing=RoutingRule(score="sigmoid", renormalise=True),
         extra_layers_key="num_mtp_modules",
+        # So the plugin has no row that could be tested.
+        cpu_obstacle="has no router there that scores by sigmoid without groups",
         ties_in_vllm=False,
     ),
 )
@@ -320,5 +321,30 @@ def family_of(config: Config) -> Family:
 
 def rotates_slices(config: Config) -> bool:
     """Whether this model is one that vLLM's rotary kernel for CPUs gets wrong."""
-    family = _BY_TYPE.get(str(config.get("model_type")))
+    family = _known(config)
     return family is not None and family.latent_attention
+
+
+def serving_obstacle(config: Config, *, gpu: bool) -> tuple[str, str] | None:
+    """Why vLLM would not serve a checkpoint rightly on this machine, and what to do instead.
+
+    Models without a row are left to vLLM.
+    """
+    family = _known(config)
+    if family is None:
+        return None
+    if not gpu and family.cpu_obstacle is not None:
+        return (
+            f"vLLM 0.32 on a processor {family.cpu_obstacle} ({family.model_type})",
+            "serve it on a GPU; compare and verify without --engine need no vLLM",
+        )
+    if "compact_experts" in config and not family.served:
+        return (
+            f"the vLLM plugin has no row for the compact form of {family.model_type}",
+            "serve what moe-serve export --format tied or native makes of it",
+        )
+    return None
+
+
+def _known(config: Config) -> Family | None:
+    return _BY_TYPE.get(str(config.get("model_type")))

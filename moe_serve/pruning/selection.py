@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.checkpoint.table import MAX_BLOCKS, WIDTH_MULTIPLE
+from moe_serve.checkpoint.table import MAX_BLOCKS, MOST_BLOCKS, WIDTH_MULTIPLE
 from moe_serve.errors import PlanError, UsageError
 from moe_serve.pruning.forecasts.sizing import DEFAULT_KV_TOKENS, keep_for_memory
 from moe_serve.pruning.methods.coefficients import coefficients_named
@@ -78,7 +78,7 @@ class Selection:
         self._check_objective(texts=texts)
         keep = self._share(checkpoint)
         tile = tile_width(checkpoint)
-        width = block_width(checkpoint, self.block_width, tile) if method.neurons else None
+        width = block_width(checkpoint, self.block_width, tile, keep) if method.neurons else None
         refit = method.refit if self.refit is None else self.refit
         if self.router_refit and not texts:
             raise UsageError(
@@ -216,12 +216,15 @@ def _rounds(checkpoint: Checkpoint, layer: int) -> bool:
     return not all(scheme.exact for scheme in checkpoint.expert_scheme(layer))
 
 
-def block_width(checkpoint: Checkpoint, wanted: int | None, tile: int = 1) -> int:
+def block_width(
+    checkpoint: Checkpoint, wanted: int | None, tile: int = 1, keep: float = 0.0
+) -> int:
     """The width of stored blocks.
 
-    By default the narrowest that lets an expert stay nearly whole in at most 8 blocks: a multiple
-    of 64 (Triton's tiles) for experts of 512 neurons and more, of 32 (the CPU kernels') below,
-    and of the number format's tile, that divides the expert's width if one does.
+    By default the narrowest that lets an expert stay nearly whole in at most 8 blocks, and a layer
+    that keeps ``keep`` in as many as GPU kernels can sort: a multiple of 64 (Triton's tiles) for
+    experts of 512 neurons and more, of 32 (the CPU kernels') below, and of the number format's
+    tile, that divides the expert's width if one does.
 
     Raises:
         UsageError: ``wanted`` is not servable.
@@ -244,7 +247,8 @@ def block_width(checkpoint: Checkpoint, wanted: int | None, tile: int = 1) -> in
             )
         return wanted
     unit = math.lcm(64 if whole >= 512 else WIDTH_MULTIPLE, tile)
-    least = -(-whole // MAX_BLOCKS)
+    sortable = math.ceil(keep * checkpoint.shape.experts * whole / MOST_BLOCKS)
+    least = max(-(-whole // MAX_BLOCKS), sortable)
     candidates = range(-(-least // unit) * unit, whole + 1, unit)
     if not candidates:
         raise PlanError(

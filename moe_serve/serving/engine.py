@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.errors import ServingError
-from moe_serve.families import rotates_slices
+from moe_serve.families import rotates_slices, serving_obstacle
 from moe_serve.files import read_json
 from moe_serve.serving import sharing
 from moe_serve.serving.envoy import KEEP_ALIVE_SECONDS
@@ -84,6 +84,18 @@ class EngineSpec:
             environment,
             yielding=yielding and not gpu,
         )
+
+
+def require_servable(model: Path, *, gpu: bool) -> None:
+    """Before an engine is started: that it would serve this checkpoint, and rightly.
+
+    Raises:
+        CheckpointError: the model has no readable config.
+        ServingError: it would not; with the reason and the way out.
+    """
+    if found := serving_obstacle(read_json(model / "config.json"), gpu=gpu):
+        what, remedy = found
+        raise ServingError(what, where=str(model), remedy=remedy)
 
 
 def _for_checkpoint(config: dict[str, Any]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from moe_serve.files import write_atomic
 from moe_serve.metrics.memory import read_gpus
 from moe_serve.serving import envoy
 from moe_serve.serving.config import StackConfig
-from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
+from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready, require_servable
 from moe_serve.serving.identity import identity
 from moe_serve.serving.listener import put_listener
 from moe_serve.serving.process import Child, free_port, port_is_free, start
@@ -129,6 +129,9 @@ def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:
     config = stack.config
     gpu = has_gpu()
     shares = _shares(config)
+    for variant in VARIANTS:
+        if config.urls()[variant] is None:
+            require_servable(config.models()[variant], gpu=gpu)
     engines: dict[str, EngineState] = {}
     started: list[tuple[EngineSpec, Child]] = []
     for variant in VARIANTS:

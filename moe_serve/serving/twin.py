@@ -19,7 +19,7 @@ from moe_serve.checkpoint.form import ROUTER_MASK
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import ServingError
 from moe_serve.progress import Progress
-from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
+from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready, require_servable
 from moe_serve.serving.process import free_port
 from moe_serve.serving.reference import forced_logprobs
 
@@ -57,9 +57,10 @@ def compare_with_twin(folder: Path, progress: Progress) -> Agreement:
 
     Raises:
         UsageError: it is not compact.
-        ServingError: an engine did not start or did not answer.
+        ServingError: vLLM does not serve it rightly here; an engine did not start or answer.
     """
     checkpoint = open_checkpoint(folder)
+    require_servable(folder, gpu=has_gpu())
     prompts = _prompts(checkpoint.shape.vocabulary)
     with tempfile.TemporaryDirectory(prefix="moe-serve-") as temporary:
         twin = export(folder, Path(temporary) / "tied", "tied", progress)

@@ -246,7 +246,9 @@ CONTRACT: Final[tuple[Clause, ...]] = (
         ),
     ),
     Holds(file="platforms/__init__.py", members=("current_platform",)),
-    Holds(file="platforms/interface.py", name="Platform", members=("is_cpu", "is_cuda")),
+    Holds(
+        file="platforms/interface.py", name="Platform", members=("is_cpu", "is_cuda", "device_name")
+    ),
     # What an engine that can sleep is asked over HTTP.
     *(
         Called(file="entrypoints/serve/dev/sleep/api_router.py", name=name, arguments=arguments)

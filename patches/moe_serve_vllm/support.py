@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 
 from moe_serve_vllm.errors import UnsupportedSettings
 from moe_serve_vllm.families import ServedFamily
-from moe_serve_vllm.table import WIDTH_MULTIPLE, LayerTable, tables_of
+from moe_serve_vllm.table import MOST_SORTED, WIDTH_MULTIPLE, LayerTable, tables_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -51,7 +51,10 @@ def check(vllm_config: VllmConfig) -> None:
     backend = vllm_config.kernel_config.moe_backend
     tp = parallel.tensor_parallel_size
     narrow = [i for i, t in tables.items() if tp > 1 and t.width % (tp * WIDTH_MULTIPLE)]
+    crowded = [i for i, t in tables.items() if t.blocks > MOST_SORTED]
+    tried = current_platform.is_cpu() or current_platform.is_cuda()
     wishes = {
+        f"{current_platform.device_name}, only processors and NVIDIA GPUs": not tried,
         f"--load-format {vllm_config.load_config.load_format}, "
         f"it must be {LOAD_FORMAT}": vllm_config.load_config.load_format != LOAD_FORMAT,
         "--enable-expert-parallel": parallel.enable_expert_parallel,
@@ -77,6 +80,9 @@ def check(vllm_config: VllmConfig) -> None:
         f"--moe-backend {backend}, only triton on CUDA": (
             current_platform.is_cuda() and backend not in ("auto", "triton")
         ),
+        f"more than {MOST_SORTED} blocks in a layer on a GPU (layers {crowded}), which its kernels "
+        "can't sort; prune with a wider --block-width": bool(crowded)
+        and current_platform.is_cuda(),
         "speculative decoding": vllm_config.speculative_config is not None,
         f"--tensor-parallel-size {tp} (blocks of layers {narrow} can't be cut into multiples of "
         f"{WIDTH_MULTIPLE})": bool(narrow),

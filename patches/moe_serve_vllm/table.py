@@ -21,6 +21,9 @@ VERSION: Final = 1
 WIDTH_MULTIPLE: Final = 32
 """Neurons that vLLM's CPU kernels read at a time."""
 MAX_BLOCKS: Final = 8
+MOST_SORTED: Final = 991
+"""Blocks of one layer that vLLM's Triton kernels can sort: their number and the id for none,
+rounded up to 32s, has to be less than 1024 (``triton_moe.py``, ``is_supported_config``)."""
 _WHERE: Final = "config.json, compact_experts"
 _REMEDY: Final = "restore config.json from the pruner's output, or prune again"
 

@@ -42,7 +42,9 @@ def settings(**changes: Any) -> Any:
 def on(monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
     """Pretend to be on a platform."""
     pretended = SimpleNamespace(
-        is_cpu=lambda: platform == "cpu", is_cuda=lambda: platform == "cuda"
+        is_cpu=lambda: platform == "cpu",
+        is_cuda=lambda: platform == "cuda",
+        device_name=platform,
     )
     monkeypatch.setattr(support, "current_platform", pretended)
 
@@ -128,3 +130,25 @@ def test_other_kernels_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> N
     assert "--moe-backend flashinfer_trtllm" in refusal(settings(kernel_config=backend))
     on(monkeypatch, "cpu")
     support.check(settings(kernel_config=backend))
+
+
+def test_what_was_not_tried_is_no_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels for other GPUs may take no block twice for one token."""
+    on(monkeypatch, "rocm")
+    assert "rocm, only processors and NVIDIA GPUs" in refusal(settings())
+
+
+def test_more_blocks_than_a_gpu_sorts_are_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """992 blocks and the id for none round up to 1024, which vLLM's kernel does not take."""
+
+    def table(blocks: int) -> Any:
+        lists = [list(range(8 * e, min(8 * e + 8, blocks))) for e in range(-(-blocks // 8))]
+        layer = {"width": 32, "blocks": blocks, "experts": lists}
+        compact = {"version": 1, "layers": {"1": layer}}
+        return settings(num_experts=len(lists), compact_experts=compact)
+
+    on(monkeypatch, "cuda")
+    support.check(table(991))
+    assert "more than 991 blocks in a layer on a GPU (layers [1])" in refusal(table(992))
+    on(monkeypatch, "cpu")
+    support.check(table(992))

@@ -7,8 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from moe_serve.errors import ServingError
 from moe_serve.families import FAMILIES
-from moe_serve.serving.engine import EngineSpec
+from moe_serve.progress import Silent
+from moe_serve.serving import engine, process, stack, twin
+from moe_serve.serving.config import StackConfig
+from moe_serve.serving.engine import EngineSpec, require_servable
+from tests.support.models import change_config, make_model
 
 ROTARY = '{"custom_ops": ["all", "-rotary_embedding"]}'
 LATENT = {
@@ -36,3 +41,58 @@ def test_compact_checkpoints_are_loaded_by_the_plugin(tmp_path: Path) -> None:
     """Others by vLLM's own loader."""
     assert "moe_serve" in command(tmp_path, {"compact_experts": {}}, gpu=True)
     assert "--load-format" not in command(tmp_path, {"model_type": "mixtral"}, gpu=True)
+
+
+@pytest.mark.parametrize("family", [row.model_type for row in FAMILIES])
+def test_what_the_cpu_gets_wrong_needs_a_gpu(family: str, tmp_path: Path) -> None:
+    """With the reason; the compact form needs a row of the plugin's besides, wherever it runs."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    require_servable(tmp_path, gpu=True)
+    wrong = {"ernie4_5_moe": "bias", "minimax_m2": "router", "deepseek_v32": "sparse attention"}
+    wrong["glm_moe_dsa"] = wrong["deepseek_v32"]
+    if family in wrong:
+        with pytest.raises(ServingError, match=f"{wrong[family]}.*; serve it on a GPU"):
+            require_servable(tmp_path, gpu=False)
+    else:
+        require_servable(tmp_path, gpu=False)
+    change_config(tmp_path, compact_experts={})
+    if family in {row.model_type for row in FAMILIES if row.served}:
+        require_servable(tmp_path, gpu=True)
+    else:
+        with pytest.raises(ServingError, match="no row for the compact form"):
+            require_servable(tmp_path, gpu=True)
+
+
+def test_a_checkpoint_of_a_model_without_a_row_is_left_to_vllm(tmp_path: Path) -> None:
+    """It may know it."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    require_servable(tmp_path, gpu=False)
+
+
+def test_nothing_starts_where_answers_would_be_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``up`` on ERNIE 4.5 beside a model that could be served, ``verify --engine`` on ERNIE."""
+
+    def start(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    for module in (engine, stack, process):
+        monkeypatch.setattr(module, "start", start)
+    for module in (stack, twin):
+        monkeypatch.setattr(module, "has_gpu", lambda: False)
+    ernie = make_model(tmp_path / "ernie", "ernie4_5_moe")
+    sound = make_model(tmp_path / "sound", "qwen3_moe")
+    config = StackConfig(
+        original=sound,
+        pruned=ernie,
+        state=tmp_path / "state",
+        port=process.free_port(),
+        control_port=process.free_port(),
+    )
+    told: list[str] = []
+    with pytest.raises(ServingError, match="processor leaves out the bias"):
+        stack.bring_up(config, told.append)
+    assert told == []
+    with pytest.raises(ServingError, match="verify without --engine need no vLLM"):
+        twin.compare_with_twin(ernie, Silent())
