@@ -103,6 +103,29 @@ SUITE: Final = {
         arguments=("--trials", "20"),
         stack=True,
     ),
+    "figures": Benchmark(
+        title="Whether the dashboards tell the truth",
+        about="Clients write down what they meet while a real Prometheus scrapes with the "
+        "rules in `deploy/`; then each recorded series beside the same figure from their log. A "
+        "quantile of a histogram is interpolated between its edges, so the log's is taken from the "
+        "same edges; the exact one stands beside it.",
+        module="benchmarks.rollout.figures",
+        stack=True,
+    ),
+    "scrape": Benchmark(
+        title="What a scrape costs",
+        about="`/metrics` of the control process with a rollout under way, two engines of 200 "
+        "series behind it and the real Envoy, over a kept connection; beside it what the engines' "
+        "pages take without it, which says how busy the machine was.",
+        module="benchmarks.rollout.scrape",
+    ),
+    "probing": Benchmark(
+        title="What probes cost users",
+        about="One engine gets the probes of both variants, twice what either would get; blocks "
+        "with probes and without alternate. Times with over times without, 95 % intervals.",
+        module="benchmarks.rollout.probing",
+        arguments=("--pairs", "8", "--seconds", "15"),
+    ),
     "simulation": Benchmark(
         title="How often the default policy errs",
         about="Made-up traffic with a daily wave and bursts; beside the policy a usual one of "
@@ -201,7 +224,9 @@ def stack() -> Iterator[Path]:
         serving = [*program, "up", "--json", "--state", str(state)]
         serving += ["--original", str(MODEL), "--pruned", str(pruned)]
         serving += ["--port", str(free_port()), "--control-port", str(free_port())]
-        with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as up:
+        # Some panels are about the experts that traffic selects.
+        watched = {**os.environ, "MOE_SERVE_EXPERT_SELECTIONS": "1"}
+        with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True, env=watched) as up:
             try:
                 if up.stdout is None or not up.stdout.readline():
                     raise subprocess.CalledProcessError(up.wait(), serving)

@@ -1,9 +1,8 @@
 """What 1, 100 and 10,000 engines cost: ``python -m benchmarks.rollout.fleet``.
 
-Measured: the control process's scrape of its two engines; a real Prometheus that scrapes 2, 100 and
-1,000 engines of 200 series each, its memory, its samples, and the queries of one decision against
-it; the decision itself. What lies beyond is on paper, by the slopes that were measured, and marked.
-About four minutes on two cores.
+Measured: a real Prometheus that scrapes 2, 100 and 1,000 engines of 200 series each, its memory,
+its samples, and the queries of one decision against it; the decision itself. What lies beyond is on
+paper, by the slopes that were measured, and marked. About four minutes on two cores.
 """
 
 from __future__ import annotations
@@ -24,11 +23,8 @@ from typing import Any, Final
 import httpx
 import psutil
 import yaml
-from prometheus_client import CollectorRegistry, generate_latest
 
-from moe_serve.metrics.exporter import READ, Exporter, Watched
-from moe_serve.metrics.sources import Host, Source
-from moe_serve.rollout.decision import decide
+from moe_serve.rollout.decision import Decision, decide
 from moe_serve.rollout.policy import Policy, Prometheus
 from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.rollout.sources import ENDED, HISTOGRAMS, TOKENS, PrometheusSources
@@ -62,6 +58,8 @@ def page(count: int) -> bytes:
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         lines.append(f"vllm:{name} {count % 7}")
     left -= sum(not line.startswith("#") for line in lines)
+    lines.append("process_start_time_seconds 1")
+    left -= 1
     lines += [f'vllm:other{{kind="{i}"}} {count}' for i in range(left)]
     return ("\n".join(lines) + "\n").encode()
 
@@ -107,43 +105,6 @@ def timed(action: Callable[[], object], times: int) -> tuple[float, float]:
         taken.append((time.perf_counter() - wall, time.process_time() - used))
     wall, used = (statistics.median(found) for found in zip(*taken, strict=True))
     return 1000 * wall, 1000 * used
-
-
-class Proxy:
-    """Answers at once: Envoy's own page is small."""
-
-    name, age = "envoy", 0.0
-
-    def read(self) -> dict[str, Host]:
-        """Both variants well."""
-        return dict.fromkeys(VARIANTS, Host(answered=9, failed=0, cut=0, healthy=True))
-
-
-def scrape(address: str) -> dict[str, float]:
-    """Our own page for two engines of 200 series."""
-    exporter = Exporter(
-        model="m",
-        engines=[
-            Watched(
-                variant=variant,
-                pid=None,
-                weight_bytes=1,
-                kv_bytes_per_token=1,
-                source=Source(name=variant, url=f"http://{address}/metrics", keep=READ),
-            )
-            for variant in VARIANTS
-        ],
-        proxy=Proxy(),
-        weight=lambda: 0.5,
-        state=lambda: "canary",
-        decisions=lambda: {("set", "by hand"): 1},
-    )
-    registry = CollectorRegistry()
-    registry.register(exporter)
-    text = generate_latest(registry)
-    wall, used = timed(lambda: generate_latest(registry), 50)
-    series = sum(not line.startswith(b"#") for line in text.splitlines())
-    return {"series": series, "bytes": len(text), "wall_ms": wall, "processor_ms": used}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,19 +201,31 @@ def _ask(url: str, query: str) -> float:
     return float(found[0]["value"][1]) if found else 0.0
 
 
-def decision() -> tuple[float, float]:
-    """One decision on a window of real shape, explained."""
+def judged() -> tuple[Policy, Decision]:
+    """One decision on a window of real shape, explained, with the policy that it is by."""
     policy = Policy()
+    state, window = _stands(policy)
+    found = decide(window, policy, state)
+    if len(found.evidence) < len(policy.guards.latency()):
+        raise SystemExit(f"nothing was judged: {found.words}")
+    return policy, found
+
+
+def decision() -> tuple[float, float]:
+    """What it takes."""
+    policy = Policy()
+    state, window = _stands(policy)
+    return timed(lambda: decide(window, policy, state), 20)
+
+
+def _stands(policy: Policy) -> tuple[State, Window]:
     step = next(i for i, step in enumerate(policy.steps) if step.weight)
     state, window = enter(State(), policy, step, 0.0), Window(began=0.0, weight=1.0, version="v")
     for tick in range(3, 400):
         at = tick * policy.interval_seconds
         arms = {name: _arm(rate * at) for name, rate in zip(VARIANTS, (100.0, 1.0), strict=True)}
         window.add(Reading(at=at, tick=at, arms=arms), policy)
-    found = decide(window, policy, state)
-    if len(found.evidence) < len(policy.guards.latency()):
-        raise SystemExit(f"nothing was judged: {found.words}")
-    return timed(lambda: decide(window, policy, state), 20)
+    return state, window
 
 
 def _arm(requests: float) -> ArmReading:
@@ -280,17 +253,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with engines() as address:
-        own = scrape(address)
         wall, used = decision()
         found = [fleet(address, n, options.seconds, options.interval) for n in options.engines]
     if options.json:
-        print(json.dumps({"scrape": own, "fleets": [_plain(f) for f in found]}))
+        print(json.dumps([_plain(f) for f in found]))
         return
-    print(
-        f"One control process, two engines of {SERIES} series: {own['series']:.0f} series of ours, "
-        f"{own['bytes']:.0f} bytes, {own['processor_ms']:.1f} ms of processor time a scrape "
-        f"({own['wall_ms']:.1f} ms on the clock); a decision {used:.1f} ms ({wall:.1f})."
-    )
+    print(f"A decision takes {used:.1f} ms of processor time, {wall:.1f} ms on the clock.")
     print("\n| engines | series | samples/s | memory MiB | cores | a reading, ms | disk, 15 days |")
     print("|---|---|---|---|---|---|---|")
     for row in (*found, _on_paper(found, 10_000)):

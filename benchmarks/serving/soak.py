@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.fixtures import MODEL
 from moe_serve.checkpoint.source import open_checkpoint
-from moe_serve.metrics.memory import resident_bytes
+from moe_serve.metrics.memory import process_tree, resident_bytes
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
 from moe_serve.serving.process import Child, free_port
 from tests.support.twins import make_twins, random_table
@@ -185,7 +185,7 @@ def soak(minutes: float, folder: Path) -> Seen:
             thread.start()
         while any(thread.is_alive() for thread in threads):
             for spec, child in zip(specs, children, strict=True):
-                if (size := resident_bytes(child.pid)) is not None:
+                if (size := resident_bytes(process_tree(child.pid))) is not None:
                     at = time.monotonic() - began
                     seen.memory.setdefault(spec.variant, []).append((at, size))
             time.sleep(2)

@@ -21,13 +21,13 @@ def process_tree(pid: int | None) -> list[int]:
     return []
 
 
-def resident_bytes(pid: int | None) -> int | None:
-    """Resident memory of a process tree, ``None`` when it is gone.
+def resident_bytes(members: Collection[int]) -> int | None:
+    """Resident memory of some processes together, ``None`` when all are gone.
 
     Pages shared between its processes count once per process.
     """
     total, seen = 0, False
-    for member in process_tree(pid):
+    for member in members:
         with suppress(psutil.NoSuchProcess):
             total += psutil.Process(member).memory_info().rss
             seen = True

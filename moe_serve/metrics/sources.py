@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Final, Protocol
 
-import httpx
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+
+from moe_serve.metrics.asking import CONNECTIONS
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,32 +30,6 @@ class _Asked:
         return time.monotonic() - (self.answered_at or self.began)
 
 
-@cache
-def _client() -> httpx.Client:
-    """One for all that is asked: making one takes longer than a scrape, and so does connecting.
-
-    A connection is given up sooner than an engine or Envoy would close it.
-    """
-    return httpx.Client(limits=httpx.Limits(keepalive_expiry=20.0))
-
-
-def answer(url: str, timeout: float) -> httpx.Response:
-    """What an address answers, whatever its status.
-
-    Raises:
-        httpx.HTTPError: nothing.
-    """
-    try:
-        return _client().get(url, timeout=timeout)
-    except httpx.RemoteProtocolError:
-        # Kept from a process that is gone: the next connection is a new one.
-        return _client().get(url, timeout=timeout)
-
-
-def _get(url: str, timeout: float) -> httpx.Response:
-    return answer(url, timeout).raise_for_status()
-
-
 @dataclass(kw_only=True, slots=True)
 class Source(_Asked):
     """Prometheus text."""
@@ -65,12 +40,12 @@ class Source(_Asked):
     def read(self, timeout: float = 2.0) -> list[Sample] | None:
         """The samples, or ``None`` when it does not answer in the format."""
         try:
-            text = _get(self.url, timeout).text
+            text = CONNECTIONS.get(self.url, timeout).decode()
             if self.keep:
                 begins = (*self.keep, *(f"# TYPE {name}" for name in self.keep))
                 text = "\n".join(ln for ln in text.split("\n") if ln.startswith(begins)) + "\n"
             families = list(text_string_to_metric_families(text))
-        except (httpx.HTTPError, ValueError):
+        except (OSError, ValueError):
             return None
         self.answered_at = time.monotonic()
         return [sample for family in families for sample in family.samples]
@@ -166,15 +141,16 @@ class Endpoints(_Asked):
         """
         admin = self.url.rsplit("/", 1)[0]
         try:
-            clusters = _get(self.url, timeout).json()["cluster_statuses"]
-            cuts = _get(f"{admin}/stats?filter={_CUT}$&format=json", timeout)
-            found = {s["name"]: int(s["value"]) for s in cuts.json()["stats"] if "name" in s}
+            clusters = json.loads(CONNECTIONS.get(self.url, timeout))["cluster_statuses"]
+            url = f"{admin}/stats?filter={_CUT}$&format=json"
+            cuts = json.loads(CONNECTIONS.get(url, timeout))["stats"]
+            found = {s["name"]: int(s["value"]) for s in cuts if "name" in s}
             counts = {
                 cluster["name"]: _host(host, found[f"cluster.{cluster['name']}.{_CUT}"])
                 for cluster in clusters
                 for host in cluster.get("host_statuses", ())
             }
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
         self.answered_at = time.monotonic()
         return counts

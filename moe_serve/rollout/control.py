@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import signal
 import sys
 import time
@@ -15,7 +16,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -25,8 +25,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response
 
 from moe_serve.errors import MoeServeError
+from moe_serve.metrics.asking import CONNECTIONS
 from moe_serve.metrics.exporter import Exporter
-from moe_serve.metrics.sources import answer
 from moe_serve.rollout import api, controller
 from moe_serve.rollout.access import Access, Bound, problem
 from moe_serve.rollout.connections import Bounded
@@ -120,10 +120,10 @@ def _plain(app: FastAPI, stack: StackState, collector: Exporter) -> None:
         if engine is None:
             return problem(404, f"no engine {variant!r}")
         try:
-            told = answer(f"{engine.url}/metrics", timeout=5.0)
-        except httpx.HTTPError as exc:
+            told = CONNECTIONS.answer(f"{engine.url}/metrics", timeout=5.0)
+        except OSError as exc:
             return problem(502, f"the engine does not answer ({type(exc).__name__})")
-        return Response(told.content, told.status_code, media_type=told.headers.get("content-type"))
+        return Response(told.body, told.status, media_type=told.kind)
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> Response:
@@ -190,6 +190,9 @@ def main() -> None:
     # uvicorn hands a signal on once it has stopped; the default would end us before the lease is
     # given back.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # What was imported stays: not looking through it again at every scrape saves a quarter of one.
+    gc.collect()
+    gc.freeze()
     try:
         server(app, options.host, options.port).run()
     finally:

@@ -12,14 +12,14 @@ from moe_serve.errors import MoeServeError
 from moe_serve.families.kv import kv_bytes_per_token
 from moe_serve.files import read_json
 from moe_serve.metrics.drift import Drift
-from moe_serve.metrics.exporter import READ, Exporter, Watched
+from moe_serve.metrics.exporter import READ, Exporter, Recorded, Watched
 from moe_serve.metrics.sources import Source
 from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.people import ACTOR
 from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.sources import counts_of
-from moe_serve.rollout.store import Store
-from moe_serve.rollout.traffic import DECISIONS, status
+from moe_serve.rollout.store import Saved, Store
+from moe_serve.rollout.traffic import DECISIONS, state_name
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import PRUNED
@@ -32,13 +32,6 @@ _SLOW, _PAUSE = 1.0, 30.0
 def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
     """The collector of a stack's metrics."""
     patience = Patience()
-
-    def share() -> float | None:
-        return patience.ask(lambda: routing_of(state).read().percent / 100.0)
-
-    def name() -> str | None:
-        return patience.ask(lambda: str(status(state)["state"]))
-
     calibrated = _calibrated(Path(stack.engines[PRUNED].model))
     engines = [
         Watched(
@@ -56,11 +49,7 @@ def exporter(state: Path, stack: StackState, votes: Votes) -> Exporter:
         model=stack.served_model,
         engines=engines,
         proxy=counts_of(stack),
-        weight=share,
-        state=name,
-        decisions=lambda: _decisions(state),
-        guards=lambda: _guards(state),
-        quality=lambda: _probed(state),
+        recorded=lambda: _recorded(state, patience),
         votes=votes.totals,
         expert_bytes=_expert_bytes(Path(stack.engines["pruned"].model)),
     )
@@ -89,11 +78,24 @@ class Patience:
             return None
 
 
-def _decisions(state: Path) -> dict[tuple[str, str], int]:
+def _recorded(state: Path, patience: Patience) -> Recorded:
+    split = patience.ask(lambda: routing_of(state).read())
+    share = split.percent / 100.0 if split is not None else None
     try:
-        changes = Store(state).tally()
+        store = Store(state)
+        saved, tally = store.saved(), store.tally()
     except MoeServeError:
-        return {}
+        return Recorded(share=share)
+    return Recorded(
+        share=share,
+        state=state_name(saved.state, split.percent) if split is not None else None,
+        decisions=_decisions(tally),
+        guards=_guards(saved),
+        quality=_probed(saved),
+    )
+
+
+def _decisions(changes: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
     # A person's words may be anything; as a label only whether there were some.
     # Those never taken are there as zero: a rate needs the sample before the first one.
     counted: Counter[tuple[str, str]] = Counter()
@@ -104,11 +106,7 @@ def _decisions(state: Path) -> dict[tuple[str, str], int]:
     return dict(counted)
 
 
-def _guards(state: Path) -> tuple[int, dict[tuple[str, str], float]] | None:
-    try:
-        saved = Store(state).saved()
-    except MoeServeError:
-        return None
+def _guards(saved: Saved) -> tuple[int, dict[tuple[str, str], float]] | None:
     if not saved.state.active:
         return None
     found = saved.seen.get("decision", {}).get("evidence", [])
@@ -116,11 +114,8 @@ def _guards(state: Path) -> tuple[int, dict[tuple[str, str], float]] | None:
     return saved.state.step, {(e["guard"], end): e[end] for e in found for end in ends}
 
 
-def _probed(state: Path) -> Mapping[str, tuple[int, float, float]]:
-    try:
-        found = Store(state).saved().seen.get("quality")
-    except MoeServeError:
-        return {}
+def _probed(saved: Saved) -> Mapping[str, tuple[int, float, float]]:
+    found = saved.seen.get("quality")
     return Quality.from_json(found).by_domain() if found is not None else {}
 
 

@@ -273,7 +273,7 @@ def status(state: Path) -> dict[str, Any]:
     saved = store.saved()
     last = next((c for c in store.history() if c.abandoned_at is None), None)
     return {
-        "state": _state_name(saved.state, split.percent),
+        "state": state_name(saved.state, split.percent),
         "step": saved.state.step,
         "reason": saved.state.reason,
         "reason_codes": saved.state.codes,
@@ -292,7 +292,7 @@ def status(state: Path) -> dict[str, Any]:
     }
 
 
-def _state_name(state: State, percent: float) -> str:
+def state_name(state: State, percent: float) -> str:
     """The rollout's phase; without one, what the split amounts to."""
     if state.active or (state.phase == "rolled_back" and percent == 0.0):
         return state.phase

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from moe_serve.metrics.catalogue import CATALOGUE
 from moe_serve.metrics.drift import Drift
-from moe_serve.metrics.exporter import Exporter, Watched
+from moe_serve.metrics.exporter import Exporter, Recorded, Watched
 from moe_serve.metrics.memory import GpuReading
 from moe_serve.metrics.sources import Endpoints, Host, Source
 from moe_serve.serving.process import free_port
@@ -43,6 +46,13 @@ vllm:time_to_first_token_seconds_sum{model_name="m"} 1.5
 # TYPE vllm:cache_config_info gauge
 vllm:cache_config_info{block_size="16",num_gpu_blocks="100"} 1
 """
+
+RECORDED = Recorded(
+    share=0.25,
+    state="canary",
+    decisions={("set", "by hand"): 3},
+    quality={"japanese": (5, 0.25, 0.75)},
+)
 
 
 @pytest.fixture
@@ -92,10 +102,7 @@ def exporter(engine: str, pid: int) -> Exporter:
             for name, url in (("original", engine), ("pruned", dead))
         ],
         proxy=Endpoints(name="envoy", url=dead),
-        weight=lambda: 0.25,
-        state=lambda: "canary",
-        decisions=lambda: {("set", "by hand"): 3},
-        quality=lambda: {"japanese": (5, 0.25, 0.75)},
+        recorded=lambda: RECORDED,
         votes=lambda: {("pruned", "bad"): 2.0},
     )
 
@@ -133,7 +140,7 @@ def test_everything_documented_is_exported_and_nothing_else(
     monkeypatch.setattr("moe_serve.metrics.exporter.read_gpus", lambda: [gpu])
     whole = exporter(engine, os.getpid())
     whole.engines[0] = replace(whole.engines[0], drift=Drift({"0": (1.0, 1.0)}))
-    whole.guards = lambda: (1, {("errors", "lower"): 0.0})
+    whole.recorded = lambda: replace(RECORDED, guards=(1, {("errors", "lower"): 0.0}))
     whole.expert_bytes = {("0", "kept"): 1}
     whole.proxy = Proxy()
     found = {family.name: family for family in whole.collect()}
@@ -182,6 +189,32 @@ def test_a_dead_process_has_no_memory(engine: str) -> None:
     gone = 2**22 - 1
     found = samples(exporter(engine, gone))
     assert not [labels for name, labels in found if ("kind", "rss") in labels]
+
+
+def test_engines_that_hang_do_not_add_up(engine: str) -> None:
+    """Both accept a connection and say nothing: a scrape waits for them at once, 2 s each."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}/metrics"
+        whole = exporter(engine, os.getpid())
+        whole.engines = [replace(e, source=Source(name=e.variant, url=url)) for e in whole.engines]
+        whole.proxy = Endpoints(name="envoy", url=url)
+        began = time.monotonic()
+        list(whole.collect())
+        assert 1.9 < time.monotonic() - began < 3.5
+
+
+def test_the_processes_of_an_engine_are_looked_up_now_and_then(engine: str) -> None:
+    """A child that is started is found when half a minute has passed; one that is gone never."""
+    now = [0.0]
+    whole = exporter(engine, os.getpid())
+    whole.clock = lambda: now[0]
+    before = whole._tree(os.getpid())
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert whole._tree(os.getpid()) == before
+        now[0] = 31.0
+        assert child.pid in whole._tree(os.getpid())
+        child.kill()
+    assert whole._tree(2**22 - 1) == []
 
 
 def test_the_catalogue_follows_the_rules() -> None:
