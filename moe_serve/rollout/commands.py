@@ -9,8 +9,9 @@ from pathlib import Path
 from moe_serve.errors import RolloutError, UsageError
 from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.probes import load_probes
+from moe_serve.rollout.record import Saved
 from moe_serve.rollout.state import begin, pause, resume
-from moe_serve.rollout.store import Saved, Store
+from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import Basis, Moved, move
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState

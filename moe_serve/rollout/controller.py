@@ -27,10 +27,11 @@ from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.prober import Prober, prober_of
 from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.reading import Reading
+from moe_serve.rollout.record import Saved
 from moe_serve.rollout.recovery import recover
 from moe_serve.rollout.said import say
 from moe_serve.rollout.sources import Sources, sources_of
-from moe_serve.rollout.store import Saved, Store
+from moe_serve.rollout.store import Store
 from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import Basis, move
 from moe_serve.rollout.users import Users

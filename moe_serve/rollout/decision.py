@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe_serve.rollout.guards import Evidence, errors, latency, share, split_mismatch
-from moe_serve.rollout.policy import GarbageGuard, Policy, QualityGuard, Step
+from moe_serve.rollout.margins import GarbageGuard, QualityGuard
+from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.quality import Quality, garbage, quality
 from moe_serve.rollout.said import codes, join, say
 from moe_serve.rollout.state import State, enter, pause, roll_back

@@ -17,8 +17,9 @@ from moe_serve.metrics.sources import Source
 from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.people import ACTOR
 from moe_serve.rollout.quality import Quality
+from moe_serve.rollout.record import Saved
 from moe_serve.rollout.sources import counts_of
-from moe_serve.rollout.store import Saved, Store
+from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import DECISIONS, state_name
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState

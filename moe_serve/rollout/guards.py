@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from moe_serve.rollout.policy import LatencyGuard, Part, Policy, ShareGuard, Step
+from moe_serve.rollout.margins import LatencyGuard, Part, ShareGuard
+from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.said import codes, say
 from moe_serve.rollout.sequential import (
     log_share_e_process,

@@ -17,7 +17,8 @@ from moe_serve.files import read_json, write_json
 from moe_serve.rollout import view
 from moe_serve.rollout.hooks import notify
 from moe_serve.rollout.policy import Hooks, Policy
-from moe_serve.rollout.store import Entry, Store
+from moe_serve.rollout.record import Entry
+from moe_serve.rollout.store import Store
 
 FILE: Final = "told.json"
 ACTOR: Final = "controller"

@@ -9,23 +9,16 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from moe_serve.errors import UsageError
+from moe_serve.rollout.margins import Guards, Hard
+from moe_serve.rollout.table import Positive, Share, Table
 from moe_serve.serving.keys import KEY_HEADER
 from moe_serve.serving.routes import STICKY
 
-Metric = Literal["ttft", "tpot"]
-Part = Literal["truncated", "empty", "feedback"]
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
 
-
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Step(_Part):
+class Step(Table):
     """One share of the traffic, held until the guards say what is needed to leave it."""
 
     weight: float = Field(ge=0.0, lt=100.0)
@@ -59,107 +52,7 @@ class Step(_Part):
         return self.weight > 0.0 or self.shadow > 0.0
 
 
-class ErrorGuard(_Part):
-    """Requests that failed at the proxy: status 500 and above, resets, streams cut off."""
-
-    margin: Share = 0.005
-    """Tolerated difference of failure rates, pruned - original. Half a percentage point: below
-    what users notice beside their own network."""
-    ratio: float = Field(default=2.0, ge=1.0)
-    """Rolled back when pruned provably fails more than this many times as often (and the
-    difference is not already shown to be within the margin): the quicker test where failures
-    are rare."""
-
-
-class LatencyGuard(_Part):
-    """Share of requests slower than an objective."""
-
-    objective: Positive
-    """Seconds. Tested at the engine's histogram edge nearest to it, which the evidence names."""
-    margin: Share = 0.05
-    """Tolerated difference of the shares over the objective. Five points: a pruned model is there
-    to be faster; this excludes that it is plainly slower."""
-    allowed: Share = 0.1
-    """Tolerated share over the objective where there is nothing comparable to compare with."""
-    compare: Literal["original", "objective"] = "original"
-    """``original``: within strata of concurrency, because load differs by weight; where less than
-    half of the pruned requests have a counterpart there, ``objective``."""
-
-
-class ShareGuard(_Part):
-    """Share of the answers, or of the votes on them, that are of a kind."""
-
-    margin: Share
-    """Tolerated difference of the shares, pruned - original."""
-
-
-class QualityGuard(_Part):
-    """What probes say of the pruned variant's predictions, beside the original's."""
-
-    kl: Positive = 0.25
-    """Tolerated divergence from the original, nats per token, mean over the probe set (a lower
-    bound of it, from the likeliest tokens; each place counts for 2 nats at most). A quarter: about
-    what dropping half of the experts by a published rule costs a small model."""
-    top1: Share = 0.3
-    """Tolerated share of the places at which the likeliest token is another one."""
-    domain: float = Field(default=3.0, ge=1.0)
-    """No domain's mean divergence may exceed ``kl`` times this: one that is lost must not hide
-    behind the others."""
-
-
-class GarbageGuard(_Part):
-    """Probes whose answer is empty, loops, changes to a foreign script or is broken text."""
-
-    margin: Share = 0.3
-    """Tolerated difference of the shares, pruned - original. Wide: small models loop now and then
-    by chance, a set has few probes, and what is meant is a model that falls apart."""
-
-
-class Guards(_Part):
-    """Non-inferiority tests against margins. A guard left out (``ttft = "off"``) is not tested."""
-
-    errors: ErrorGuard = ErrorGuard()
-    ttft: LatencyGuard | Literal["off"] = LatencyGuard(objective=1.0)
-    """Time to first token. One second: where a person begins to wait."""
-    tpot: LatencyGuard | Literal["off"] = LatencyGuard(objective=0.1)
-    """Time per output token *after the first*, mean of a request
-    (``vllm:request_time_per_output_token_seconds``). 0.1 s: faster than people read."""
-    truncated: ShareGuard | Literal["off"] = ShareGuard(margin=0.05)
-    """Answers that ended at a length limit, or because the engine saw them repeat themselves
-    (``vllm:request_success_total``). Five points: a model that has lost its end goes on."""
-    empty: ShareGuard | Literal["off"] = ShareGuard(margin=0.02)
-    """Answers of one token at most, which is what an empty one comes to
-    (``vllm:request_generation_tokens``)."""
-    feedback: ShareGuard | Literal["off"] = "off"
-    """Votes against an answer (``POST /feedback``). Off: without votes it would never pass."""
-    quality: QualityGuard | Literal["off"] = QualityGuard()
-    garbage: GarbageGuard | Literal["off"] = GarbageGuard()
-
-    def shares(self) -> dict[Part, ShareGuard]:
-        """Those in use that compare shares of answers or votes."""
-        found: dict[Part, ShareGuard | Literal["off"]] = {
-            "truncated": self.truncated,
-            "empty": self.empty,
-            "feedback": self.feedback,
-        }
-        return {name: guard for name, guard in found.items() if isinstance(guard, ShareGuard)}
-
-    @property
-    def probed(self) -> int:
-        """Tests that rest on probes."""
-        return 2 * (self.quality != "off") + (self.garbage != "off")
-
-    def latency(self) -> dict[Metric, LatencyGuard]:
-        """Those in use."""
-        found: dict[Metric, LatencyGuard] = {}
-        if isinstance(self.ttft, LatencyGuard):
-            found["ttft"] = self.ttft
-        if isinstance(self.tpot, LatencyGuard):
-            found["tpot"] = self.tpot
-        return found
-
-
-class Probes(_Part):
+class Probes(Table):
     """Texts that both engines are asked, for the guards ``quality`` and ``garbage``."""
 
     texts: Path | None = None
@@ -178,27 +71,7 @@ class Probes(_Part):
     """Of the set; filled in when the rollout starts. A file that then changes is not asked."""
 
 
-class Hard(_Part):
-    """What is acted on at once, without statistics. Far from anything a healthy engine does."""
-
-    failed_share: Share = 0.5
-    """Of the pruned requests of the last minute."""
-    failed_requests: int = Field(default=20, ge=1)
-    """As many must have failed for the share to count: one failure of one is no burst."""
-    unhealthy_seconds: float = Field(default=15.0, ge=0.0)
-    """The pruned engine's health check failing. Its traffic already goes to the original."""
-    restarts: int = Field(default=3, ge=1)
-    """Restarts of pruned engines..."""
-    restart_seconds: Positive = 86_400.0
-    """...within so long, under one split. A day: as long as a step lasts at most; after promotion
-    the odd restart in a month is no loop."""
-    kv_usage: float = Field(default=0.99, gt=0.0, le=1.0)
-    """The pruned engine's KV cache this full..."""
-    kv_seconds: float = Field(default=300.0, ge=0.0)
-    """...for this long while requests wait. Five minutes: a burst passes, a leak does not."""
-
-
-class Freeze(_Part):
+class Freeze(Table):
     """When traffic must not be moved towards the pruned variant. Rolling back always may."""
 
     days: tuple[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"], ...] = Field(min_length=1)
@@ -214,7 +87,7 @@ class Freeze(_Part):
         return day in self.days and self.start <= moment.time().replace(microsecond=0) <= self.end
 
 
-class Hooks(_Part):
+class Hooks(Table):
     """Told of every decision but a hold, a person's too, as one JSON object.
 
     None can delay or prevent it. The controller tells, whoever decided: with none running (``up``
@@ -231,7 +104,7 @@ class Hooks(_Part):
     """Started with the object on its standard input; no shell."""
 
 
-class Prometheus(_Part):
+class Prometheus(Table):
     """Counters from a Prometheus server, for several engines per variant."""
 
     prometheus: str = Field(pattern=r"^https?://")
@@ -245,7 +118,7 @@ _DEFAULT: Final = dict(way.split(":", 1) for way in STICKY)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{0,64}$")]
 
 
-class Sticky(_Part):
+class Sticky(Table):
     """What keeps a user, and so a conversation, on one variant.
 
     The first of them that a request has is hashed by the proxy; a ramp moves users one way only.
@@ -293,7 +166,7 @@ def _default_steps() -> tuple[Step, ...]:
     )
 
 
-class Policy(_Part):
+class Policy(Table):
     """A whole rollout."""
 
     steps: tuple[Step, ...] = Field(default_factory=_default_steps, min_length=1)

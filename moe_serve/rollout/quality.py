@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from moe_serve.rollout.guards import Evidence
-from moe_serve.rollout.policy import GarbageGuard, Policy, QualityGuard
+from moe_serve.rollout.margins import GarbageGuard, QualityGuard
+from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.said import say
 from moe_serve.rollout.sequential import Interval, betting_interval

@@ -24,8 +24,9 @@ from pathlib import Path
 
 from moe_serve.errors import RolloutError
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.record import Change
 from moe_serve.rollout.state import State, pause, roll_back
-from moe_serve.rollout.store import Change, Store
+from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import routes_lock
 from moe_serve.serving.routes import Split, new_split
 from moe_serve.serving.routing import Routing, routing_of

@@ -8,9 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from moe_serve.rollout.policy import Policy
+from moe_serve.rollout.record import Change
 from moe_serve.rollout.said import Codes
 from moe_serve.rollout.state import Phase
-from moe_serve.rollout.store import Change
 
 Action = Literal["start", "pause", "resume", "promote", "rollback", "set"]
 

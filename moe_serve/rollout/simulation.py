@@ -15,7 +15,8 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from moe_serve.rollout.decision import apply, decide
-from moe_serve.rollout.policy import Policy, QualityGuard, ShareGuard
+from moe_serve.rollout.margins import QualityGuard, ShareGuard
+from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import BOUND, Quality
 from moe_serve.rollout.reading import ArmReading, Reading

@@ -14,7 +14,8 @@ from typing import Any, Final, Protocol
 import httpx
 
 from moe_serve.metrics.sources import Counts, Endpoints, EngineCounts, Host, Source, buckets, total
-from moe_serve.rollout.policy import Metric, Policy, Prometheus
+from moe_serve.rollout.margins import Metric
+from moe_serve.rollout.policy import Policy, Prometheus
 from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import VARIANTS

@@ -12,13 +12,13 @@ import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.errors import Overtaken, RolloutError
-from moe_serve.rollout import audit
+from moe_serve.rollout import audit, lease
 from moe_serve.rollout.database import opened
+from moe_serve.rollout.record import Change, Entry, Saved
 from moe_serve.rollout.state import State, pause
 
 DATABASE: Final = "rollout.sqlite3"
@@ -52,72 +52,11 @@ CREATE TABLE IF NOT EXISTS rollout (
     seen TEXT NOT NULL
 ) STRICT;
 INSERT OR IGNORE INTO rollout VALUES (1, 0, '{}', NULL, '{}');
-CREATE TABLE IF NOT EXISTS lease (
-    id INTEGER PRIMARY KEY CHECK (id = 1),
-    holder TEXT NOT NULL,
-    expires REAL NOT NULL
-) STRICT;
 """
+    + lease.SCHEMA
     + audit.SCHEMA
     + f"PRAGMA user_version = {_VERSION}; COMMIT;"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Change:
-    """One change of the split."""
-
-    id: int
-    at: float
-    """Seconds since the epoch when it was intended."""
-    actor: str
-    decision: str
-    """``set``, ``start``, ``advance``, ``resume``, ``promote``, ``rollback``, ``edited``."""
-    reason: str
-    percent_before: float | None
-    percent_after: float
-    version: str
-    """Of the route file."""
-    hash_before: str | None
-    """SHA-256 of the route file."""
-    hash_after: str | None
-    written_at: float | None
-    """When the route file was in place."""
-    confirmed_at: float | None
-    """When Envoy said it was in force."""
-    abandoned_at: float | None
-    """When it was found never to have been written, and given up."""
-    evidence: Any
-    """What it rested on: the controller's decision as JSON; empty where a person decided."""
-
-    def to_json(self) -> dict[str, Any]:
-        """For API and CLI."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Entry:
-    """One line of the audit log."""
-
-    id: int
-    kind: str
-    """``intended``, ``written``, ``confirmed``, ``abandoned``, ``paused``, ``dry-run``, ..."""
-    body: dict[str, Any]
-    change: Change | None
-    """The change that an ``intended`` began, as it stands now."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
-    """Where the rollout stands on disk."""
-
-    revision: int
-    """Grows with each change of the state; who acts on an old one is refused."""
-    state: State
-    policy: str | None
-    """The policy that it began with, as JSON."""
-    seen: dict[str, Any]
-    """The window of evidence and the last decision."""
 
 
 class Store:
@@ -235,13 +174,7 @@ class Store:
                     remedy="look at moe-serve rollout status, then decide again",
                 )
         if holder is not None:
-            row = db.execute("SELECT holder FROM lease").fetchone()
-            if row is None or row[0] != holder:
-                raise Overtaken(
-                    "another controller has taken the lease",
-                    where="rollout",
-                    remedy="run one controller for a state directory",
-                )
+            lease.check(db, holder)
 
     @staticmethod
     def _put(db: sqlite3.Connection, state: State) -> None:
@@ -341,27 +274,17 @@ class Store:
             Overtaken: another controller has it.
         """
         with self._writing() as db:
-            row = db.execute("SELECT holder, expires FROM lease").fetchone()
-            now = time.time()
-            # A lease that ends further ahead than any is given was left by a clock gone wrong.
-            if row is not None and row[0] != holder and now < row[1] <= now + 10.0 * seconds:
-                raise Overtaken(
-                    f"another controller ({row[0]}) drives this stack",
-                    where=str(self._path),
-                    remedy=f"stop it, or wait {row[1] - now:.0f} s if it is gone",
-                )
-            db.execute("INSERT OR REPLACE INTO lease VALUES (1, ?, ?)", (holder, now + seconds))
+            lease.take(db, holder, seconds, where=str(self._path))
 
     def release(self, holder: str) -> None:
         """Give the lease up."""
         with self._writing() as db:
-            db.execute("DELETE FROM lease WHERE holder = ?", (holder,))
+            lease.release(db, holder)
 
     def lease_holder(self) -> str | None:
         """Who may act now."""
         with self._open() as db:
-            row = db.execute("SELECT holder, expires FROM lease").fetchone()
-        return str(row[0]) if row is not None and time.time() < row[1] else None
+            return lease.holder(db)
 
     def history(self, limit: int = 100, before: int | None = None) -> list[Change]:
         """The latest changes, newest first; with ``before`` only those of a smaller id."""
@@ -371,7 +294,7 @@ class Store:
                 f"SELECT {columns} FROM changes WHERE id < ? ORDER BY id DESC LIMIT ?",  # noqa: S608 - constant
                 (_ENDLESS if before is None else before, limit),
             ).fetchall()
-        return [_change(row) for row in rows]
+        return [Change.of(row) for row in rows]
 
     def began(self) -> float | None:
         """When the latest rollout by policy began, seconds since the epoch."""
@@ -403,7 +326,7 @@ class Store:
                 id=row[0],
                 kind=row[1],
                 body=json.loads(row[2]),
-                change=_change(row[3:]) if row[3] is not None else None,
+                change=Change.of(row[3:]) if row[3] is not None else None,
             )
             for row in rows
         ]
@@ -412,12 +335,6 @@ class Store:
         """Recompute the chain of the audit log and compare it with the changes."""
         with self._open() as db:
             return audit.verify(db)
-
-
-def _change(row: tuple[Any, ...]) -> Change:
-    """From its columns, in the order of the fields."""
-    values = dict(zip(Change.__slots__, row, strict=True))
-    return Change(**{**values, "evidence": json.loads(values["evidence"])})
 
 
 def _json(value: Mapping[str, Any]) -> str:

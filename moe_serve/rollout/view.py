@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from moe_serve.rollout import schema
 from moe_serve.rollout.policy import Hooks, Policy, load_policy
-from moe_serve.rollout.store import Change, Entry, Saved, Store
+from moe_serve.rollout.record import Change, Entry, Saved
+from moe_serve.rollout.store import Store
 from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import status
 from moe_serve.rollout.window import Window

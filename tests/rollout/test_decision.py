@@ -10,7 +10,8 @@ import pytest
 
 from moe_serve.rollout import decision as d
 from moe_serve.rollout import state as s
-from moe_serve.rollout.policy import Freeze, Hard, Policy, Step
+from moe_serve.rollout.margins import Hard
+from moe_serve.rollout.policy import Freeze, Policy, Step
 from moe_serve.rollout.reading import ArmReading
 from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED

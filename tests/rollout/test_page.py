@@ -19,7 +19,8 @@ from benchmarks.fixtures import MODEL
 from moe_serve.rollout import control, controller
 from moe_serve.rollout.commands import start_rollout
 from moe_serve.rollout.decision import Decision, judge
-from moe_serve.rollout.policy import Guards, Policy, ShareGuard
+from moe_serve.rollout.margins import Guards, ShareGuard
+from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import NOTHING, Quality
 from moe_serve.rollout.said import join, say

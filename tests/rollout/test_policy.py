@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from moe_serve.errors import UsageError
-from moe_serve.rollout import policy as module
-from moe_serve.rollout.policy import Policy, Sticky, _Part, load_policy
+from moe_serve.rollout import margins, policy
+from moe_serve.rollout.policy import Policy, Sticky, load_policy
+from moe_serve.rollout.table import Table
 from moe_serve.serving.keys import KEY_HEADER
 
 
@@ -111,12 +112,13 @@ def test_mistakes_are_named(text: str, says: str, tmp_path: Path) -> None:
 
 def test_every_field_is_explained() -> None:
     """A field without a sentence after it is refused here; a part explains itself."""
-    parts = [p for p in vars(module).values() if isinstance(p, type) and issubclass(p, _Part)]
-    assert Policy in parts
+    found = [*vars(policy).values(), *vars(margins).values()]
+    parts = [part for part in found if isinstance(part, type) and issubclass(part, Table)]
+    assert {Policy, margins.ErrorGuard} <= {*parts}
     silent = {
         f"{part.__name__}.{name}"
         for part in parts
         for name, field in part.model_fields.items()
-        if not field.description and not isinstance(field.default, _Part)
+        if not field.description and not isinstance(field.default, Table)
     }
     assert silent == set()

@@ -13,7 +13,8 @@ from moe_serve.rollout import decision as d
 from moe_serve.rollout import sequential as sq
 from moe_serve.rollout.feedback import Votes
 from moe_serve.rollout.guards import Evidence
-from moe_serve.rollout.policy import Guards, Policy, ShareGuard, Step
+from moe_serve.rollout.margins import Guards, ShareGuard
+from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.probing import Result
 from moe_serve.rollout.quality import Quality
 from moe_serve.rollout.state import begin

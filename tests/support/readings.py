@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from moe_serve.rollout.policy import Guards, Policy, Step
+from moe_serve.rollout.margins import Guards
+from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from moe_serve.rollout import schema, view
+from moe_serve.rollout.record import Entry
 from moe_serve.rollout.said import parts
-from moe_serve.rollout.store import Entry, Store
+from moe_serve.rollout.store import Store
 from moe_serve.rollout.web import charts
 from moe_serve.rollout.web.words import (
     Words,
