@@ -11,6 +11,7 @@ import torch
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.source import Checkpoint
+from moe_serve.checkpoint.table import MOST_BLOCKS
 from moe_serve.errors import PlanError
 from moe_serve.families import Shape
 from moe_serve.progress import Progress
@@ -200,8 +201,10 @@ def _spend(
     totals = [total] * len(ladders)
     if method.comparable and budget.across_layers:
         everywhere = budget.blocks(shape, layers=len(ladders))
-        room = most * shape.experts * len(ladders)
-        totals = distribute([c.error_K for c in curves.values()], min(everywhere, room))
+        # Of --block-width's more may be asked, which processors serve.
+        cap = min(most * shape.experts, max(MOST_BLOCKS, total))
+        errors = [c.error_K[: cap + 1] for c in curves.values()]
+        totals = distribute(errors, min(everywhere, cap * len(ladders)))
     return {
         index: ladder.plan(block, curves[index].counts(count))
         for (index, ladder), count in zip(ladders.items(), totals, strict=True)
