@@ -19,8 +19,9 @@ Foreign exceptions are translated once, where they enter.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class MoeServeError(Exception):
@@ -66,8 +67,30 @@ def located(where: str) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def within(folder: Path) -> Iterator[None]:
+    """A place that is named by itself, a file or a tensor, is one of this folder."""
+    try:
+        yield
+    except MoeServeError as exc:
+        if exc.where and not exc.where.startswith(str(folder)):
+            exc.where = f"{folder}: {exc.where}"
+        raise
+
+
 class UsageError(MoeServeError):
     """The options contradict each other or the input cannot be used."""
+
+
+def require_positive(bounds: Mapping[str, int | None], least: int = 1) -> None:
+    """Option → its value, ``None`` where it is left out.
+
+    Raises:
+        UsageError: naming the first that is less than ``least``.
+    """
+    for option, value in bounds.items():
+        if value is not None and value < least:
+            raise UsageError(f"is {value}", where=option, remedy=f"give {least} or more")
 
 
 class CheckpointError(MoeServeError):

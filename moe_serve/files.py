@@ -13,6 +13,7 @@ from typing import Any, Final
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint, OutputError
 
 REFETCH: Final = "fetch this file again and compare its size and SHA-256 with the source"
+MISMATCH: Final = "fetch config.json and all weights from one revision of one checkpoint"
 
 
 @contextmanager

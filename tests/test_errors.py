@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from moe_serve import errors
-from moe_serve.errors import MoeServeError, PlanError, located
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.errors import MoeServeError, PlanError, UsageError, located, require_positive
 
 
 def test_a_message_has_place_fault_and_remedy() -> None:
@@ -46,6 +47,26 @@ def test_a_place_is_added_where_none_was_named() -> None:
         raise PlanError("too small", remedy="keep more")
     with pytest.raises(PlanError, match=r"^--keep: too small$"), located("layer 3"):
         raise PlanError("too small", where="--keep")
+
+
+def test_the_bound_that_is_wrong_is_named_with_its_value() -> None:
+    """One that was left out is none, and the least is allowed."""
+    require_positive({"--limit": None, "--tokens": 1})
+    require_positive({"--length": 2}, least=2)
+    with pytest.raises(UsageError, match=r"^--tokens: is 0; give 1 or more$"):
+        require_positive({"--limit": 3, "--tokens": 0})
+    with pytest.raises(UsageError, match=r"^--length: is 1; give 2 or more$"):
+        require_positive({"--length": 1}, least=2)
+
+
+def test_of_two_models_the_wrong_one_is_named(tmp_path: Path) -> None:
+    """A file of it is not place enough; a folder is not said twice."""
+    (tmp_path / "config.json").write_text('{"model_type": "none"}')
+    with pytest.raises(MoeServeError, match=rf"^{tmp_path}: config\.json: model_type 'none'"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(MoeServeError, match=rf"^{tmp_path}/config\.json: is not a JSON object"):
+        open_checkpoint(tmp_path)
 
 
 def test_errors_become_exit_codes(tmp_path: Path) -> None:

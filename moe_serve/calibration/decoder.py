@@ -16,6 +16,7 @@ from torch import nn
 from moe_serve.calibration.mixture import Mixture, read_mixture
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CheckpointError
+from moe_serve.files import MISMATCH
 
 _DERIVED: Final = ".rotary_emb.inv_freq"
 """Old checkpoints store it; it follows from the config."""
@@ -222,5 +223,5 @@ class _LayerParts(nn.Module):
             raise CheckpointError(
                 "the layer's tensors do not fit the architecture: " + " ".join(str(exc).split()),
                 where=where,
-                remedy="config.json and weights belong to different checkpoints",
+                remedy=MISMATCH,
             ) from exc

@@ -164,7 +164,7 @@ def tokenize(
         raise CalibrationError(
             f"the tokenizer yields id {most}, the model knows {vocabulary} tokens",
             where=str(model),
-            remedy="tokenizer files and weights belong to different models",
+            remedy="copy the tokenizer files that came with these weights",
         )
     return packed
 

@@ -32,7 +32,8 @@ def export(source: Path, target: Path, form_name: str, progress: Progress = SILE
         raise UsageError(
             "is not a compact checkpoint",
             where=str(source),
-            remedy="only compact checkpoints hold the table that the other formats need",
+            remedy="give what moe-serve prune wrote with --format compact: only it holds the table "
+            "that the other formats need",
         )
     form = form_named(form_name, checkpoint, checkpoint.table)
     manifest = Manifest.load(source)

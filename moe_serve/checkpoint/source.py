@@ -29,9 +29,9 @@ from moe_serve.checkpoint.substitution import (
     retained,
 )
 from moe_serve.checkpoint.table import CompactTable, parse_table
-from moe_serve.errors import CheckpointError, IncompleteCheckpoint
+from moe_serve.errors import CheckpointError, IncompleteCheckpoint, within
 from moe_serve.families import Family, Projections, Shape, family_of
-from moe_serve.files import read_json
+from moe_serve.files import MISMATCH, read_json
 
 _CACHE_SCALES: Final = (".k_scale", ".v_scale")
 
@@ -88,7 +88,7 @@ class Checkpoint:
             raise IncompleteCheckpoint(
                 f"no shard holds tensor {name!r}",
                 where=str(self.path),
-                remedy="the download is incomplete, or config.json belongs to another checkpoint",
+                remedy=MISMATCH,
             ) from None
 
     def read_bytes(self, name: str) -> bytearray:
@@ -120,7 +120,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"tensor {name!r} is {list(entry.shape)}, the config says {list(shape)}",
                 where=str(entry.file),
-                remedy="config.json and weights belong to different checkpoints",
+                remedy=MISMATCH,
             )
         dtype = TORCH_DTYPES[entry.dtype]
         if entry.size == 0:
@@ -184,7 +184,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"tensor {name!r} is {list(weight.shape)}, the config says {list(shape)}",
                 where=str(self.path),
-                remedy="config.json and weights belong to different checkpoints",
+                remedy=MISMATCH,
             )
         if not bool(torch.isfinite(weight).all()):
             raise CheckpointError(
@@ -270,6 +270,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
             where=str(path),
             remedy="give the folder that holds config.json and the safetensors files",
         )
+    with within(path):
+        return _opened(path)
+
+
+def _opened(path: Path) -> Checkpoint:
     config = read_json(path / "config.json")
     family = family_of(config)
     shape = family.shape(config)
@@ -305,7 +310,7 @@ def _check_layers(checkpoint: Checkpoint) -> None:
                 f"tensor {name!r} belongs to a layer beyond the {layers} in the config"
                 + (f" and the {key} for prediction" if key else ""),
                 where=str(checkpoint.path),
-                remedy="config.json and weights belong to different checkpoints",
+                remedy=MISMATCH,
             )
 
 
@@ -319,7 +324,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                 f"router {entry.name!r} is {list(entry.shape)}, the config says "
                 f"{shape.experts} experts of hidden size {shape.hidden}",
                 where=str(checkpoint.path),
-                remedy="config.json and weights belong to different checkpoints",
+                remedy=MISMATCH,
             )
         compact = checkpoint.table.layers.get(layer)
         count = compact.blocks if compact else shape.experts
@@ -337,7 +342,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                         f"is stored as {checkpoint.scheme(name).name}, "
                         f"expert 0 of its layer as {scheme.name}",
                         where=f"{checkpoint.path}: {name}",
-                        remedy="experts of one layer must share a number format",
+                        remedy="give a checkpoint whose layers have one number format each",
                     )
                 for ending, stored in scheme.shapes(*form).items():
                     entry = checkpoint.entry(pieces[ending])
@@ -346,7 +351,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                             f"tensor {entry.name!r} is {list(entry.shape)}, "
                             f"expected {list(stored)}",
                             where=str(checkpoint.path),
-                            remedy="config.json and weights belong to different checkpoints",
+                            remedy=MISMATCH,
                         )
         expected |= _checked_constants(checkpoint, layer)
         prefix = family.expert_prefix(layer)
@@ -356,7 +361,7 @@ def _check_experts(checkpoint: Checkpoint) -> None:
                 f"layer {layer} holds expert tensors beyond the {count} it should, "
                 f"first {surplus[0]!r}",
                 where=str(checkpoint.path),
-                remedy="a quantised layout this version does not read, or a stale shard",
+                remedy="remove a stale shard, or give another quantisation: this one is not read",
             )
 
 
@@ -370,7 +375,7 @@ def _checked_constants(checkpoint: Checkpoint, layer: int) -> set[str]:
                 f"constant {entry.name!r} is {list(entry.shape)}, expected "
                 f"{[checkpoint.shape.hidden]}",
                 where=str(checkpoint.path),
-                remedy="config.json and weights belong to different checkpoints",
+                remedy=MISMATCH,
             )
         names.add(entry.name)
     return names
@@ -392,5 +397,5 @@ def _check_shared(checkpoint: Checkpoint) -> None:
                     f"tensor {entry.name!r} is {list(entry.shape)}, {family.shared_count_key} = "
                     f"{checkpoint.config[family.shared_count_key or '']} makes {list(stored)}",
                     where=str(checkpoint.path),
-                    remedy="config.json and weights belong to different checkpoints",
+                    remedy=MISMATCH,
                 )

@@ -96,7 +96,7 @@ def _refuse_other(config: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(
             "declares replaced experts as compression_config.transform_config.expert_substitution",
             where=where,
-            remedy=f"only {KEY} is read",
+            remedy=f"declare them as {KEY}, the only way that is read here",
         )
 
 

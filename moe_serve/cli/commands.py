@@ -82,7 +82,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
         "moe-serve up --original MODEL --pruned OUT --state state",
         "moe-serve up stack.toml --policy policy.toml",
     ),
-    "keys": (),
+    "keys": ("moe-serve keys add team-a --state state", "moe-serve keys list --state state"),
     "keys add": ("moe-serve keys add team-a --state state --requests-per-minute 600",),
     "keys remove": ("moe-serve keys remove team-a --state state",),
     "keys list": ("moe-serve keys list --state state",),

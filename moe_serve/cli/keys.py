@@ -42,7 +42,11 @@ def add_command(
 ) -> None:
     """Make a key and print it, once; only its hash is kept."""
     if variant not in {"", *VARIANTS}:
-        raise UsageError(f"{variant!r} is no variant", where="--variant", remedy="original, pruned")
+        raise UsageError(
+            f"{variant!r} is no variant",
+            where="--variant",
+            remedy="give original or pruned, or leave it out",
+        )
     secret = new_key(state, name, variant=variant, pin=pin, requests_per_minute=requests_per_minute)
     _put_in_force(state)
     if as_json:

@@ -68,7 +68,9 @@ Purpose = Annotated[
 ]
 Tokens = Annotated[int, typer.Option("--tokens", help="At most this many tokens from each domain.")]
 Length = Annotated[int, typer.Option("--sequence-length", help="Tokens per sequence.")]
-BatchTokens = Annotated[int, typer.Option("--batch-tokens", help="Tokens in memory at once.")]
+BatchTokens = Annotated[
+    int, typer.Option("--batch-tokens", min=1, help="Tokens in memory at once.")
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -105,7 +107,7 @@ GpuCount = Annotated[
 KvTokens = Annotated[
     int,
     typer.Option(
-        "--kv-tokens", help="With --memory or --gpu: tokens whose keys and values must fit."
+        "--kv-tokens", min=0, help="With --memory or --gpu: tokens whose keys and values must fit."
     ),
 ]
 MethodName = Annotated[
@@ -116,7 +118,14 @@ MethodName = Annotated[
         autocompletion=_methods,
     ),
 ]
-BlockWidth = Annotated[int | None, typer.Option("--block-width", help="Neurons per stored block.")]
+BlockWidth = Annotated[
+    int | None,
+    typer.Option(
+        "--block-width",
+        help="Neurons per stored block; by default the fewest that can be served, an eighth of an "
+        "expert at least.",
+    ),
+]
 RefitFlag = Annotated[
     bool | None,
     typer.Option(

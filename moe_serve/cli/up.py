@@ -27,22 +27,33 @@ class _Stopped(BaseException):
 
 
 def up_command(
-    config: Annotated[Path | None, typer.Argument(help="stack.toml")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="stack.toml; options given beside it come first.")
+    ] = None,
     original: Annotated[Path | None, typer.Option(help="The original checkpoint.")] = None,
     pruned: Annotated[Path | None, typer.Option(help="The pruned checkpoint.")] = None,
-    port: Annotated[int | None, typer.Option(help="Of the OpenAI endpoint.")] = None,
-    control_port: Annotated[int | None, typer.Option(help="Of page, API and metrics.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Of the OpenAI endpoint; by default 8000.")
+    ] = None,
+    control_port: Annotated[
+        int | None, typer.Option(help="Of page, API and metrics; by default 8001.")
+    ] = None,
     control_host: Annotated[
         str | None, typer.Option(help="Address of page, API and metrics; loopback by default.")
     ] = None,
     control_name: Annotated[
         list[str] | None, typer.Option(help="A host name they answer to. Repeatable.")
     ] = None,
-    state: Annotated[Path | None, typer.Option(help="Directory for routes and logs.")] = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Directory for routes, record and logs; by default moe-serve-state."),
+    ] = None,
     policy: Annotated[
         Path | None, typer.Option(help="policy.toml: watch, and decide once rollout start is told.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The public model name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The public model name; by default the original folder's.")
+    ] = None,
     share_gpu: Annotated[
         bool,
         typer.Option(

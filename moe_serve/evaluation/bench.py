@@ -51,7 +51,11 @@ def read(path: Path) -> Result:
             "holds not exactly one run", where=str(path), remedy=f"{tool.name}: {tool.how}"
         )
     if not found.completed:
-        raise UsageError("no request was completed", where=str(path), remedy="see its errors")
+        raise UsageError(
+            "no request was completed",
+            where=str(path),
+            remedy="measure again where the server answers; the tool's output says why it did not",
+        )
     return found
 
 

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 
 from moe_serve.calibration.texts import Document, read_texts
-from moe_serve.errors import UsageError
+from moe_serve.errors import require_positive
 from moe_serve.progress import Progress
 from moe_serve.serving.client import ServedModel
 from moe_serve.serving.garbage import Flaw, flaw
@@ -67,10 +67,7 @@ def side_by_side(
         CalibrationError: the prompts can't be read.
         ServingError: an engine doesn't answer as it should.
     """
-    if min(tokens, concurrency) < 1:
-        raise UsageError(
-            "must be positive", where="--answer-tokens, --concurrency", remedy="give 1 or more"
-        )
+    require_positive({"--answer-tokens": tokens, "--concurrency": concurrency})
     documents = read_texts([prompts]).documents
     progress.start("generate", len(documents))
     with httpx.Client(timeout=_PATIENCE) as client, ThreadPoolExecutor(concurrency) as pool:

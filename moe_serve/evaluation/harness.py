@@ -153,7 +153,9 @@ def load(spec: str) -> Any:
     path = Path(spec)
     local = path.exists()
     if not local and (path.suffix or len(path.parts) > 1):
-        raise UsageError("is not there", where=spec, remedy="see --tasks in --help")
+        raise UsageError(
+            "is not there", where=spec, remedy="correct the path, or give a name that lm-eval knows"
+        )
     folder = path if path.is_dir() else path.parent
     with _reading(spec), _data_in(folder) if local else contextlib.nullcontext():
         if not local:
@@ -161,7 +163,9 @@ def load(spec: str) -> Any:
         manager = TaskManager(include_path=".", include_defaults=False)
         names = manager.all_subtasks if folder == path else [path.name]
         if not names:
-            raise UsageError("holds no task file", where=spec, remedy="lm-eval's YAML")
+            raise UsageError(
+                "holds no task file", where=spec, remedy="put a YAML of lm-eval's into it"
+            )
         return manager.load(names)
 
 

@@ -88,7 +88,7 @@ def measure_load(
             raise ServingError(
                 "completed none of the requests that speed is measured with",
                 where=engine.url,
-                remedy="its log says why",
+                remedy="the engine's log says why",
             )
     return _result(engines[0], found[0], load), _result(engines[1], found[1], load)
 

@@ -11,7 +11,7 @@ import httpx
 import torch
 
 from moe_serve.calibration.texts import read_texts
-from moe_serve.errors import UsageError
+from moe_serve.errors import UsageError, require_positive
 from moe_serve.evaluation.bench import paired
 from moe_serve.evaluation.comparison import Comparison, compare
 from moe_serve.evaluation.generation import DEFAULT_ANSWER, side_by_side
@@ -59,22 +59,21 @@ class Wanted:
         Raises:
             UsageError: one is out of range, or asks of a directory what only an engine can do.
         """
-        if min(self.concurrency, self.answer_tokens, self.task_limit or 1) < 1:
-            raise UsageError(
-                "must be positive",
-                where="--concurrency, --answer-tokens, --task-limit",
-                remedy="give 1 or more",
-            )
         load = self.load or Load()
-        if min(load.requests, load.prompt_tokens, load.answer_tokens, load.concurrency) < 1:
-            raise UsageError(
-                "must be positive",
-                where="--speed-requests, --answer-tokens",
-                remedy="give 1 or more",
-            )
+        require_positive(
+            {
+                "--concurrency": min(self.concurrency, load.concurrency),
+                "--answer-tokens": min(self.answer_tokens, load.answer_tokens),
+                "--task-limit": self.task_limit,
+                "--speed-requests": load.requests,
+                "prompt tokens": load.prompt_tokens,
+            }
+        )
         for option, wanted in (("--prompts", self.prompts), ("--save-bench", self.results)):
             if wanted is not None and not self.engines:
-                raise UsageError("needs two engines", where=option, remedy="give their URLs")
+                raise UsageError(
+                    "needs two engines", where=option, remedy="give their URLs, not directories"
+                )
         if self.results is not None and self.load is None:
             raise UsageError("has nothing to save", where="--save-bench", remedy="give --speed")
 

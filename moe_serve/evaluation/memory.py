@@ -92,7 +92,9 @@ def _load(path: Path) -> dict[str, float]:
     )
     if done.returncode:
         raise CheckpointError(
-            "its weights can't be read", where=str(path), remedy="moe-serve verify says more"
+            "its weights can't be read",
+            where=str(path),
+            remedy=f"moe-serve verify {path} says which",
         )
     found: dict[str, float] = json.loads(done.stdout)
     return found

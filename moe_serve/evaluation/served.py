@@ -22,7 +22,7 @@ from moe_serve.calibration.passages import passages
 from moe_serve.calibration.sequences import pack
 from moe_serve.calibration.texts import read_texts
 from moe_serve.checkpoint.manifest import MANIFEST, Manifest
-from moe_serve.errors import UsageError
+from moe_serve.errors import UsageError, require_positive
 from moe_serve.evaluation.comparison import Comparison
 from moe_serve.evaluation.models import Model, is_url
 from moe_serve.evaluation.quality import Floats, by_domain
@@ -65,12 +65,8 @@ def compare_served(
             where="--texts",
             remedy="texts that calibration did not use: .jsonl, .txt or a folder of them",
         )
-    if min(texts.tokens, texts.length - 1, top) < 1:
-        raise UsageError(
-            "must be positive",
-            where="--tokens, --sequence-length (from 2), --top",
-            remedy="give 1 or more, 2 for the length",
-        )
+    require_positive({"--tokens": texts.tokens, "--top": top})
+    require_positive({"--sequence-length": texts.length}, least=2)
     documents = read_texts(texts.paths)
     limits = [n for n in (before.length, after.length) if n]
     length = min([texts.length, *limits])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_serve.calibration.passages import Known, passages
-from moe_serve.errors import UsageError
+from moe_serve.errors import UsageError, require_positive
 from moe_serve.evaluation.models import Model
 from moe_serve.evaluation.paired import mean_of, paired
 from moe_serve.evaluation.served import calibration_of
@@ -37,8 +37,7 @@ def compare_tasks(
         UsageError: lm-eval is not installed, or a task can't be used.
         ServingError: an engine doesn't answer as it should.
     """
-    if limit is not None and limit < 1:
-        raise UsageError("must be positive", where="--task-limit", remedy="give 1 or more")
+    require_positive({"--task-limit": limit})
     harness = _harness()
     rows: list[dict[str, Any]] = []
     by_metric: dict[str, list[Any]] = {}

@@ -307,14 +307,14 @@ def family_of(config: Config) -> Family:
         raise UnsupportedFamily(
             f"model_type {model_type!r} has no row in the family table ({reason})",
             where="config.json",
-            remedy=f"supported: {known}",
+            remedy=f"give a checkpoint of one that has: {known}",
         )
     architectures = config.get("architectures") or [family.architecture]
     if architectures[0] not in (family.architecture, family.compact_architecture):
         raise UnsupportedFamily(
             f"architecture {architectures[0]!r} is not a causal language model of this family",
             where="config.json",
-            remedy=f"expected {family.architecture}",
+            remedy=f"give the {family.architecture} of this model",
         )
     return family
 

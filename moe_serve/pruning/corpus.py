@@ -16,7 +16,7 @@ from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import CalibrationRecord
 from moe_serve.calibration.texts import Source, Texts, declared, read_texts, with_task
 from moe_serve.checkpoint.source import Checkpoint
-from moe_serve.errors import UsageError
+from moe_serve.errors import UsageError, require_positive
 
 DEFAULT_TOKENS: Final = 8192
 """Tokens taken from each domain."""
@@ -142,10 +142,7 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
         )
     if not options.given:
         return None
-    if options.tokens < 1 or options.length < 1:
-        raise UsageError(
-            "must be positive", where="--tokens, --sequence-length", remedy="give 1 or more"
-        )
+    require_positive({"--tokens": options.tokens, "--sequence-length": options.length})
     longest = checkpoint.family.longest(checkpoint.config)
     texts = _texts(options)
     if options.declaration is not None:

@@ -291,8 +291,8 @@ class Plan(_Model):
                 f"is not a plan ({problems})", where=str(path), remedy="make it with moe-serve plan"
             ) from exc
 
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse a plan that does not fit the checkpoint.
+    def check(self, checkpoint: Checkpoint, where: str = "plan.json") -> None:
+        """Refuse a plan that does not fit the checkpoint; ``where`` it was read from.
 
         Raises:
             PlanError: it was made for another one, or names what does not exist.
@@ -300,7 +300,7 @@ class Plan(_Model):
         if self.fingerprint != checkpoint.fingerprint():
             raise PlanError(
                 f"was made for another checkpoint than {checkpoint.path}",
-                where="plan.json",
+                where=where,
                 remedy="plan again from statistics of this checkpoint",
             )
         shape = checkpoint.shape
@@ -318,7 +318,7 @@ class Plan(_Model):
             ]
         if defects:
             raise PlanError(
-                "; ".join(defects[:5]), where="plan.json", remedy="make it with moe-serve plan"
+                "; ".join(defects[:5]), where=where, remedy="make it with moe-serve plan"
             )
 
 

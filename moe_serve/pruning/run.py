@@ -102,10 +102,12 @@ def prune(request: PruneRequest, progress: Progress = SILENT) -> PruneResult:
         )
     given = Plan.load(request.plan) if request.plan else None
     if given is not None:
-        given.check(checkpoint)
+        given.check(checkpoint, str(request.plan))
         if request.texts.task_weight is not None:
             raise UsageError(
-                "is decided when planning", where="--task-weight", remedy="leave out it or --plan"
+                "is decided when planning",
+                where="--task-weight",
+                remedy="leave out one of it and --plan",
             )
     elif request.statistics is None or not request.statistics.exists():
         request.selection.resolve(checkpoint, texts=request.texts.given)

@@ -28,7 +28,9 @@ class Catalogue:
         """
         if language not in LANGUAGES:
             raise UsageError(
-                f"no language {language!r}", where="--lang", remedy=f"one of {', '.join(LANGUAGES)}"
+                f"no language {language!r}",
+                where="--lang",
+                remedy=f"choose from {', '.join(LANGUAGES)}",
             )
         text = (files(package) / "messages" / f"{language}.json").read_text("utf-8")
         return cls(language, json.loads(text))

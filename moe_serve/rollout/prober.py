@@ -210,7 +210,7 @@ def prober_of(policy: Policy, stack: StackState, tell: Tell, known: Quality | No
         raise UsageError(
             "the probes are not those that the rollout began with",
             where=str(policy.probes.texts or "the package's probes"),
-            remedy="put the file back, or begin anew",
+            remedy="put the file back, or roll back and start anew",
         )
     engines = {
         name: Engine(name=f"{name} engine", url=found.url, model=stack.served_model)

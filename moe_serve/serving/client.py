@@ -78,7 +78,9 @@ class ServedModel:
             for place, token in zip(places, ids[1:], strict=True)
         ):
             raise ServingError(
-                "prompt_logprobs lack a number for a token", where=self.url, remedy="see its log"
+                "prompt_logprobs lack a number for a token",
+                where=self.url,
+                remedy="the engine's log says why",
             )
         return places
 
@@ -144,7 +146,9 @@ def _json(url: str, client: httpx.Client, method: str, path: str, body: object) 
         return answer.json()
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise ServingError(
-            f"no answer ({type(exc).__name__})", where=where, remedy="is the engine up?"
+            f"no answer ({type(exc).__name__})",
+            where=where,
+            remedy="see that the engine is up and its address right",
         ) from exc
     except ValueError as exc:
         raise ServingError(

@@ -213,7 +213,9 @@ class Admin:
             body = response.read().decode()
         except OSError as exc:
             raise RolloutError(
-                f"Envoy does not answer ({exc})", where=self._address, remedy="is the stack up?"
+                f"Envoy does not answer ({exc})",
+                where=self._address,
+                remedy="see that moe-serve up runs",
             ) from exc
         finally:
             connection.close()

@@ -98,7 +98,9 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
     for name, host, port in ports:
         if not port_is_free(host, port):
             raise ServingError(
-                f"port {port} is taken on {host}", where=name, remedy="choose another port"
+                f"port {port} is taken on {host}",
+                where=name,
+                remedy=f"end what listens there, or give another {name}",
             )
     stack = Stack(config=config, folder=folder)
     try:

@@ -59,7 +59,11 @@ def read_token(state: Path) -> str:
             remedy="remove it; moe-serve up makes a new one",
         )
     if len(token) < 32:
-        raise ServingError("is too short to be a token", where=str(path), remedy="remove it")
+        raise ServingError(
+            "is too short to be a token",
+            where=str(path),
+            remedy="remove it; moe-serve up makes a new one",
+        )
     return token
 
 

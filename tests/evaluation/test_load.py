@@ -114,7 +114,9 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path) -> None:
     texts = TextOptions(paths=(tmp_path,))
     for more, words in (
         ({"results": (tmp_path, tmp_path), "load": LOAD}, "two engines"),
-        ({"load": Load(requests=0)}, "must be positive"),
+        ({"load": Load(requests=0)}, "--speed-requests: is 0; give 1 or more"),
+        ({"concurrency": -2}, "--concurrency: is -2"),
+        ({"task_limit": 0}, "--task-limit: is 0"),
     ):
         wanted = Wanted(original="a", pruned="b", texts=texts, **more)
         with pytest.raises(UsageError, match=words):

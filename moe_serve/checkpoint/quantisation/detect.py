@@ -14,6 +14,7 @@ from moe_serve.checkpoint.quantisation.packed import Packed
 from moe_serve.checkpoint.quantisation.plain import Plain
 from moe_serve.checkpoint.quantisation.scheme import Scheme
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
+from moe_serve.files import MISMATCH
 
 Settings = Mapping[str, Any]
 
@@ -86,7 +87,7 @@ def scheme_of(name: str, tensors: Mapping[str, TensorEntry], settings: Settings)
     if weight is None:
         raise IncompleteCheckpoint(
             f"no shard holds tensor {name!r}",
-            remedy="the download is incomplete, or config.json belongs to another checkpoint",
+            remedy=MISMATCH,
             where="model.safetensors.index.json",
         )
     if weight.dtype not in FLOATING:
@@ -132,7 +133,7 @@ def _odd(name: str, scale: TensorEntry) -> CheckpointError:
     return CheckpointError(
         f"its scale is {list(scale.shape)}, which fits no tile the config names",
         where=name,
-        remedy="config.json and weights belong to different checkpoints",
+        remedy=MISMATCH,
     )
 
 
@@ -263,6 +264,6 @@ def _checked(prefix: str, scheme: Packed, tensors: Mapping[str, TensorEntry]) ->
                 f"is {entry.dtype} {list(entry.shape)}, {scheme.name} of [{rows}, {columns}] "
                 f"needs {piece.dtype} {list(piece.shape(rows, columns))}",
                 where=entry.name,
-                remedy="config.json and weights belong to different checkpoints",
+                remedy=MISMATCH,
             )
     return scheme

@@ -105,7 +105,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
     sizes, steps = Sizes.of(checkpoint), []
     if request.plan is not None:
         plan = Plan.load(request.plan)
-        plan.check(checkpoint)
+        plan.check(checkpoint, str(request.plan))
         work = _work(request, corpus, keep=plan.keep, refit=plan.refit)
     else:
         given = request.statistics is not None and request.statistics.exists()
