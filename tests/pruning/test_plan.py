@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from moe_serve.errors import PlanError
 from moe_serve.files import read_json, write_json
-from moe_serve.pruning.plan import Block, LayerPlan, Part, Plan, expanded, shortened
+from moe_serve.pruning.plan import (
+    Block,
+    LayerPlan,
+    Part,
+    Plan,
+    _part_defects,
+    expanded,
+    shortened,
+)
 
 
 def plan(neurons: tuple[int, ...]) -> Plan:
@@ -62,3 +70,29 @@ def test_a_line_that_names_no_neurons_is_refused(line: object, tmp_path: Path) -
     write_json(tmp_path / "plan.json", content)
     with pytest.raises(PlanError, match="neurons"):
         Plan.load(tmp_path / "plan.json")
+
+
+def test_the_hash_does_not_depend_on_the_order_of_layers() -> None:
+    """A file that was written anew says the same."""
+    made = plan((1, 2))
+    layer = made.layers[3]
+    there = made.model_copy(update={"layers": {3: layer, 5: layer}})
+    back = made.model_copy(update={"layers": {5: layer, 3: layer}})
+    assert there.sha256() == back.sha256() != made.sha256()
+
+
+def test_blocks_name_what_there_is() -> None:
+    """Of 4 experts with 8 neurons each: a fifth expert, a ninth neuron, one neuron short, none."""
+
+    def block(expert: int, *neurons: int) -> Block:
+        return Block(parts=(Part(expert=expert, neurons=neurons),))
+
+    sound = (block(0, 0, 1), block(3, 6, 7))
+    faulty = (block(4, 0, 1), block(0, 7, 8), block(1, 5), Block(parts=()))
+    layer = LayerPlan(width=2, blocks=(*sound, *faulty), experts=((0,), None, None, (1,)))
+    assert _part_defects(layer, experts=4, width=8) == [
+        "block 2 draws on expert 4",
+        "block 3 draws on a neuron beyond 8",
+        "block 4 has a part of 1 neurons",
+        "block 5 has no parts",
+    ]

@@ -9,10 +9,12 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from moe_serve.rollout import decision as d
+from moe_serve.rollout import guards as g
 from moe_serve.rollout import state as s
 from moe_serve.rollout.margins import Hard
 from moe_serve.rollout.policy import Freeze, Policy, Step
 from moe_serve.rollout.reading import ArmReading
+from moe_serve.rollout.sequential import lower_rate, upper_rate
 from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.readings import EMPTY, START, UNPROBED, Traffic
@@ -86,6 +88,90 @@ def test_harm_rolls_back() -> None:
     found = after(120, pruned=(50, 1, 0))
     assert (found.kind, found.reason) == ("rollback", "harm")
     assert "margin 0.005" in found.words
+    assert found.evidence[0].verdict == "harm"
+    assert found.to_json()["evidence"][0]["codes"]["basis"]["code"] == "basis-errors"
+
+
+def test_harm_lies_beyond_the_margin() -> None:
+    """At the margin nothing is proven by the interval; by a test besides it, it is."""
+    counts = {PRUNED: (5.0, 9.0), ORIGINAL: (0.0, 9.0)}
+
+    def verdict(lower: float, upper: float, *, proven: bool) -> str:
+        compared = g._Compared(
+            guard="errors",
+            margin=0.25,
+            limit=0.125,
+            counts=counts,
+            lower=lower,
+            upper=lambda _times: upper,
+            basis="",
+            proven=proven,
+        )
+        return compared.judged(explain=False).verdict
+
+    assert verdict(0.25, 0.5, proven=False) == "open"
+    assert verdict(0.2501, 0.5, proven=False) == "harm"
+    assert verdict(0.0, 0.25, proven=True) == "harm"
+    assert verdict(0.0, 0.2499, proven=True) == "open"
+    # Fine is below the limit, not at it.
+    assert (verdict(0.0, 0.125, proven=False), verdict(0.0, 0.1249, proven=False)) == (
+        "open",
+        "fine",
+    )
+
+
+def test_each_end_has_its_part_of_the_level() -> None:
+    """Ends of two rates for a share; of two rates in five strata for latency; half for each way."""
+    found = {e.guard: e for e in after(40, original=(50, 0, 1), pruned=(50, 0, 2)).evidence}
+    # Five guards and one step: a rollback's 1 % is split over five tests.
+    back, ahead = 0.01 / 5, 0.05
+    truncated, ttft = found["truncated"], found["ttft"]
+    assert truncated.upper == upper_rate(0, 2000, ahead / 2) - lower_rate(0, 2000, ahead / 2)
+    assert truncated.lower == lower_rate(0, 2000, back / 2) - upper_rate(0, 2000, back / 2)
+    assert ttft.upper == pytest.approx(
+        upper_rate(80, 2000, ahead / 2 / 10) - lower_rate(40, 2000, ahead / 2 / 10)
+    )
+    assert ttft.lower == pytest.approx(
+        lower_rate(80, 2000, back / 2 / 10) - upper_rate(40, 2000, back / 2 / 10)
+    )
+
+
+def test_slowness_without_an_original_to_blame() -> None:
+    """All traffic at pruned: 1,000 of 1,000 over the objective, where a tenth is allowed."""
+    found = after(20, original=(0, 0, 0), pruned=(50, 0, 50))
+    (ttft,) = [e for e in found.evidence if e.guard == "ttft"]
+    assert ttft.verdict == "harm"
+    assert ttft.lower == pytest.approx(lower_rate(1000, 1000, 0.01 / 5 / 2 / 2) - 0.1)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (0.2, "1"),
+        (3.2, "4"),
+        (9.5, "10"),
+        (10, "10"),
+        (12, "12"),
+        (12.1, "13"),
+        (123, "130"),
+        (1201, "1,300"),
+        (98_765, "99,000"),
+    ],
+)
+def test_numbers_are_rounded_upwards_to_two_digits(number: float, said: str) -> None:
+    """More than is needed is no false promise."""
+    assert d._rounded(number) == said
+
+
+def test_what_a_guard_lacks_is_in_requests_and_time() -> None:
+    """Three times 400 requests in 50 s are enough: 800 more, which take 100 s."""
+    evidence = replace(after(8).evidence[0], verdict="open", factor=3.0)
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    for _ in traffic.steadily(8, (50, 0, 0), (50, 0, 0)):
+        pass
+    words = d._missing(traffic.window, HALF, (evidence,))
+    assert words[-1] == "errors: about 800 more requests, 100 s at this rate"
 
 
 def test_new_failures_are_seen_where_the_original_has_none() -> None:

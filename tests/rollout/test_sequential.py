@@ -20,7 +20,9 @@ def test_beta_binomial_by_hand() -> None:
     assert found == pytest.approx(-math.log(10 * 0.8**9))
 
 
-@pytest.mark.parametrize(("k", "n"), [(0, 50), (3, 50), (25, 50), (50, 50), (1.5, 700.25)])
+@pytest.mark.parametrize(
+    ("k", "n"), [(0, 50), (0.5, 50), (1, 50), (3, 50), (25, 50), (50, 50), (1.5, 700.25)]
+)
 def test_ends_are_where_the_martingale_reaches_its_limit(k: float, n: float) -> None:
     """M(end) = 1/alpha, or the end is that of the unit interval."""
     found = sq.rate_interval(k, n, ALPHA)
@@ -72,6 +74,12 @@ def test_split_by_hand() -> None:
     """Prior (1, 1), ten to nothing at one half: B(11, 1) / 2^-10 = 1024 / 11."""
     found = sq.log_split_e_process([10, 0], [0.5, 0.5], strength=1.0)
     assert float(found) == pytest.approx(math.log(1024 / 11))
+
+
+def test_splits_are_judged_row_by_row() -> None:
+    """Prior (1, 1): one of each has B(2, 2) / (1/4) = 4/6; a row knows nothing of the others."""
+    found = sq.log_split_e_process([[10, 0], [1, 1], [0, 10]], [0.5, 0.5], strength=1.0)
+    assert np.exp(found) == pytest.approx([1024 / 11, 2 / 3, 1024 / 11])
 
 
 def test_split_expects_one_over_three_arms() -> None:
@@ -136,6 +144,15 @@ def test_pairs_are_scaled_both_ways() -> None:
     unit = sq.betting_interval([0.625] * 40, ALPHA)
     assert pairs.lower == pytest.approx(4 * unit.lower - 2)
     assert pairs.lower < 0.5 < pairs.upper
+
+
+def test_pairs_that_have_all_been_seen_leave_no_doubt() -> None:
+    """Three of three: their mean is (0.5 - 0.5 + 0.3) / 3, exactly; of four, it is not known."""
+    whole = sq.paired_interval([0.5, -0.5, 0.3], ALPHA, population=3)
+    assert whole.lower == whole.upper == pytest.approx(0.1)
+    # The fourth lies in [-1, 1], so the mean in [(0.3 - 1) / 4, (0.3 + 1) / 4].
+    most = sq.paired_interval([0.5, -0.5, 0.3], ALPHA, population=4)
+    assert (most.lower, most.upper) == pytest.approx((-0.175, 0.325))
 
 
 def test_a_mean_narrower_than_the_grid_still_has_an_interval() -> None:

@@ -34,9 +34,12 @@ class Made:
         )
         buckets = [("1.0", self.tokens), ("2.0", self.tokens + self.slow)]
         first.add_metric(["pruned"], [*buckets, ("+Inf", self.tokens + self.slow)], 0.0)
+        memory = GaugeMetricFamily("moe_serve_engine_memory_bytes", "", labels=("variant", "kind"))
+        for kind, held in (("weights", 7.0), ("kv_cache", 2.0), ("rss", 11.0)):
+            memory.add_metric(["pruned", kind], held)
         quality = GaugeMetricFamily("moe_serve_quality_kl_nats", "", labels=("domain",))
         quality.add_metric(["code"], 0.02)
-        return [tokens, requests, first, quality]
+        return [tokens, requests, first, memory, quality]
 
 
 def test_rates_are_differences_over_the_time_between() -> None:
@@ -58,6 +61,9 @@ def test_rates_are_differences_over_the_time_between() -> None:
     assert pruned.failed_share == 0.25
     assert pruned.first_token is not None
     assert (pruned.first_token.p50, pruned.first_token.p95) == (0.5, 0.95)
+    # Without a GPU, what a process holds is its resident memory.
+    assert (pruned.weight_bytes, pruned.cache_bytes, pruned.held_bytes) == (7.0, 2.0, 11.0)
+    assert (original.weight_bytes, original.held_bytes) == (None, None)
     assert found.quality == {"kl_nats": {"code": 0.02}}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from moe_serve.rollout.window import Window
+from moe_serve.rollout.window import Reading, Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.readings import EMPTY, PLAIN, Traffic
 
@@ -142,3 +142,14 @@ def test_it_survives_the_store() -> None:
     assert traffic.read().requests == 10
     traffic.serve(PRUNED, 5)
     assert traffic.read().requests == 15
+
+
+def test_a_crowd_that_was_counted_stays_counted() -> None:
+    """Two users with 5 and 5, (10, 50); a reader that begins anew has seen only (6, 18) of them."""
+    traffic = Traffic(POLICY)
+    for at, crowd in enumerate([(10.0, 50.0), (6.0, 18.0)]):
+        reading = Reading(at=at, tick=at, arms=traffic.arms, crowds={PRUNED: list(crowd)})
+        traffic.window.add(reading, POLICY)
+    assert traffic.window.crowds == {ORIGINAL: [0, 0], PRUNED: [10, 50]}
+    # A request meets 50 / 10 of its own user's.
+    assert traffic.window.per_user(PRUNED) == 5.0

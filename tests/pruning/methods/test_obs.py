@@ -79,6 +79,28 @@ def test_every_neuron_goes_once_in_rounds_too() -> None:
     path = removal_path((p.T @ p)[None], torch.randn(1, 8, width))
     assert sorted(path.order_NI[0].tolist()) == list(range(width))
     assert bool((path.error_NI[0].diff() >= -1e-6).all())
+    # Three a round; within one the error grows evenly, and exactly so.
+    first, second, third = path.error_NI[0, :3].tolist()
+    assert (first, second) == pytest.approx((third / 3, third * 2 / 3), rel=1e-14)
+
+
+def test_experts_that_do_not_fit_together_go_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five, two at a time: the same as all at once."""
+    torch.manual_seed(6)
+    p = torch.randn(5, 40, 12)
+    normal, down = p.transpose(1, 2) @ p, torch.randn(5, 3, 12)
+    whole = removal_path(normal, down)
+    monkeypatch.setattr(obs, "_BATCH_BYTES", 2 * 12 * 12 * 8)
+    parts = removal_path(normal, down)
+    assert parts.order_NI.tolist() == whole.order_NI.tolist()
+    assert torch.allclose(parts.error_NI, whole.error_NI, rtol=1e-9)
+
+
+def test_nothing_removed_costs_nothing() -> None:
+    """In the precision of the errors, so that the two can be added up."""
+    path = removal_path(torch.eye(4)[None], torch.ones(1, 2, 4))
+    kept = path.error_at(4)
+    assert (kept.tolist(), kept.dtype) == ([0.0], path.error_at(3).dtype)
 
 
 def test_order_is_nearly_optimal() -> None:
