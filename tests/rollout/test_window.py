@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from moe_serve.rollout.window import Reading, Window
+from moe_serve.rollout.reading import Reading
+from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.readings import EMPTY, PLAIN, Traffic
 
