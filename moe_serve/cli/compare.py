@@ -125,6 +125,9 @@ def compare_command(
     found = replace(found, speed=measured or found.speed)
     for name in found.speed.get("unlike", ()):
         err.print(f"warning: the two benchmarks differ in {name}", markup=False)
+    for side, count in found.speed.get("failed", {}).items():
+        if count:
+            err.print(f"warning: {count} requests to the {side} failed", markup=False)
     for name in (*found.overlap, *found.tasks.get("overlap", ())):
         err.print(
             f"warning: {name} was used to calibrate {pruned}; measure on other texts", markup=False

@@ -113,7 +113,7 @@ def tasks_table(found: Mapping[str, Any]) -> Table:
             words.measured(row["pruned"], share),
             f"{words.apart(row)} {row['verdict'] if row['verdict'] != UNSETTLED else ''}".rstrip(),
             words.short(row["p"]),
-            words.number(row["items"]),
+            words.counted(row),
         )
     table.caption = "item by item; p: McNemar's exact test where items are right or wrong, else t"
     return table

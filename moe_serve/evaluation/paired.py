@@ -43,6 +43,8 @@ class Paired:
     only_original: int | None = None
     """Of items that are right or wrong: those that only the original gets right."""
     only_pruned: int | None = None
+    left_out: int = 0
+    """Items for which one of both is no number."""
 
     def verdict(self, *, higher_is_better: bool) -> str:
         """``better`` or ``worse`` where interval and test both say so.
@@ -78,11 +80,16 @@ class Paired:
             "only_pruned": self.only_pruned,
             "higher_is_better": higher_is_better,
             "verdict": self.verdict(higher_is_better=higher_is_better),
+            "left_out": self.left_out,
         }
 
 
 def paired(
-    original: Sequence[float], pruned: Sequence[float], *, identical: bool = False
+    original: Sequence[float],
+    pruned: Sequence[float],
+    *,
+    identical: bool = False,
+    left_out: int = 0,
 ) -> Paired:
     """Compare two models' values on the same items, in the same order.
 
@@ -95,6 +102,7 @@ def paired(
         original: one value per item.
         pruned: likewise.
         identical: both gave the very same answers, so that nothing is left to chance.
+        left_out: how many items more there were, for which one of both is no number.
     """
     before, after = (np.asarray(values, dtype=np.float64) for values in (original, pruned))
     count, difference = len(before), float(after.mean() - before.mean())
@@ -108,6 +116,7 @@ def paired(
         "test": "mcnemar-exact" if binary else "t",
         "only_original": only[0] if binary else None,
         "only_pruned": only[1] if binary else None,
+        "left_out": left_out,
     }
     if identical:
         return Paired(**shape, error=0.0, freedom=np.inf, low=0.0, high=0.0, p=1.0)
@@ -132,7 +141,9 @@ def _binary(count: int, lost: int, gained: int) -> dict[str, Any]:
 def _continuous(differences: npt.NDArray[np.float64]) -> dict[str, Any]:
     freedom, mean = len(differences) - 1, float(differences.mean())
     error = float(differences.std(ddof=1) / np.sqrt(len(differences)))
-    return {"error": error, "freedom": freedom, **_around(mean, error, freedom)}
+    found = {"error": error, "freedom": freedom, **_around(mean, error, freedom)}
+    # All differ by the same: no error to hold the mean against, but few may agree by chance.
+    return found | ({"p": 2.0**-freedom} if error == 0 and mean else {})
 
 
 def _around(mean: float, error: float, freedom: float) -> dict[str, Any]:
@@ -158,6 +169,7 @@ def mean_of(tasks: Sequence[Paired]) -> Paired:
         "test": "t",
         "only_original": _total([task.only_original for task in tasks]),
         "only_pruned": _total([task.only_pruned for task in tasks]),
+        "left_out": sum(task.left_out for task in tasks),
     }
     if len(errors) < len(tasks):
         return Paired(**shape, error=None, freedom=0.0, low=None, high=None, p=None)

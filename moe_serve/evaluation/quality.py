@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,9 @@ from moe_serve.calibration.sequences import Sequences
 Floats = npt.NDArray[np.float64]
 """Of a sequence's T predicted tokens [T, 4]: KL(original‖pruned) in nats, whether the most likely
 successor is the same, and -log p of the token that followed for original and pruned."""
-_LEVEL = 0.95
+_LEVEL: Final = 0.95
+_UTMOST: Final = 700.0
+"""Nats whose exponential is a number still."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,7 +131,7 @@ class Estimates:
         low, high = (
             Figures(
                 kl_nats=kl[end],
-                perplexity_ratio=float(np.exp(self.loss.interval[end])),
+                perplexity_ratio=_ratio(self.loss.interval[end]),
                 top1_agreement=1.0 - min(other[1 - end], 1.0),
             )
             for end in (0, 1)
@@ -151,6 +154,11 @@ class DomainQuality:
     def interval(self) -> tuple[Figures, Figures] | None:
         """Of 95 %, over documents like its own."""
         return self.estimates.interval if self.estimates else None
+
+
+def _ratio(loss: float) -> float:
+    """Of perplexities; a finite number, however wrong a model is."""
+    return float(np.exp(np.clip(loss, -_UTMOST, _UTMOST)))
 
 
 def by_domain(sequences: Sequences, values: Sequence[Floats]) -> dict[str, DomainQuality]:
@@ -176,7 +184,7 @@ def _domain(rows_D: Floats) -> DomainQuality:
         documents=len(rows_D),
         figures=Figures(
             kl_nats=kl / tokens,
-            perplexity_ratio=float(np.exp((pruned - original) / tokens)),
+            perplexity_ratio=_ratio((pruned - original) / tokens),
             top1_agreement=agree / tokens,
         ),
         estimates=Estimates.of(rows_D) if len(rows_D) > 1 else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,7 +54,16 @@ def compare_tasks(
         other = harness.measure(after, again, limit, progress)
         for (task, metric), values in one.values.items():
             same = one.answers[task] == other.answers[task]
-            found = paired(values, other.values[task, metric], identical=same)
+            both = [
+                pair
+                for pair in zip(values, other.values[task, metric], strict=True)
+                if all(map(math.isfinite, pair))
+            ]
+            if not both:
+                continue
+            found = paired(
+                *zip(*both, strict=True), identical=same, left_out=len(values) - len(both)
+            )
             higher = one.higher_is_better[task, metric]
             figures = found.to_json(higher_is_better=higher)
             rows.append({"task": task, "metric": metric, **figures})

@@ -57,6 +57,13 @@ def apart(row: Mapping[str, Any]) -> str:
     return found if interval is None else f"{found} ± {measured(interval['half'], share)}"
 
 
+def counted(row: Mapping[str, Any]) -> str:
+    """A task's items, and in brackets all there are where some have no number."""
+    return number(row["items"]) + (
+        f" ({row['items'] + row['left_out']})" if row["left_out"] else ""
+    )
+
+
 def of_unit(name: str, value: float | None) -> str:
     """A value in the unit that its name ends in; nothing where nothing is known."""
     if value is None:

@@ -67,7 +67,7 @@ class ServedModel:
         choice = self._complete(body)
         try:
             places = tuple(Place.of(entry, top) for entry in choice["prompt_logprobs"][1:])
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (LookupError, TypeError, ValueError, AttributeError) as exc:
             raise ServingError(
                 "gives no prompt_logprobs",
                 where=self.url,
@@ -81,6 +81,12 @@ class ServedModel:
                 "prompt_logprobs lack a number for a token",
                 where=self.url,
                 remedy="the engine's log says why",
+            )
+        if not all(place.complete(top) for place in places):
+            raise ServingError(
+                f"prompt_logprobs list fewer than the {top} tokens asked for",
+                where=self.url,
+                remedy="ask for fewer (--top), or start it with a larger --max-logprobs",
             )
         return places
 

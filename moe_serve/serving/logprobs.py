@@ -33,6 +33,13 @@ class Place:
         """Whether all are numbers."""
         return all(math.isfinite(value) for value in self.listed.values())
 
+    def complete(self, top: int) -> bool:
+        """Whether ``top`` tokens are listed, or all there are.
+
+        Of fewer the least says nothing of those that are not listed.
+        """
+        return len(self.listed) >= top or math.fsum(map(math.exp, self.listed.values())) > 0.999
+
     @classmethod
     def of(cls, entry: Mapping[str, Mapping[str, Any]], top: int) -> Place:
         """From vLLM's token → {logprob, rank}; what is no number becomes NaN."""

@@ -48,6 +48,13 @@ def test_a_model_and_itself() -> None:
     assert alike.verdict(higher_is_better=True) == "unsettled"
 
 
+def test_few_items_that_differ_alike_settle_nothing() -> None:
+    """Two that gain the same have no spread: such a sign comes of two coins one time in two."""
+    two, eight = (paired([0.5] * n, [0.75] * n) for n in (2, 8))
+    assert (two.p, two.verdict(higher_is_better=True)) == (0.5, "unsettled")
+    assert (eight.p, eight.verdict(higher_is_better=True)) == (2 / 2**8, "better")
+
+
 def test_one_item_has_no_interval() -> None:
     """It says nothing of others, nor does a mean with it."""
     one = paired([1], [0])

@@ -118,6 +118,17 @@ def test_no_difference_has_no_width() -> None:
     assert Estimates.average([found.estimates] * 2).interval == (nothing, nothing)
 
 
+def test_a_model_that_is_wrong_beyond_measure_has_figures() -> None:
+    """A thousand nats a token: its exponential is none, and JSON knows no infinity."""
+    rows = [np.tile([900.0 + n, 0.0, 1.0, 1001.0 + n], (9, 1)) for n in range(3)]
+    found = measured(rows)
+    assert found.interval is not None
+    every = [found.figures, *found.interval]
+    assert all(
+        np.isfinite(getattr(f, name)) and f.perplexity_ratio > 0 for f in every for name in NAMES
+    )
+
+
 def test_an_average_by_hand() -> None:
     """Errors 3 and 4: √(9 + 16) / 2; freedom 25² / (81 / 2 + 256 / 4)."""
     one, other = (Estimate(mean=m, error=e, freedom=f) for m, e, f in ((1, 3, 2), (3, 4, 4)))

@@ -18,6 +18,7 @@ from moe_serve.evaluation.generation import first_divergence, generation_json, s
 from moe_serve.evaluation.measure import Wanted, measure
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
+from moe_serve.serving.client import ServedModel
 from moe_serve.serving.process import free_port
 from tests.support.upstream import Upstream
 
@@ -90,6 +91,25 @@ def test_an_engine_that_fails_is_named(engines: tuple[Upstream, Upstream], texts
         assert "abab" not in str(caught.value)
     with pytest.raises(ServingError, match="no answer"):
         compared(url(engines[0]), url(broken), options, 2, 2)
+
+
+def test_an_engine_that_lists_less_than_asked_is_refused(
+    engines: tuple[Upstream, Upstream], texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tokens of three: a third may be likelier than the least of two, and there is no bound."""
+    options = TextOptions(paths=(texts,), tokens=32, length=16)
+    with pytest.raises(ServingError, match="fewer than the 3 tokens asked for"):
+        compared(url(engines[0]), url(engines[1]), options, 3, 2)
+    places: list[list[dict[str, object] | None]] = [[None], [None, *[{}] * 15], []]
+
+    def answered(_self: object, _asked: object) -> dict[str, object]:
+        return {"prompt_logprobs": places[0]}
+
+    monkeypatch.setattr(ServedModel, "_complete", answered)
+    while places:
+        with pytest.raises(ServingError, match="prompt_logprobs"):
+            compared(url(engines[0]), url(engines[1]), options, 2, 2)
+        places.pop(0)
 
 
 def test_side_by_side(engines: tuple[Upstream, Upstream], texts: Path) -> None:

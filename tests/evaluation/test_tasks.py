@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,26 @@ def test_log_likelihoods_are_compared_in_nats(tmp_path: Path, model: Model) -> N
     assert row["original"] < 0
     assert row["higher_is_better"]
     assert row["only_original"] is None
+
+
+def test_items_without_a_number_are_left_out(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And counted; a NaN is neither below nor above an interval, so that it was called worse."""
+    shown = [{"metric": "perplexity", "higher_is_better": False}, {"metric": "acc"}]
+    task = written(tmp_path / "t", output_type="loglikelihood", metric_list=shown)
+    real = harness.measure
+
+    def spoilt(*arguments: Any) -> harness.Measured:
+        found = real(*arguments)
+        first = {key: (float("nan"), *row[1:]) for key, row in found.values.items()}
+        every = {key: (float("nan"),) * 2 for key in found.values if key[1] == "acc"}
+        return replace(found, values=first | every)
+
+    monkeypatch.setattr(harness, "measure", spoilt)
+    (row,) = compare_tasks(model, model, [str(task)], None, SILENT)["tasks"]
+    assert (row["metric"], row["items"], row["left_out"]) == ("log_likelihood_nats", 1, 1)
+    assert row["verdict"] != "worse"
 
 
 def test_whole_texts_are_one_number_each(tmp_path: Path, model: Model) -> None:

@@ -57,6 +57,7 @@ def task(difference: float, half: float, p: float, verdict: str) -> dict[str, An
         "interval": {"low": difference - half, "high": difference + half, "half": half},
         "p": p,
         "only_original": 3,
+        "left_out": 0,
         "verdict": verdict,
     }
 
@@ -74,6 +75,8 @@ def whole() -> dict[str, Any]:
             "throughput": {"output_throughput": {"unit": "tokens/s", **pair}},
             "latency": latency,
             "unlike": ["num_prompts"],
+            "completed": {"original": 4, "pruned": 3},
+            "failed": {"original": 0, "pruned": 1},
         },
         "held": {
             "load_seconds": {"definition": "", "original": 2.0, "pruned": None},
@@ -82,7 +85,9 @@ def whole() -> dict[str, Any]:
         "tasks": {
             "tool": "lm-eval 0.4.13",
             "tasks": [
-                {"task": "cloze", "metric": "acc"} | task(-0.008, 0.005, 0.004, "worse"),
+                {"task": "cloze", "metric": "acc"}
+                | task(-0.008, 0.005, 0.004, "worse")
+                | {"left_out": 1},
                 {"task": MARKUP, "metric": "acc"} | task(0.0, 0.0, 1.0, "same"),
             ],
             "mean": {"acc": task(0.004, 0.02, 0.7, "unsettled")},
@@ -121,10 +126,11 @@ def test_the_page_opens(tmp_path: Path) -> None:
             assert [row[1:3] for row in held] == [["2 s", ""], ["2.0 KiB", "1.0 KiB"]]
             tasks = [row.split("\t") for row in shown.locator("#tasks tbody tr").all_inner_texts()]
             assert tasks[0][:5] == ["cloze", "acc (%)", "50.0", "49.2", "-0.8 ± 0.5"]
-            assert tasks[0][6:] == ["0.004", "120"]
+            assert tasks[0][6:] == ["0.004", "120 (121)"]
             assert tasks[1][0] == MARKUP
             assert [row[4] for row in tasks[1:]] == ["0.0 ± 0.0", "+0.4 ± 2.0"]
             assert len({row[5] for row in tasks}) == 3
+            assert "1" in shown.locator("#speed-title ~ .risks").first.inner_text()
             answers = shown.locator("#answers tbody tr").all_inner_texts()
             assert answers[1].split("\t")[1:] == ["5.0", "0", "1", "0", "0"]
             assert shown.evaluate("document.documentElement.scrollWidth") <= 390
