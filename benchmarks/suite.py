@@ -221,9 +221,19 @@ def stack() -> Iterator[Path]:
         pruning = [*program, "prune", str(MODEL), str(pruned), "--keep", "0.5"]
         pruning += ["--method", "block-obs", "--calibration", str(CALIBRATION), "--tokens", "1024"]
         subprocess.run(pruning, stdout=sys.stderr, check=True)
-        serving = [*program, "up", "--json", "--state", str(state)]
-        serving += ["--original", str(MODEL), "--pruned", str(pruned)]
-        serving += ["--port", str(free_port()), "--control-port", str(free_port())]
+        settings = {
+            "original": str(MODEL),
+            "pruned": str(pruned),
+            "state": str(state),
+            "port": free_port(),
+            "control_port": free_port(),
+            # A busy machine takes its time.
+            "ready_seconds": 3600,
+        }
+        config = Path(folder) / "stack.toml"
+        # Texts and whole numbers are written the same way in TOML.
+        config.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in settings.items()))
+        serving = [*program, "up", str(config), "--json"]
         # Some panels are about the experts that traffic selects.
         watched = {**os.environ, "MOE_SERVE_EXPERT_SELECTIONS": "1"}
         with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True, env=watched) as up:
