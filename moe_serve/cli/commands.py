@@ -98,6 +98,7 @@ EXAMPLES: Final[dict[str, tuple[str, ...]]] = {
     "rollout promote": ("moe-serve rollout promote --state state",),
     "rollout rollback": ("moe-serve rollout rollback --state state",),
     "rollout history": ("moe-serve rollout history --state state --verify",),
+    "rollout dependence": ("moe-serve rollout dependence --state state",),
     "rollout simulate": ("moe-serve rollout simulate policy.toml --rate 5 --rollouts 200",),
     "demo": ("moe-serve demo --output demo",),
 }

@@ -209,6 +209,51 @@ def simulate_command(
         out.print(_table(rows))
 
 
+@rollout.command("dependence")
+def dependence_command(
+    state: State = Path("moe-serve-state"),
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="A long request takes this; without it the slowest tenth does."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how alike a user's requests are.
+
+    From what the proxy noted of users it can tell apart; for ``dependence`` in policy.toml.
+    """
+    from moe_serve.rollout.dependence import alike
+    from moe_serve.serving.listener import users_file
+
+    StackState.load(state)
+    try:
+        found = alike(users_file(state), seconds)
+    except OSError as exc:
+        raise UsageError(
+            f"cannot be read ({exc.strerror})",
+            where=str(users_file(state)),
+            remedy="the proxy writes it; start the stack, and send requests that name their users",
+        ) from exc
+    ends = [x.at_most for x in found if x.at_most is not None]
+    advised = max(ends) if ends else None
+    if as_json:
+        print_json({"dependence": advised, "alike": [one.to_json() for one in found]})
+        return
+    table = Table("requests that", "of", "users", "happened", "correlation", "at most, 95 %")
+    for one in found:
+        figures = ["too few"] * 2 if one.correlation is None else []
+        figures = figures or [f"{one.correlation:.4f}", f"{one.at_most:.4f}"]
+        told = {"failed": "failed", "slow": "took long"}[one.what]
+        counts = (f"{one.requests:,}", f"{one.users:,}", f"{one.events:,}")
+        table.add_row(told, *counts, *figures)
+    out.print(table)
+    out.print(
+        f"in policy.toml: dependence = {advised:.3f}"
+        if advised is not None
+        else "too little to say anything: keep the default, and look again when there is more"
+    )
+
+
 def _table(rows: list[Summary]) -> Table:
     table = Table("traffic", "policy", "promoted", "rolled back", "paused", "hours", "exposed")
     for row in rows:

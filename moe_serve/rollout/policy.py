@@ -189,8 +189,9 @@ class Policy(Table):
     one differ less than the margins."""
     dependence: float = Field(default=0.02, ge=0.0, le=1.0)
     """Correlation of two requests of one user: with m requests of each, counts are divided by
-    1 + (m-1) times this. The proxy says what m is. A fiftieth: users differ, and their requests
-    among themselves far more. 1: each user counts once."""
+    1 + (m-1) times this. The proxy says what m is. A fiftieth, which is assumed: users differ, and
+    their requests among themselves far more; ``moe-serve rollout dependence`` measures yours.
+    1: each user counts once, and nothing is assumed."""
     design_effect: float = Field(default=1.0, ge=1.0)
     """Counts are divided by this at least. For what the proxy does not see: requests that come
     from one user under many names, or counters from a Prometheus server."""

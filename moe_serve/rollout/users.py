@@ -1,24 +1,61 @@
 """How many requests came from how many users: what sticky requests are worth as evidence.
 
 A user stays on one variant, so a user's requests tell less than as many of different users. The
-proxy writes a line per request of a user whom it can tell apart (time, a hash, the variant); here
-they are summed since a moment. No name is read and none is kept.
+proxy writes a line per request of a user whom it can tell apart (time, a hash, the variant, status,
+flags, milliseconds); here they are summed since a moment. No name is read and none is kept.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from moe_serve.serving.variants import VARIANTS
 
-_TIME: Final = re.compile(r"[0-9]{1,12}")
+_NUMBER: Final = re.compile(r"[0-9]{1,12}")
 _USER: Final = re.compile(r"[0-9a-f]{16}")
 _MOST: Final = 100_000
 """Users held; beyond, every second one is let go, by hash, with all of their requests."""
+
+_FAILED: Final = frozenset({"UC", "UF", "UPE", "UR", "UT"})
+"""Envoy's flags of an engine that broke off, before an answer or in it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """One request of a user who can be told apart."""
+
+    at: int
+    """Seconds since the epoch."""
+    user: str
+    """A hash."""
+    variant: str
+    failed: bool
+    seconds: float
+    """From its arrival to the end of its answer."""
+
+
+def lines(text: bytes) -> Iterator[Line]:
+    """Those that are whole; a disk that was full, or a hand, may have left anything."""
+    for line in text[: text.rfind(b"\n") + 1].splitlines():
+        parts = line.decode("ascii", "replace").split()
+        if len(parts) != 6 or parts[2] not in VARIANTS:
+            continue
+        at, user, variant, status, flags, milliseconds = parts
+        numbers = all(_NUMBER.fullmatch(x) for x in (at, status, milliseconds))
+        if numbers and _USER.fullmatch(user):
+            yield Line(
+                at=int(at),
+                user=user,
+                variant=variant,
+                failed=int(status) >= 500 or not _FAILED.isdisjoint(flags.split(",")),
+                seconds=int(milliseconds) / 1000.0,
+            )
+
 
 Crowd = list[float]
 """[requests of users told apart, sum over these users of their requests squared]."""
@@ -62,21 +99,13 @@ class Users:
                 text = file.read()
         except OSError:
             return
-        whole = text[: text.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            self._add(line.decode("ascii", "replace").split(), moment)
+        self._offset += text.rfind(b"\n") + 1
+        for line in lines(text):
+            if line.at >= moment and self._held(line.user):
+                self._add(line)
 
-    def _add(self, parts: list[str], moment: int) -> None:
-        if len(parts) != 3 or parts[2] not in VARIANTS:
-            return
-        at, user, variant = parts
-        # A disk that was full, or a hand, may have left anything.
-        if not (_TIME.fullmatch(at) and _USER.fullmatch(user)):
-            return
-        if int(at) < moment or not self._held(user):
-            return
-        self._requests[variant, user] += 1
+    def _add(self, line: Line) -> None:
+        self._requests[line.variant, line.user] += 1
         if len(self._requests) > self.most:
             self._halved += 1
             for key in [key for key in self._requests if not self._held(key[1])]:

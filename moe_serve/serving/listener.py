@@ -252,8 +252,9 @@ def _salt(state: Path) -> str:
 
 
 def _users_log(path: Path) -> dict[str, Any]:
-    """A line for each request of a user who can be told apart: seconds, hash, variant."""
-    line = f"%START_TIME(%s)% %DYNAMIC_METADATA(moe_serve:user)% %RESP({HEADER})%\n"
+    """A line for each request of a user who can be told apart: :class:`.rollout.users.Line`."""
+    who = f"%START_TIME(%s)% %DYNAMIC_METADATA(moe_serve:user)% %RESP({HEADER})%"
+    line = f"{who} %RESPONSE_CODE% %RESPONSE_FLAGS% %DURATION%\n"
     known = {
         "filter": "moe_serve",
         "path": [{"key": "user"}],

@@ -56,7 +56,7 @@ def test_the_proxy_tells_users_apart_and_names_none(tmp_path: Path) -> None:
 
 def line(at: int, user: int, variant: str = PRUNED) -> str:
     """As the proxy writes it."""
-    return f"{at} {hashlib.sha256(str(user).encode()).hexdigest()[:16]} {variant}\n"
+    return f"{at} {hashlib.sha256(str(user).encode()).hexdigest()[:16]} {variant} 200 - 12\n"
 
 
 def test_the_file_is_read_on_and_may_be_cut(
@@ -87,7 +87,7 @@ def test_more_users_than_are_held_are_sampled(tmp_path: Path) -> None:
     """Of 2,000 with three requests each some 200 are held: both sums within a tenth or two."""
     file = users_file(tmp_path)
     file.parent.mkdir()
-    odd = "1 not-hexadecimal! pruned\n1\u0661 0123456789abcdef pruned\n\0\0\n"
+    odd = "1 not-hexadecimal! pruned 200 - 1\n1\u0661 0123456789abcdef pruned 200 - 1\n\0\0\n"
     file.write_text(odd + "".join(line(1, user) for user in range(2000)) * 3)
     users = Users(path=file, most=250)
     requests, squares = users.since(0.0)[PRUNED]
