@@ -353,7 +353,7 @@ def test_a_damaged_list_is_named(value: object, message: str, root: Path, tmp_pa
 def test_the_other_declaration_is_refused(root: Path, tmp_path: Path) -> None:
     """Its constants have names of their own."""
     other = {"transform_config": {"expert_substitution": {"version": 1}}}
-    with pytest.raises(CheckpointError, match="only approximate_experts is read"):
+    with pytest.raises(CheckpointError, match="declare them as approximate_experts"):
         open_checkpoint(edited(root / "m", tmp_path / "m", compression_config=other))
 
 

@@ -47,5 +47,5 @@ def test_every_sentence_is_used_and_every_use_has_one() -> None:
 
 def test_an_unknown_language_is_refused() -> None:
     """With those there are."""
-    with pytest.raises(UsageError, match="one of en, ja"):
+    with pytest.raises(UsageError, match="choose from en, ja"):
         Catalogue.of("fr")
