@@ -16,6 +16,7 @@ from moe_serve.pruning.plan import (
     Part,
     Plan,
     _part_defects,
+    copies,
     expanded,
     shortened,
 )
@@ -96,3 +97,10 @@ def test_blocks_name_what_there_is() -> None:
         "block 4 has a part of 1 neurons",
         "block 5 has no parts",
     ]
+
+
+def test_kept_neurons_are_cut_into_blocks_in_their_own_order() -> None:
+    """Five kept, best first, two a block: the last of them has no block to go to."""
+    blocks = copies(2, [5, 1, 9, 0, 3], 2)
+    assert [block.parts[0].neurons for block in blocks] == [(0, 1), (5, 9)]
+    assert {part.expert for block in blocks for part in block.parts} == {2}

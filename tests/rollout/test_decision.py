@@ -96,7 +96,7 @@ def test_harm_lies_beyond_the_margin() -> None:
     """At the margin nothing is proven by the interval; by a test besides it, it is."""
     counts = {PRUNED: (5.0, 9.0), ORIGINAL: (0.0, 9.0)}
 
-    def verdict(lower: float, upper: float, *, proven: bool) -> str:
+    def judged(lower: float, upper: float, *, proven: bool) -> g.Evidence:
         compared = g._Compared(
             guard="errors",
             margin=0.25,
@@ -106,13 +106,19 @@ def test_harm_lies_beyond_the_margin() -> None:
             upper=lambda _times: upper,
             basis="",
             proven=proven,
+            needs="votes",
         )
-        return compared.judged(explain=False).verdict
+        return compared.judged(explain=False)
+
+    def verdict(lower: float, upper: float, *, proven: bool) -> str:
+        return judged(lower, upper, proven=proven).verdict
 
     assert verdict(0.25, 0.5, proven=False) == "open"
     assert verdict(0.2501, 0.5, proven=False) == "harm"
     assert verdict(0.0, 0.25, proven=True) == "harm"
     assert verdict(0.0, 0.2499, proven=True) == "open"
+    assert judged(0.0, 0.2, proven=False).needs == "votes"
+    assert judged(0.0, 0.1, proven=False).needs == ""
     # Fine is below the limit, not at it.
     assert (verdict(0.0, 0.125, proven=False), verdict(0.0, 0.1249, proven=False)) == (
         "open",
@@ -204,7 +210,7 @@ def test_harm_rolls_back_while_waiting_for_a_person() -> None:
 def test_paused_does_not_advance() -> None:
     """However good the evidence."""
     found = after(100, state=s.pause(CANARY, "lunch"))
-    assert (found.kind, found.words) == ("hold", "paused: lunch")
+    assert (found.kind, found.reason, found.words) == ("hold", "paused", "paused: lunch")
 
 
 @pytest.mark.parametrize("what", ["hold", "pause", "rollback"])
@@ -273,6 +279,7 @@ def test_unusable_data_holds_then_rolls_back(
         kinds.append(d.decide(traffic.window, POLICY, CANARY))
     assert {k.kind for k in kinds[:60]} == {"hold"}
     assert {k.reason for k in kinds} == {"blind"}
+    assert kinds[0].words.endswith("; rolled back when that lasts 5 minutes")
     # 300 s after the first unusable reading.
     assert [k.kind for k in kinds].index("rollback") == 60
 
@@ -408,6 +415,12 @@ def test_a_split_that_is_not_as_asked_holds() -> None:
     found = after(60, original=(100, 0, 0), pruned=(50, 0, 0))
     assert (found.kind, found.reason) == ("hold", "split")
     assert "33.33 % of the requests reached pruned where 50 % should" in found.words
+
+
+@pytest.mark.parametrize("weight", [0.0, 100.0])
+def test_where_nothing_is_split_nothing_is_amiss(weight: float) -> None:
+    """Copies, or all traffic on one side."""
+    assert g.split_mismatch(Window(began=0.0, weight=weight), POLICY) == ""
 
 
 def test_nothing_advances_in_a_freeze_window() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from moe_serve.pruning.methods.alignment import (
     Alignment,
+    _scaled_rows,
     aligned_distances,
     by_correlation,
     by_distances,
@@ -34,6 +35,14 @@ def test_a_shuffled_copy_is_put_back_in_order(align: Alignment, *, with_tokens: 
     assert align(mixture, tokens, 0, 1) == INVERSE
     assert align(mixture, tokens, 1, 0) == ORDER
     assert keep_order(mixture, tokens, 0, 1) == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_matrix_of_large_weights_has_no_more_say() -> None:
+    """Each neuron's rows of gate, up and down count one each, however large."""
+    unit = random_unit(0)
+    large = dataclasses.replace(unit, gate_FD=50.0 * unit.gate_FD)
+    assert _scaled_rows(large).square().sum(dim=1).tolist() == pytest.approx([3.0] * 6)
+    torch.testing.assert_close(_scaled_rows(large), _scaled_rows(unit))
 
 
 def test_correlation_finds_the_order_where_weights_alone_would_be_a_guess() -> None:

@@ -48,6 +48,8 @@ def test_a_curve_is_the_allocation_at_every_total() -> None:
     """What a curve promises is what its counts cost."""
     errors = np.sort(np.random.default_rng(1).random((3, 5)), axis=1)[:, ::-1].copy()
     found = curve(errors)
+    # Twelve places, and a way to fill any number of them.
+    assert np.isfinite(found.error_K).tolist() == [True] * 13
     for total in range(13):
         counts = found.counts(total)
         assert sum(counts) == total

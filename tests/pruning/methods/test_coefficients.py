@@ -66,6 +66,13 @@ def test_least_squares_is_the_best_on_the_simplex(seed: int) -> None:
     assert error(found) <= min(map(error, grid)) * (1 + 1e-9)
 
 
+def test_experts_that_put_nothing_out_are_averaged() -> None:
+    """Tokens of zeros: no error to make less, and no 0 / 0."""
+    seen = Reservoir.of(mixture_of([random_unit(e) for e in range(3)]), torch.zeros(20, 8))
+    found = least_squares([0, 2], Evidence(statistics=None, reservoir=seen))
+    assert found.tolist() == [0.5, 0.5]
+
+
 def test_least_squares_leaves_out_a_member_that_serves_nobody() -> None:
     """Only expert 0's tokens are there: the merged expert is expert 0."""
     torch.manual_seed(5)

@@ -37,6 +37,13 @@ def test_average_linkage_by_hand() -> None:
     assert average_linkage(distance, 1) == [[0, 1, 2, 3]]
 
 
+def test_rounding_in_a_matrix_of_distances_is_no_obstacle() -> None:
+    """An expert 1e-6 from itself, and pairs that differ in the last digits by direction."""
+    distance = symmetric({(0, 1): 1.0, (0, 2): 3.0, (1, 2): 3.0}, 3) + 1e-6 * torch.eye(3)
+    distance[0, 1] += 1e-6
+    assert average_linkage(distance, 2) == [[0, 1], [2]]
+
+
 def test_others_join_the_leader_they_are_most_like() -> None:
     """1 is most like 3, which leads nothing; of the leaders 0 and 4 it is more like 4."""
     similarity = symmetric({(0, 1): 0.2, (1, 3): 0.9, (1, 4): 0.3, (0, 3): 0.5, (3, 4): 0.4}, 5)

@@ -28,6 +28,26 @@ def test_rotation_and_scale_do_not_matter() -> None:
     assert float(cka[0, 1]) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_cka_is_the_published_unbiased_estimate() -> None:
+    """Seven tokens; Song et al. 2012, eq. 5, sum by sum. With zero diagonals it is
+
+    (Σ_ij K_ij L_ij + Σ K Σ L / ((n-1)(n-2)) - 2 Σ_ijk K_ij L_jk / (n-2)) / (n (n-3)).
+    """
+    torch.manual_seed(4)
+    y = torch.randn(2, 7, 3, dtype=torch.float64)
+    grams = [(a @ a.T).fill_diagonal_(0.0) for a in y]
+
+    def hsic(k: torch.Tensor, m: torch.Tensor) -> float:
+        spread = float((k * m).sum())
+        whole = float(k.sum() * m.sum()) / (6 * 5)
+        crossed = sum(float(k[i] @ m[j]) for i in range(7) for j in range(7))
+        return (spread + whole - 2 * crossed / 5) / (7 * 4)
+
+    first, second = grams
+    expected = hsic(first, second) / (hsic(first, first) * hsic(second, second)) ** 0.5
+    assert float(linear_cka(y)[0, 1]) == pytest.approx(expected, rel=1e-9)
+
+
 def test_unrelated_outputs_are_near_zero_even_with_few_tokens() -> None:
     """The unbiased estimator does not flatter: 64 tokens in 128 dimensions."""
     torch.manual_seed(1)

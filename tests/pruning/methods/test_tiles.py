@@ -25,6 +25,7 @@ def test_error_is_that_of_the_best_refit_without_the_tile() -> None:
         return float((off * (h @ off)).sum())
 
     path = tile_path(normal.float()[None], down.float()[None], 4)
+    assert path.order_NI.dtype == torch.int64
     first = path.order_NI[0, :4].tolist()
     costs = {t: error(list(range(4 * t, 4 * t + 4))) for t in range(3)}
     least = min(costs, key=costs.__getitem__)
