@@ -29,7 +29,7 @@ def test_rotation_and_scale_do_not_matter() -> None:
 
 
 def test_cka_is_the_published_unbiased_estimate() -> None:
-    """Seven tokens; Song et al. 2012, eq. 5, sum by sum. With zero diagonals it is
+    """Seven tokens; Song et al. 2012, eq. 5, sum by sum, with zero diagonals.
 
     (Σ_ij K_ij L_ij + Σ K Σ L / ((n-1)(n-2)) - 2 Σ_ijk K_ij L_jk / (n-2)) / (n (n-3)).
     """
