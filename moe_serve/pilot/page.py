@@ -108,12 +108,12 @@ def _tiles(pilot: Pilot, row: Row, t: Catalogue) -> list[dict[str, str]]:
         },
         {
             "name": t("loss"),
-            "figure": t("loss_figure", kl=words.short(option.mean_kl)),
+            "figure": words.percent(option.top1),
             "note": t(
                 "loss_note",
+                kl=words.short(option.mean_kl),
                 worst=words.short(option.worst_kl),
                 domain=option.worst_domain,
-                top1=words.percent(option.top1),
             ),
         },
         {

@@ -99,6 +99,7 @@ def labelled(places: Sequence[tuple[float, float]], labels: Sequence[str]) -> li
                 "label_x": box.left if anchor == "start" else box.right,
                 "label_y": box.bottom - 3.5,
                 "anchor": anchor,
+                "led": not box.top - 2 <= y <= box.bottom + 2,
             }
         )
     return found

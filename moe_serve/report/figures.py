@@ -21,6 +21,8 @@ from moe_serve.report.facts import Expert, Layer
 
 STRIP_WIDTH: Final = 120
 STRIP_HEIGHT: Final = 36
+_LABEL: Final = 0.08
+"""Height of a label where curves end, over the height of the drawing."""
 _LIGHT: Final = np.array([236, 242, 250])
 _MIDDLE: Final = np.array([86, 148, 221])
 _DEEP: Final = np.array([13, 54, 107])
@@ -171,6 +173,10 @@ class Sensitivity:
     """At a quarter, a half, three quarters and all removed."""
     line: str
     """The points as an SVG polyline in a box of 1 × 1, square root upwards."""
+    end: float
+    """Where that ends, from above."""
+    label: float
+    """Where its label stands, apart from the others'."""
 
 
 def sensitivities(layers: Sequence[Layer]) -> list[Sensitivity]:
@@ -178,12 +184,29 @@ def sensitivities(layers: Sequence[Layer]) -> list[Sensitivity]:
     ranked = [layer for layer in layers if layer.removed_G]
     totals = {layer.index: layer.error_NG.sum(axis=0) for layer in ranked}
     top = max((float(t.max()) for t in totals.values()), default=1.0) or 1.0
+    ends = [1 - max(float(t[-1]) / top, 0.0) ** 0.5 for t in totals.values()]
     found = []
-    for layer in ranked:
+    for layer, end, label in zip(ranked, ends, spread(ends, _LABEL), strict=True):
         share_G = np.array(layer.removed_G) / layer.experts[0].width
         error_G = totals[layer.index]
         points = tuple((float(s), float(e) / top) for s, e in zip(share_G, error_G, strict=True))
         line = " ".join(f"{s:.3f},{1 - max(e, 0.0) ** 0.5:.3f}" for s, e in points)
         errors = tuple(float(np.interp(s, share_G, error_G)) for s in (0.25, 0.5, 0.75, 1.0))
-        found.append(Sensitivity(layer.index, points, errors, line))
+        found.append(Sensitivity(layer.index, points, errors, line, end, label))
     return found
+
+
+def spread(places: Sequence[float], gap: float) -> list[float]:
+    """Places from 0 to 1 moved apart by ``gap`` at least, in their order, and as little as need be.
+
+    Where they don't fit they go on below 1.
+    """
+    order = sorted(range(len(places)), key=lambda n: places[n])
+    moved = [places[n] for n in order]
+    for n in range(1, len(moved)):
+        moved[n] = max(moved[n], moved[n - 1] + gap)
+    limit = max(1.0, gap * (len(moved) - 1))
+    for n in reversed(range(len(moved))):
+        moved[n] = min(moved[n], limit)
+        limit = moved[n] - gap
+    return [place for _, place in sorted(zip(order, moved, strict=True))]

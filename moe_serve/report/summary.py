@@ -35,6 +35,7 @@ def done(facts: Facts, t: Catalogue) -> str:
     ]
     if facts.manifest.refit:
         sentences.append(t("refit_done"))
+    sentences += [t(f"term_{state}") for state in STATES if counts[state] and state != "whole"]
     return t("join_sentences").join(sentences)
 
 

@@ -38,7 +38,8 @@ def test_every_sentence_is_used_and_every_use_has_one() -> None:
     used |= set(re.findall(r't\("([a-z_]+)" if ', text))
     used |= set(re.findall(r't\("[a-z_]+" if [a-z.]+ else "([a-z_]+)"', text))
     used |= {f"state_{state}" for state in STATES}
-    used |= {f"held_{name}" for name in memory.DEFINITIONS}
+    used |= {f"term_{state}" for state in STATES if state != "whole"}
+    used |= {f"held{kind}_{name}" for name in memory.DEFINITIONS for kind in ("", "_name")}
     used |= {f"speed_{name}" for name in DEFINITIONS}
     used |= {f"compare_is_{verdict}" for verdict in VERDICTS}
     used |= {f"similarity_{measure}" for measure in ("cosine", "similarity", "distance")}

@@ -35,6 +35,15 @@ _RULES: Final = r"""() => {
     if (sideways && box.scrollWidth > box.clientWidth && box.tabIndex < 0)
       found.add("a box that no keyboard can scroll");
   }
+  for (const svg of all("svg")) {
+    const boxes = [...svg.querySelectorAll("text")].map((t) => t.getBoundingClientRect());
+    boxes.forEach((a, i) => boxes.slice(i + 1).forEach((b) => {
+      const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+      const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+      // Letters leave the edges of their boxes free.
+      if (wide > 2 && high > 0.3 * Math.min(a.height, b.height)) found.add("labels on one another");
+    }));
+  }
   const linear = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
   const bright = (c) => 0.2126 * linear(c[0]) + 0.7152 * linear(c[1]) + 0.0722 * linear(c[2]);
   const colour = (text) => text.match(/[\d.]+/g).map(Number);
