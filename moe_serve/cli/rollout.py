@@ -171,6 +171,8 @@ def history_command(
         fate = "  (given up)" if c.abandoned_at else fate
         before = "?" if c.percent_before is None else f"{c.percent_before:g}"
         out.print(f"{when}  {c.decision}  {before} → {c.percent_after:g} %  {c.actor}{fate}")
+        if c.reason:
+            out.print(f"    {c.reason}", markup=False, soft_wrap=True)
 
 
 @rollout.command("simulate")

@@ -149,8 +149,9 @@ def _watch(stack: Stack) -> None:
         if rest is not None:
             _tend(rest, told)
         trim_users(stack.folder)
+        stack.revive(_tell)
         for child in stack.ended():
-            if child.name not in told:
+            if child.name not in told and child.name != "control":
                 told.add(child.name)
                 _tell(f"{child.name} ended with exit code {child.exit_code}:\n{child.tail()}")
             if child.name == "envoy":

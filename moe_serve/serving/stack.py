@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -37,6 +38,8 @@ from moe_serve.serving.variants import ORIGINAL, VARIANTS
 _POLL: Final = 0.25
 _STOP_GRACE: Final = 15.0
 _CONTROL: Final = "moe_serve.rollout.control"
+_REVIVAL_PAUSE: Final = 10.0
+"""Seconds between two attempts to have a control process."""
 
 Tell = Callable[[str], None]
 
@@ -49,6 +52,7 @@ class Stack:
     folder: Path
     state: StackState | None = None
     children: list[Child] = field(default_factory=list)
+    _revived: float = -math.inf
 
     @property
     def proxy(self) -> Child | None:
@@ -58,6 +62,22 @@ class Stack:
     def ended(self) -> list[Child]:
         """Children that are no longer running."""
         return [c for c in self.children if c.exit_code is not None]
+
+    def revive(self, tell: Tell) -> bool:
+        """Start the control process again where it has ended; whether it was.
+
+        Traffic never waited for it, and it goes on from the record: without it nobody decides. The
+        others are not started again: an engine's end may be the pruned model's doing, and what is
+        left serves meanwhile.
+        """
+        ended = next((c for c in self.ended() if c.name == "control"), None)
+        now = time.monotonic()
+        if ended is None or now - self._revived < _REVIVAL_PAUSE:
+            return False
+        self._revived = now
+        tell(f"control ended with exit code {ended.exit_code}; started again (log {ended.log})")
+        self.children[self.children.index(ended)] = start("control", _command(self), ended.log)
+        return True
 
     def drain(self, tell: Tell) -> int:
         """Take no new connections, wait for running requests; return how many were cut off."""
@@ -289,18 +309,19 @@ def _control(stack: Stack, tell: Tell) -> None:
     """Start the control process."""
     log = stack.folder / "logs" / "control.log"
     log.unlink(missing_ok=True)
+    child = start("control", _command(stack), log)
+    stack.children.append(child)
+    _wait(child, lambda: answers(stack.config.control_url, "/healthz"), 60.0)
+    tell("control: ready")
+
+
+def _command(stack: Stack) -> list[str]:
     config = stack.config
     command = [sys.executable, "-m", _CONTROL, "--state", str(stack.folder)]
     command += ["--host", config.control_host, "--port", str(config.control_port)]
     for name in config.control_names:
         command += ["--name", name]
-    if config.policy is not None:
-        command.append("--watch")
-    child = start("control", command, log)
-    stack.children.append(child)
-
-    _wait(child, lambda: answers(config.control_url, "/healthz"), 60.0)
-    tell("control: ready")
+    return [*command, *(("--watch",) if config.policy is not None else ())]
 
 
 def _wait(child: Child, ready: Callable[[], bool], seconds: float) -> None:

@@ -51,6 +51,17 @@ def test_a_rollout_is_paused_resumed_and_rolled_back_with_nobody_alive(tmp_path:
     assert json.loads(checked.stdout)["problems"] == []
 
 
+def test_history_says_who_moved_what_and_why(tmp_path: Path) -> None:
+    """A guard's words name it, its interval and its margin; a person's are a person's."""
+    state = stack(tmp_path)
+    words = "errors: 9 of 100, original 1 of 100: +0.0100 to +0.1200, margin 0.005 [original]"
+    move(tmp_path, 0, decision="rollback", reason=words, actor="controller")
+    move(tmp_path, 5, decision="set", reason="once more", actor="ada")
+    told = run("history", "--state", state).stdout.splitlines()
+    assert [line.strip() for line in told if line.startswith("    ")] == ["once more", words]
+    assert ("ada" in told[0], "controller" in told[2]) == (True, True)
+
+
 def test_a_tampered_record_fails_the_check(tmp_path: Path) -> None:
     """Exit 1, with what is wrong."""
     state = stack(tmp_path)
