@@ -42,6 +42,14 @@ def compare_command(
             help="Directories: measure even on texts that calibration used.",
         ),
     ] = False,
+    skip_overlap: Annotated[
+        bool,
+        typer.Option(
+            "--skip-overlap",
+            help="Leave out documents that the pruned directory was calibrated on, and say how "
+            "many.",
+        ),
+    ] = False,
     tokens: options.Tokens = DEFAULT_TOKENS,
     length: options.Length = DEFAULT_LENGTH,
     batch_tokens: options.BatchTokens = DEFAULT_BATCH,
@@ -103,6 +111,7 @@ def compare_command(
         pruned=pruned,
         texts=TextOptions(paths=tuple(texts), tokens=tokens, length=length, seed=seed),
         allow_overlap=allow_overlap,
+        skip_overlap=skip_overlap,
         device=device_named(device),
         batch_tokens=batch_tokens,
         top=top,

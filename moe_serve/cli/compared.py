@@ -27,6 +27,8 @@ def show(found: Comparison) -> None:
         out.print(held_table(found.held))
     if found.speed:
         out.print(speed_table(found.speed))
+    for name, count in found.left_out.items():
+        out.print(f"{name}: documents that were calibrated on and left out: {count}", markup=False)
     if found.top is not None:
         out.print(f"KL is a lower bound, from the {found.top} likeliest tokens of each engine")
     for kind, sizes in (("routed experts", found.expert_bytes), ("all", found.total_bytes)):

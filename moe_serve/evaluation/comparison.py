@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.divergence import divergence
 from moe_serve.evaluation.generation import SideBySide, generation_json
+from moe_serve.evaluation.models import is_url
 from moe_serve.evaluation.quality import DomainQuality, Estimates, Figures, by_domain
 from moe_serve.progress import SILENT, Progress
-from moe_serve.pruning.corpus import Corpus, TextOptions, load_corpus, refuse_overlap
+from moe_serve.pruning.corpus import TextOptions, load_corpus, refuse_overlap
 from moe_serve.pruning.request import CPU, DEFAULT_BATCH
 
 
@@ -39,6 +41,8 @@ class Comparison:
     """Of two results of ``vllm bench serve``, where there are any."""
     overlap: tuple[str, ...] = ()
     """Text files that the pruned checkpoint was calibrated on, wholly or in some documents."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """File → documents that were not measured on because it was calibrated on them."""
     top: int | None = None
     """Where KL is a lower bound: the log-probabilities per token that it is from."""
     generation: tuple[SideBySide, ...] = ()
@@ -100,6 +104,7 @@ class Comparison:
             "memory": self._memory(),
             "speed": self.speed,
             "overlap": list(self.overlap),
+            "left_out": dict(self.left_out),
         } | more
 
     def _memory(self) -> dict[str, dict[str, int]]:
@@ -118,24 +123,28 @@ def compare(
     reference: Path | None = None,
     *,
     allow_overlap: bool = False,
+    skip_overlap: bool = False,
 ) -> Comparison:
     """Measure a pruned checkpoint against its original on texts.
 
-    ``reference`` keeps what the original put out, for further calls on the same texts.
+    ``reference`` keeps what the original put out, for further calls on the same texts. With
+    ``skip_overlap`` documents that were calibrated on are left out.
 
     Raises:
-        UsageError: no texts, or texts that were calibrated on, unless ``allow_overlap``.
+        UsageError: no texts, or texts that were calibrated on, unless ``allow_overlap``; with
+            ``skip_overlap`` only where they are a whole file, or nothing is left.
         MoeServeError: a checkpoint or the texts can't be used.
     """
     before, after = open_checkpoint(original), open_checkpoint(pruned)
-    corpus = load_corpus(before, texts)
+    calibration = calibration_of(str(pruned))
+    corpus = load_corpus(before, texts, calibration if skip_overlap else None)
     if corpus is None:
         raise UsageError(
             "give texts to compare on",
             where="--texts",
             remedy="texts that calibration did not use: .jsonl, .txt or a folder of them",
         )
-    shared = _shared(pruned, corpus)
+    shared = corpus.shared(calibration)
     if not allow_overlap:
         refuse_overlap(shared, f"to calibrate {pruned}")
     with tempfile.TemporaryDirectory(prefix="moe-serve-compare-") as work:
@@ -152,6 +161,7 @@ def compare(
         },
         total_bytes={"original": _total(before), "pruned": _total(after)},
         overlap=shared,
+        left_out=corpus.left_out,
     )
 
 
@@ -163,8 +173,8 @@ def _total(checkpoint: Checkpoint) -> int:
     return sum(entry.size for entry in checkpoint.tensors.values())
 
 
-def _shared(pruned: Path, corpus: Corpus) -> tuple[str, ...]:
-    """What was measured on and also calibrated on."""
-    if not (pruned / MANIFEST).exists():
-        return ()
-    return corpus.shared(Manifest.load(pruned).calibration or {})
+def calibration_of(name: str) -> dict[str, Any]:
+    """What a pruned directory says of its calibration; nothing of an engine."""
+    if is_url(name) or not (Path(name) / MANIFEST).exists():
+        return {}
+    return Manifest.load(Path(name)).calibration or {}

@@ -36,6 +36,8 @@ class Wanted:
     pruned: str
     texts: TextOptions
     allow_overlap: bool = False
+    skip_overlap: bool = False
+    """Leave out documents that the pruned directory was calibrated on."""
     device: torch.device = CPU
     """Where a directory is computed."""
     batch_tokens: int = DEFAULT_BATCH
@@ -69,6 +71,12 @@ class Wanted:
                 "prompt tokens": load.prompt_tokens,
             }
         )
+        if self.allow_overlap and self.skip_overlap:
+            raise UsageError(
+                "contradict each other",
+                where="--allow-overlap, --skip-overlap",
+                remedy="give one",
+            )
         for option, wanted in (("--prompts", self.prompts), ("--save-bench", self.results)):
             if wanted is not None and not self.engines:
                 raise UsageError(
@@ -142,7 +150,13 @@ def _quality(wanted: Wanted, progress: Progress) -> Comparison:
             found = _directories(wanted, progress)
         else:
             found = compare_served(
-                before, after, wanted.texts, wanted.top, progress, allow_overlap=overlap
+                before,
+                after,
+                wanted.texts,
+                wanted.top,
+                progress,
+                allow_overlap=overlap,
+                skip_overlap=wanted.skip_overlap,
             )
         if wanted.tasks:
             tasks = compare_tasks(
@@ -161,4 +175,5 @@ def _directories(wanted: Wanted, progress: Progress) -> Comparison:
         wanted.batch_tokens,
         progress,
         allow_overlap=wanted.allow_overlap,
+        skip_overlap=wanted.skip_overlap,
     )

@@ -13,21 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from moe_serve.calibration.passages import passages
 from moe_serve.calibration.sequences import pack
 from moe_serve.calibration.texts import read_texts
-from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.errors import UsageError, require_positive
-from moe_serve.evaluation.comparison import Comparison
-from moe_serve.evaluation.models import Model, is_url
+from moe_serve.evaluation.comparison import Comparison, calibration_of
+from moe_serve.evaluation.models import Model
 from moe_serve.evaluation.quality import Floats, by_domain
 from moe_serve.progress import Progress
-from moe_serve.pruning.corpus import Corpus, TextOptions, refuse_overlap
+from moe_serve.pruning.corpus import Corpus, TextOptions, refuse_overlap, unread
 from moe_serve.serving.logprobs import Place, divergence
 
 DEFAULT_TOP: Final = 20
@@ -43,6 +41,7 @@ def compare_served(
     progress: Progress,
     *,
     allow_overlap: bool = False,
+    skip_overlap: bool = False,
 ) -> Comparison:
     """Measure one model against another; the original's tokenizer makes the token ids.
 
@@ -53,6 +52,7 @@ def compare_served(
         top: log-probabilities listed per place.
         progress: told about sequences and, of a directory, layers.
         allow_overlap: measure even on texts that the pruned directory was calibrated on.
+        skip_overlap: leave out documents that it was calibrated on.
 
     Raises:
         UsageError: no texts, texts that were calibrated on, or a bound that is not positive.
@@ -67,7 +67,10 @@ def compare_served(
         )
     require_positive({"--tokens": texts.tokens, "--top": top})
     require_positive({"--sequence-length": texts.length}, least=2)
-    documents = read_texts(texts.paths)
+    documents, left_out = read_texts(texts.paths), dict[str, int]()
+    calibration = calibration_of(after.name)
+    if skip_overlap and calibration:
+        documents, left_out = unread(documents, calibration)
     limits = [n for n in (before.length, after.length) if n]
     length = min([texts.length, *limits])
     sequences = pack(documents, before.tokenize, before.end, texts.tokens, length, texts.seed)
@@ -79,7 +82,7 @@ def compare_served(
             for _, of_source in documents.by_source()
         ),
     )
-    shared = corpus.shared(calibration_of(after.name))
+    shared = corpus.shared(calibration)
     if not allow_overlap:
         refuse_overlap(shared, f"to calibrate {after.name}")
     rows = [[int(i) for i in ids] for ids in sequences.tokens]
@@ -99,15 +102,9 @@ def compare_served(
         expert_bytes={},
         total_bytes={},
         overlap=shared,
+        left_out=left_out,
         top=top,
     )
-
-
-def calibration_of(name: str) -> dict[str, Any]:
-    """What a pruned directory says of its calibration; nothing of an engine."""
-    if is_url(name) or not (Path(name) / MANIFEST).exists():
-        return {}
-    return Manifest.load(Path(name)).calibration or {}
 
 
 def values(ids: Sequence[int], original: Sequence[Place], pruned: Sequence[Place]) -> Floats:

@@ -8,9 +8,9 @@ from typing import Any
 
 from moe_serve.calibration.passages import Known, passages
 from moe_serve.errors import UsageError, require_positive
+from moe_serve.evaluation.comparison import calibration_of
 from moe_serve.evaluation.models import Model
 from moe_serve.evaluation.paired import mean_of, paired
-from moe_serve.evaluation.served import calibration_of
 from moe_serve.progress import Progress
 from moe_serve.pruning.corpus import refuse_overlap
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from moe_serve.pilot.settings import PilotSettings, Tolerance
@@ -35,6 +35,8 @@ class Option:
     """Calibration included, which all options share."""
     domains: dict[str, dict[str, Any]]
     overlap: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """File → documents that were not measured on because they were calibrated on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -197,6 +197,7 @@ def _risks(pilot: Pilot, advice: Recommendation, t: Catalogue) -> list[str]:
         )
     if option.overlap:
         found.append(t("risk_overlap", files=", ".join(option.overlap)))
+    found += [t("risk_left_out", file=f, count=n) for f, n in option.left_out.items()]
     few = sorted(
         name
         for name, quality in option.domains.items()

@@ -100,7 +100,8 @@ def _calibration(settings: PilotSettings) -> TextOptions:
 
 def _refuse_overlap(settings: PilotSettings, original: Checkpoint, record: dict[str, Any]) -> None:
     """Before hours go into options whose figures would be too good."""
-    corpus = load_corpus(original, _texts(settings, settings.texts))
+    skip = record if settings.skip_overlap else None
+    corpus = load_corpus(original, _texts(settings, settings.texts), skip)
     refuse_overlap(corpus.shared(record) if corpus else (), "for calibration")
 
 
@@ -184,6 +185,7 @@ def _option(
         machine_seconds=calibration_seconds + found["seconds"],
         domains=quality["domains"],
         overlap=tuple(found["comparison"]["overlap"]),
+        left_out=found["comparison"]["left_out"],
     )
 
 
@@ -219,6 +221,7 @@ def _made(
         progress,
         settings.output / "reference",
         allow_overlap=settings.allow_overlap,
+        skip_overlap=settings.skip_overlap,
     )
     return {"seconds": seconds, "comparison": found.to_json()}
 
@@ -255,6 +258,7 @@ def _digest(settings: PilotSettings, original: Checkpoint) -> str:
             "seed",
             "declaration",
             "purpose",
+            "skip_overlap",
         },
     )
     given = [p for p in (*settings.calibration, *settings.texts, settings.declaration) if p]

@@ -101,6 +101,8 @@ class PilotSettings(_Part):
     """What they are used for, as their terms name it."""
     allow_overlap: bool = False
     """Measure even on texts that were calibrated on."""
+    skip_overlap: bool = False
+    """Leave out documents that were calibrated on; the page says how many."""
     keep: tuple[Share, ...] = (0.75, 0.5)
     """Shares of the routed experts' bytes to try."""
     methods: tuple[str, ...] = ("auto",)
@@ -133,6 +135,8 @@ class PilotSettings(_Part):
             self.methods
         ):
             raise ValueError("keep and methods must not name anything twice")
+        if self.allow_overlap and self.skip_overlap:
+            raise ValueError("allow_overlap and skip_overlap contradict each other")
         if set(self.texts) & set(self.calibration):
             raise ValueError("measure on other texts than those for calibration")
         return self
@@ -180,7 +184,8 @@ texts = ["{texts}"]  # others, to measure on
 output = "pilot"
 # declaration = "calibration.toml"  # owner, licence and terms of the texts for calibration
 # purpose = "compression"           # as those terms name it
-# allow_overlap = true              # measure even on texts that were calibrated on
+# skip_overlap = true               # leave out documents that were calibrated on
+# allow_overlap = true              # or measure even on them
 
 keep = [0.75, 0.5]     # shares of the routed experts' bytes to try
 methods = ["auto"]     # moe-serve prune --help lists them

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +14,7 @@ from moe_serve.calibration.passages import Known, passages
 from moe_serve.calibration.sequences import Sequences, tokenize
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import CalibrationRecord
-from moe_serve.calibration.texts import Source, Texts, declared, read_texts, with_task
+from moe_serve.calibration.texts import Document, Source, Texts, declared, read_texts, with_task
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import UsageError, require_positive
 
@@ -66,6 +66,8 @@ class Corpus:
     passages: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Of each source's documents."""
     purpose: str | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """File → documents that were left out of it because a calibration read them."""
 
     @property
     def balance(self) -> dict[str, float] | None:
@@ -89,13 +91,11 @@ class Corpus:
 
         Otherwise with how many documents of how many, as in ``heldout.jsonl (3/120)``.
         """
-        records = [record, record.get("statistics", {})]
-        files = {source["sha256"] for r in records for source in r.get("sources", ())}
-        known = [Known.from_json(r["passages"]) for r in records if "passages" in r]
+        read = _Read.of(record)
         found = []
         for source, documents in zip(self.sources, self.passages, strict=True):
-            count = sum(any(k.overlaps(document) for k in known) for document in documents)
-            if source.sha256 in files:
+            count = sum(read.knows(document) for document in documents)
+            if source.sha256 in read.files:
                 found.append(source.name)
             elif count:
                 found.append(f"{source.name} ({count}/{source.documents})")
@@ -115,6 +115,54 @@ class Corpus:
         return replace(found, passages=Known.of(kept), purpose=self.purpose)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """What a calibration read, as its record tells."""
+
+    files: frozenset[str]
+    known: tuple[Known, ...]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> _Read:
+        records = [record, record.get("statistics", {})]
+        return cls(
+            files=frozenset(source["sha256"] for r in records for source in r.get("sources", ())),
+            known=tuple(Known.from_json(r["passages"]) for r in records if "passages" in r),
+        )
+
+    def knows(self, document: Sequence[int]) -> bool:
+        """Whether it overlaps, told from its passages."""
+        return any(known.overlaps(document) for known in self.known)
+
+
+def unread(texts: Texts, record: Mapping[str, Any]) -> tuple[Texts, dict[str, int]]:
+    """The documents that a record's calibration did not read; by file, how many it did.
+
+    A file that it read as a whole stays, to be refused.
+
+    Raises:
+        UsageError: nothing is left.
+    """
+    read = _Read.of(record)
+    kept: list[Document] = []
+    sources: list[Source] = []
+    left_out: dict[str, int] = {}
+    for source, documents in texts.by_source():
+        whole = source.sha256 in read.files
+        own = [d for d in documents if whole or not read.knows(passages(d.text))]
+        kept += own
+        sources.append(replace(source, documents=len(own)))
+        if gone := source.documents - len(own):
+            left_out[source.name] = left_out.get(source.name, 0) + gone
+    if not kept:
+        raise UsageError(
+            "hold no document that calibration did not use",
+            where=", ".join(left_out),
+            remedy="measure on other texts",
+        )
+    return replace(texts, documents=tuple(kept), sources=tuple(sources)), left_out
+
+
 def refuse_overlap(shared: Sequence[str], what: str) -> None:
     """Refuse to measure on what was calibrated on.
 
@@ -125,12 +173,17 @@ def refuse_overlap(shared: Sequence[str], what: str) -> None:
         raise UsageError(
             f"was used {what}, wholly or in some of its documents: figures would be too good",
             where=", ".join(shared),
-            remedy="measure on other texts, or give --allow-overlap (pilot: allow_overlap = true)",
+            remedy="measure on other texts, leave such documents out with --skip-overlap (pilot: "
+            "skip_overlap = true), or give --allow-overlap (pilot: allow_overlap = true)",
         )
 
 
-def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
+def load_corpus(
+    checkpoint: Checkpoint, options: TextOptions, skip: Mapping[str, Any] | None = None
+) -> Corpus | None:
     """Read and tokenise; ``None`` without texts.
+
+    Documents that a calibration read, as the record ``skip`` tells, are left out.
 
     Raises:
         UsageError: a bound is not positive, or the task's texts or weight contradict the others.
@@ -144,7 +197,7 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
         return None
     require_positive({"--tokens": options.tokens, "--sequence-length": options.length})
     longest = checkpoint.family.longest(checkpoint.config)
-    texts = _texts(options)
+    texts, left_out = unread(_texts(options), skip) if skip else (_texts(options), {})
     if options.declaration is not None:
         texts = declared(texts, Declaration.load(options.declaration), Use.here(options.purpose))
     sequences = tokenize(
@@ -166,6 +219,7 @@ def load_corpus(checkpoint: Checkpoint, options: TextOptions) -> Corpus | None:
             for _, documents in texts.by_source()
         ),
         purpose=options.purpose,
+        left_out=left_out,
     )
 
 

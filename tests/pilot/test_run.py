@@ -112,6 +112,12 @@ def test_texts_that_share_documents_are_refused(pilot: Pilot, root: Path) -> Non
         run(load_settings(other), Silent())
     assert not list((root / "planted").glob("drop-*"))
     assert pilot.options[0].overlap == ()
+    skipping = other.read_text().replace('"planted"', '"skipped"').replace("[0.75, 0.5]", "[0.75]")
+    other.write_text(f"skip_overlap = true\n{skipping}")
+    found = run(load_settings(other), Silent())
+    assert found.options[0].left_out == {"planted.jsonl": 1}
+    assert found.options[0].mean_kl == pytest.approx(pilot.options[0].mean_kl)
+    assert "calibrated on and left out of the measurement: 1" in page(found, "en")
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +233,7 @@ def test_the_template_is_read_by_what_reads_it(tmp_path: Path) -> None:
         ("keep = [0.50000001, 0.5]", "not name anything twice"),
         ("keep = [1.5]", "keep.0"),
         ('texts = ["texts.jsonl"]', "other texts"),
+        ("allow_overlap = true\nskip_overlap = true", "contradict each other"),
         ('colour = "red"', "colour"),
     ],
 )

@@ -44,6 +44,7 @@ def result(domains: dict[str, float]) -> dict[str, Any]:
         "memory": {"expert_bytes": sizes, "total_bytes": sizes},
         "speed": {},
         "overlap": [],
+        "left_out": {},
     }
 
 

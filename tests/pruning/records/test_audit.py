@@ -6,6 +6,7 @@ import json
 import shutil
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from moe_serve.checkpoint.manifest import MANIFEST, Manifest
 from moe_serve.cli.app import app
 from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.evaluation.comparison import compare
+from moe_serve.evaluation.measure import Wanted, measure
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.records.audit import audit
@@ -23,6 +25,7 @@ from moe_serve.pruning.records.verify import verify
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import PruneResult, prune
 from moe_serve.pruning.selection import Selection
+from tests.support.computed import Computed
 from tests.support.models import make_model, write_texts
 
 TERMS = """
@@ -249,6 +252,49 @@ def test_documents_that_were_calibrated_on_are_refused(root: Path, tmp_path: Pat
         with pytest.raises(UsageError, match=r"held\.jsonl \(1/2\): was used to calibrate"):
             measured(name)
     assert measured("declared", allowed=True) == ("held.jsonl (1/2)",)
+
+
+def test_documents_that_were_calibrated_on_are_left_out(root: Path, tmp_path: Path) -> None:
+    """Figures are those of the file without it, of directories and of an engine; it is counted."""
+    planted = json.loads((root / "texts.jsonl").read_text().splitlines()[0])["text"]
+    rows = [
+        json.dumps({"text": json.loads(line)["text"]})
+        for line in write_texts(tmp_path / "new", seed=1).read_text().splitlines()[:3]
+    ]
+    clean, mixed = tmp_path / "clean.jsonl", tmp_path / "mixed.jsonl"
+    clean.write_text("\n".join(rows))
+    mixed.write_text("\n".join([rows[0], json.dumps({"text": planted}), *rows[1:]]))
+
+    def measured(original: str, held: Path, *, skip: bool) -> dict[str, Any]:
+        wanted = Wanted(
+            original=original,
+            pruned=str(root / "declared"),
+            texts=TextOptions(paths=(held,), tokens=128, length=64),
+            skip_overlap=skip,
+        )
+        return measure(wanted, Silent()).to_json()
+
+    with Computed(root / "m") as engine:
+        for original in (str(root / "m"), engine.url):
+            found = measured(original, mixed, skip=True)
+            assert (found["left_out"], found["overlap"]) == ({"mixed.jsonl": 1}, [])
+            other = measured(original, clean, skip=True)
+            assert other["left_out"] == {}
+            assert found["quality"] == other["quality"]
+    known = tmp_path / "known.jsonl"
+    known.write_text(json.dumps({"text": planted}))
+    with pytest.raises(UsageError, match=r"known\.jsonl: hold no document"):
+        measured(str(root / "m"), known, skip=True)
+    with pytest.raises(UsageError, match=r"texts\.jsonl: was used to calibrate"):
+        measured(str(root / "m"), root / "texts.jsonl", skip=True)
+
+
+def test_overlaps_are_skipped_or_allowed(root: Path) -> None:
+    """Not both."""
+    places = [str(root / "m"), str(root / "declared"), "--texts", str(root / "texts.jsonl")]
+    done = CliRunner().invoke(app, ["compare", *places, "--allow-overlap", "--skip-overlap"])
+    assert isinstance(done.exception, UsageError)
+    assert "contradict each other" in str(done.exception)
 
 
 def test_personal_data_leaves_no_hashes_of_passages(root: Path) -> None:
