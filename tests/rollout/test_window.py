@@ -48,6 +48,17 @@ def test_a_clock_that_jumps_gives_no_counts() -> None:
     assert traffic.read().trouble == ""
 
 
+def test_what_the_proxy_noted_before_a_clock_was_set_is_still_found() -> None:
+    """Set back by an hour, lines since the window began lie an hour earlier; set forth, they stay."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    began = traffic.window.began
+    traffic.at += 3600
+    assert traffic.read().began == began
+    traffic.at -= 3600
+    assert traffic.read().began == began - 3600
+
+
 def test_a_gap_gives_no_counts() -> None:
     """Nothing read for ten minutes: which load the requests met is not known."""
     traffic = Traffic(POLICY)
