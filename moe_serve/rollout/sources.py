@@ -155,9 +155,11 @@ class PrometheusSources:
         self._url = f"{settings.prometheus.rstrip('/')}/api/v1/query"
         self._more = f",{settings.selector}" if settings.selector else ""
         self._client = client or httpx.Client(timeout=5.0)
+        self._silent = False
 
     def read(self, policy: Policy) -> Reading:
         """Some ten instant queries per variant."""
+        self._silent = False
         edges: dict[str, float] = {}
         arms = {name: self._arm(name, policy, edges) for name in VARIANTS}
         return Reading(at=time.time(), tick=time.monotonic(), arms=arms, edges=edges)
@@ -218,10 +220,19 @@ class PrometheusSources:
         return rows[0][1] if len(rows) == 1 else None
 
     def _ask(self, query: str) -> list[tuple[dict[str, Any], float]]:
-        """Rows of an instant query; none when it can't be asked."""
+        """Rows of an instant query; none when it can't be asked.
+
+        Who did not answer one query is not asked another in the same reading: twenty times the
+        time-out is longer than a lease, and than a rollback may wait.
+        """
+        if self._silent:
+            return []
         try:
             answer = self._client.get(self._url, params={"query": query}).raise_for_status().json()
             return [(row, float(row["value"][1])) for row in answer["data"]["result"]]
+        except httpx.TransportError:
+            self._silent = True
+            return []
         except (httpx.HTTPError, ValueError, KeyError, TypeError, IndexError):
             return []
 

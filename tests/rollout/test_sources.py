@@ -125,3 +125,18 @@ def test_a_server_that_does_not_answer_is_no_reading() -> None:
     client = httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(503)))
     found = PrometheusSources(Prometheus(prometheus="http://p:9090"), client).read(POLICY)
     assert {arm.requests for arm in found.arms.values()} == {None}
+
+
+def test_a_server_that_hangs_is_asked_once_a_reading() -> None:
+    """Not twenty times five seconds; at the next reading it is asked again."""
+    asked: list[str] = []
+
+    def hang(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        raise httpx.ReadTimeout("", request=request)
+
+    client = httpx.Client(transport=httpx.MockTransport(hang))
+    sources = PrometheusSources(Prometheus(prometheus="http://p:9090"), client)
+    for number in (1, 2):
+        assert {arm.requests for arm in sources.read(POLICY).arms.values()} == {None}
+        assert len(asked) == number

@@ -49,7 +49,7 @@ def test_a_clock_that_jumps_gives_no_counts() -> None:
 
 
 def test_what_the_proxy_noted_before_a_clock_was_set_is_still_found() -> None:
-    """Set back by an hour, lines since the window began lie an hour earlier; set forth, they stay."""
+    """Set back by an hour, lines since the window began lie an hour earlier; forth, they stay."""
     traffic = Traffic(POLICY)
     traffic.warm()
     began = traffic.window.began
