@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.errors import CheckpointError, IncompleteCheckpoint, OutputError
+from moe_serve.errors import CheckpointError, IncompleteCheckpoint, OutputError, UsageError
 
 REFETCH: Final = "fetch this file again and compare its size and SHA-256 with the source"
 MISMATCH: Final = "fetch config.json and all weights from one revision of one checkpoint"
@@ -46,6 +47,34 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError("is not a JSON object", where=str(path), remedy=REFETCH)
     return value
+
+
+def read_toml(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a file of settings.
+
+    Raises:
+        UsageError: unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        raise UsageError(f"cannot be read ({exc})", where=str(path), remedy=remedy) from exc
+
+
+@contextmanager
+def validating(where: str, remedy: str) -> Iterator[None]:
+    """Translate what pydantic says about settings.
+
+    Raises:
+        UsageError: naming every field that is wrong.
+    """
+    from pydantic import ValidationError  # Rolling back does without.
+
+    try:
+        yield
+    except ValidationError as exc:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in exc.errors()]
+        raise UsageError("; ".join(problems), where=where, remedy=remedy) from exc
 
 
 @contextmanager

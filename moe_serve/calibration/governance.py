@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import platform
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moe_serve.errors import CalibrationError, UsageError
+from moe_serve.errors import CalibrationError
+from moe_serve.files import read_toml, validating
 
 OPTION: Final = "--declaration"
 Word = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
@@ -101,15 +101,9 @@ class Declaration(_Part):
             UsageError: unreadable, or naming every field that is wrong.
         """
         remedy = "each [[source]] needs path or sha256, owner, licence and personal_data"
-        try:
-            found = cls.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-            raise UsageError(f"cannot be read ({exc})", where=str(path), remedy=remedy) from exc
-        except ValidationError as exc:
-            problems = [
-                f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in exc.errors()
-            ]
-            raise UsageError("; ".join(problems), where=str(path), remedy=remedy) from exc
+        values = read_toml(path, remedy)
+        with validating(str(path), remedy):
+            found = cls.model_validate(values)
         base = path.absolute().parent
         placed = tuple(
             s.model_copy(update={"path": (base / s.path).resolve()}) if s.path else s

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from moe_serve.errors import UsageError
+from moe_serve.files import read_toml, validating
 from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS
 from moe_serve.pruning.forecasts.gpus import gpu_memory
 from moe_serve.pruning.forecasts.sizing import DEFAULT_KV_TOKENS, parse_size
@@ -148,20 +147,10 @@ def load_settings(path: Path) -> PilotSettings:
     Raises:
         UsageError: unreadable, or naming every field that is wrong.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise UsageError(
-            f"cannot be read ({exc})", where=str(path), remedy="moe-serve pilot --init writes one"
-        ) from exc
-    try:
+    values = read_toml(path, "moe-serve pilot --init writes one")
+    with validating(str(path), "moe-serve pilot --init shows every field"):
         found = PilotSettings.model_validate(values)
         _ = found.hardware.memory
-    except ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in exc.errors()]
-        raise UsageError(
-            "; ".join(problems), where=str(path), remedy="moe-serve pilot --init shows every field"
-        ) from exc
     base = path.absolute().parent
     return found.model_copy(
         update={

@@ -178,6 +178,21 @@ def refuse_overlap(shared: Sequence[str], what: str) -> None:
         )
 
 
+def needed(corpus: Corpus | None) -> Corpus:
+    """The corpus of a run that can't do without.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if corpus is None:
+        raise UsageError(
+            "give texts to calibrate on",
+            where="--calibration",
+            remedy="texts like those it will serve: .jsonl, .txt or a folder of them",
+        )
+    return corpus
+
+
 def load_corpus(
     checkpoint: Checkpoint, options: TextOptions, skip: Mapping[str, Any] | None = None
 ) -> Corpus | None:

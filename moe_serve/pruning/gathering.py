@@ -25,6 +25,7 @@ from moe_serve.pruning.corpus import (
     Corpus,
     TextOptions,
     load_corpus,
+    needed,
 )
 from moe_serve.pruning.methods.registry import method_named
 from moe_serve.pruning.plan import Plan
@@ -61,13 +62,7 @@ def calibrate(
         MoeServeError: the model, the texts or the output place can't be used.
     """
     checkpoint = open_checkpoint(model)
-    corpus = load_corpus(checkpoint, texts)
-    if corpus is None:
-        raise UsageError(
-            "give texts to calibrate on",
-            where="--calibration",
-            remedy="texts like those it will serve: .jsonl, .txt or a folder of them",
-        )
+    corpus = needed(load_corpus(checkpoint, texts))
     if balance is not None:
         corpus = corpus.weighed(balance)
     record = corpus.record(checkpoint, texts.seed, share)

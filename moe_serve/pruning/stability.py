@@ -21,7 +21,7 @@ from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import staged
 from moe_serve.errors import UsageError
 from moe_serve.progress import SILENT
-from moe_serve.pruning.corpus import TextOptions, load_corpus
+from moe_serve.pruning.corpus import TextOptions, load_corpus, needed
 from moe_serve.pruning.methods.neurons import loss_root
 from moe_serve.pruning.methods.obs import damped_inverse
 from moe_serve.pruning.methods.view import LayerView
@@ -113,13 +113,7 @@ def calibrate_until_stable(
             "must lie between 0 and 1", where="--until-stable, --tolerance", remedy="give 0.05, say"
         )
     checkpoint = open_checkpoint(model)
-    corpus = load_corpus(checkpoint, texts)
-    if corpus is None:
-        raise UsageError(
-            "give texts to calibrate on",
-            where="--calibration",
-            remedy="texts like those it will serve: .jsonl, .txt or a folder of them",
-        )
+    corpus = needed(load_corpus(checkpoint, texts))
     selection = Selection(method=_RULE, keep=keep)
     fingerprint = corpus.record(checkpoint, texts.seed).to_json() | {
         "shards": checkpoint.freshness(),

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import tomllib
 from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from moe_serve.errors import UsageError
+from moe_serve.files import read_toml, validating
 from moe_serve.rollout.margins import Guards, Hard
 from moe_serve.rollout.table import Positive, Share, Table
 from moe_serve.serving.keys import KEY_HEADER
@@ -269,22 +268,11 @@ def load_policy(path: Path) -> Policy:
     Raises:
         UsageError: unreadable, or naming every field that is wrong.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-        raise UsageError(
-            f"cannot be read ({exc})",
-            where=str(path),
-            remedy="give a TOML file that this user may read; an empty one is the default policy",
-        ) from exc
-    try:
-        policy = Policy.model_validate(values)
-        return _beside(policy, path)
-    except ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'policy'}: {e['msg']}" for e in exc.errors()]
-        raise UsageError(
-            "; ".join(problems), where=str(path), remedy="leave a field out to get its default"
-        ) from exc
+    values = read_toml(
+        path, "give a TOML file that this user may read; an empty one is the default policy"
+    )
+    with validating(str(path), "leave a field out to get its default"):
+        return _beside(Policy.model_validate(values), path)
 
 
 def _beside(policy: Policy, path: Path) -> Policy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -11,12 +10,11 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_validator,
 )
 
-from moe_serve.errors import UsageError
+from moe_serve.files import read_toml, validating
 from moe_serve.serving.listener import MAX_REQUEST_BYTES, Edge
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
@@ -184,21 +182,7 @@ def load_stack_config(path: Path | None, overrides: dict[str, object]) -> StackC
     """
     values: dict[str, object] = {}
     if path is not None:
-        try:
-            values = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
-            raise UsageError(
-                f"cannot be read ({exc})",
-                where=str(path),
-                remedy="give a TOML file that this user may read, or options alone",
-            ) from exc
+        values = read_toml(path, "give a TOML file that this user may read, or options alone")
     values |= {key: value for key, value in overrides.items() if value is not None}
-    try:
+    with validating(str(path or "options"), "give --original and --pruned, or correct stack.toml"):
         return StackConfig.model_validate(values)
-    except ValidationError as exc:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in exc.errors()]
-        raise UsageError(
-            "; ".join(problems),
-            where=str(path or "options"),
-            remedy="give --original and --pruned, or correct stack.toml",
-        ) from exc

@@ -9,10 +9,9 @@ import psutil
 
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import free_bytes
-from moe_serve.errors import UsageError
 from moe_serve.families import Shape
 from moe_serve.pruning import auto
-from moe_serve.pruning.corpus import Corpus, load_corpus
+from moe_serve.pruning.corpus import Corpus, load_corpus, needed
 from moe_serve.pruning.forecasts.forecast import (
     Forecast,
     Rates,
@@ -91,13 +90,7 @@ def dry_run(request: PruneRequest, *, only_calibrate: bool = False) -> DryRun:
 
 
 def _calibration(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None) -> Forecast:
-    if corpus is None:
-        raise UsageError(
-            "give texts to calibrate on",
-            where="--calibration",
-            remedy="texts like those it will serve: .jsonl, .txt or a folder of them",
-        )
-    step = calibrate_step(Sizes.of(checkpoint), _work(request, corpus, keep=1.0))
+    step = calibrate_step(Sizes.of(checkpoint), _work(request, needed(corpus), keep=1.0))
     return Forecast(steps=(step,), output_bytes=0, base_memory=_resident())
 
 
