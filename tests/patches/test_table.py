@@ -8,7 +8,7 @@ import pytest
 
 from moe_serve_vllm.errors import TableError
 from moe_serve_vllm.families import Groups
-from moe_serve_vllm.table import parse, skips_padding
+from moe_serve_vllm.table import parse, skips_padding, tables_of
 
 EXPERTS, TOP_K, WIDTH = 8, 2, 64
 
@@ -43,6 +43,34 @@ def test_defects_are_named(change: dict[str, Any], words: str) -> None:
     layer = {"width": 32, "blocks": 1, "experts": [[0]] * 8} | change
     with pytest.raises(TableError, match=words):
         parsed(layer)
+
+
+def test_the_table_is_read_with_its_models_sizes() -> None:
+    """Layers 0 and 2 of three hold experts; 4 of them, two selected, 64 neurons."""
+    config = {
+        "architectures": ["CompactQwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    }
+    layer = {"width": 32, "blocks": 2, "experts": [[0], [0, 1], [1], None]}
+    config["compact_experts"] = {"version": 1, "layers": {"2": layer}}
+    _, tables = tables_of(config)
+    assert list(tables) == [2]
+    assert tables[2].experts == ((0,), (0, 1), (1,), None)
+    for wrong, words in (
+        ({"num_experts": 5}, "lists 4 experts, the router has 5"),
+        ({"num_experts_per_tok": 4}, "fewer than top_k=4 experts"),
+        ({"mlp_only_layers": [2]}, "layer"),
+        ({"compact_experts": {"version": 1}}, r"compact_experts: has no layers"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "names no compact architecture"),
+    ):
+        with pytest.raises(TableError, match=words):
+            tables_of(config | wrong)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from moe_serve.rollout import state as s
 from moe_serve.rollout.margins import Hard
 from moe_serve.rollout.policy import Freeze, Policy, Step
 from moe_serve.rollout.reading import ArmReading
-from moe_serve.rollout.sequential import lower_rate, upper_rate
+from moe_serve.rollout.sequential import log_share_e_process, lower_rate, upper_rate
 from moe_serve.rollout.window import Window
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.readings import EMPTY, START, UNPROBED, Traffic
@@ -89,6 +90,7 @@ def test_harm_rolls_back() -> None:
     assert (found.kind, found.reason) == ("rollback", "harm")
     assert "margin 0.005" in found.words
     assert found.evidence[0].verdict == "harm"
+    assert found.to_json()["codes"]["code"] == "harm"
     assert found.to_json()["evidence"][0]["codes"]["basis"]["code"] == "basis-errors"
 
 
@@ -369,7 +371,9 @@ def test_nothing_is_rolled_back_onto_a_dead_original() -> None:
     for _ in range(100):
         traffic.serve(PRUNED, 50, failed=50)
         traffic.read(changed={ORIGINAL: gone})
-        assert d.decide(traffic.window, POLICY, CANARY).reason == "original-down"
+        held = d.decide(traffic.window, POLICY, CANARY)
+        assert held.reason == "original-down"
+        assert held.words.startswith("the original is down; rolling back would send")
     traffic.serve(PRUNED, 50, failed=50)
     assert d.decide(traffic.read(), POLICY, CANARY).kind == "hold"
     traffic.serve(PRUNED, 50, failed=50)
@@ -408,6 +412,48 @@ def test_a_full_cache_that_stays_full() -> None:
     traffic.arms[PRUNED] = replace(traffic.arms[PRUNED], kv_usage=1.0, waiting=4.0)
     kinds = [d.decide(traffic.read(), POLICY, CANARY).kind for _ in range(61)]
     assert kinds.index("rollback") == 60
+
+
+def test_a_queue_before_a_cache_with_room_is_no_limit_reached() -> None:
+    """Nor is a full cache that nobody waits for."""
+    for usage, waiting in ((0.5, 4.0), (1.0, 0.0)):
+        traffic = Traffic(POLICY)
+        arm = traffic.arms[PRUNED]
+        traffic.arms[PRUNED] = replace(arm, kv_usage=usage, waiting=waiting)
+        assert {d.decide(traffic.read(), POLICY, CANARY).kind for _ in range(61)} == {"hold"}
+
+
+def test_the_odds_that_failures_speak_are_said() -> None:
+    """Eleven of pruned's, none of the original's, half of the traffic each, ratio 2.
+
+    A failure is pruned's with probability 2/3 at most; the e-process of eleven in eleven.
+    """
+    found = after(11, pruned=(50, 1, 0)).evidence[0].to_json()["codes"]["basis"]
+    assert found["ratio"] == 2.0
+    assert found["odds"] == pytest.approx(math.exp(log_share_e_process(11, 11, 2 / 3)))
+
+
+def test_a_share_that_nobody_counted_has_no_counts() -> None:
+    """Nothing of nothing; and what it is compared with is said."""
+    window = Window(began=0.0, weight=50.0)
+    guard = POLICY.guards.shares()["truncated"]
+    found = g.share("truncated", guard, window, POLICY, HALF, explain=False)
+    assert found.pruned == found.original == (0.0, 0.0)
+    assert found.basis == "original, answers"
+    assert found.needs
+
+
+def test_a_rate_below_one_a_second_is_a_rate() -> None:
+    """Ten more at one in two seconds take twenty; none at all take for ever."""
+    assert d._more("errors", 10.0, 0.5) == "errors: about 10 more requests, 20 s at this rate"
+    assert d._more("errors", 10.0, 0.0) == "errors: more requests; none arrive now"
+
+
+def test_another_checkpoint_ends_a_rollout() -> None:
+    """Whatever was seen of the one before."""
+    found = d.decide(Window(began=0.0), POLICY, CANARY, exchanged=(PRUNED,))
+    assert (found.kind, found.reason) == ("rollback", "exchanged")
+    assert found.words.startswith("pruned: another checkpoint is served")
 
 
 def test_a_split_that_is_not_as_asked_holds() -> None:
@@ -482,7 +528,9 @@ def test_the_walk_through_the_steps() -> None:
 def test_promoted_keeps_its_hard_limits() -> None:
     """There is nothing left to compare with, and still a burst rolls back."""
     state = s.enter(CANARY, POLICY, 1, START)
-    assert after(10, state=state).reason == "promoted"
+    promoted = after(10, state=state)
+    assert promoted.reason == "promoted"
+    assert promoted.words == "everything goes to pruned; the hard limits are watched"
     assert after(10, state=s.pause(state, ""), pruned=(50, 50, 0)).kind == "rollback"
 
 

@@ -156,6 +156,13 @@ def test_it_survives_the_store() -> None:
     assert traffic.read().requests == 15
 
 
+def test_a_step_that_was_not_watched_has_not_been_waited_for() -> None:
+    """Its time begins with the first reading of it."""
+    traffic = Traffic(POLICY)
+    traffic.warm()
+    assert traffic.window.waited(-1.0) == 0.0
+
+
 def test_a_crowd_that_was_counted_stays_counted() -> None:
     """Two users with 5 and 5, (10, 50); a reader that begins anew has seen only (6, 18) of them."""
     traffic = Traffic(POLICY)
