@@ -106,10 +106,10 @@ def prune_command(
         return
     with progress_bar() as progress:
         result = prune(request, progress)
-    _report(result, as_json=as_json)
+    _report(result, request.model, as_json=as_json)
 
 
-def _report(result: PruneResult, *, as_json: bool) -> None:
+def _report(result: PruneResult, model: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
         return
@@ -124,7 +124,9 @@ def _report(result: PruneResult, *, as_json: bool) -> None:
         out.print(f"blocks kept byte for byte: {kept}; rounded again: {rounded}")
     phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in result.seconds.items())
     out.print(f"method {result.manifest.method}; {phases}")
-    out.print(f"next: moe-serve compare {result.manifest.original.name} {result.output} --texts …")
+    out.print(
+        f"next: moe-serve compare {model} {result.output} --texts heldout.jsonl", soft_wrap=True
+    )
 
 
 def plan_command(
@@ -223,4 +225,4 @@ def apply_command(
     )
     with progress_bar() as progress:
         result = prune(request, progress)
-    _report(result, as_json=as_json)
+    _report(result, request.model, as_json=as_json)

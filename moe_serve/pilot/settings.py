@@ -177,7 +177,7 @@ output = "pilot"
 # allow_overlap = true              # or measure even on them
 
 keep = [0.75, 0.5]     # shares of the routed experts' bytes to try
-methods = ["auto"]     # moe-serve prune --help lists them
+methods = ["auto"]     # as --method of moe-serve prune; a wrong name lists all
 format = "compact"     # or "native": stock layout, no plugin, costs more quality
 tokens = {tokens}      # per domain
 sequence_length = {length}
