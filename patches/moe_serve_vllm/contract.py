@@ -227,7 +227,8 @@ CONTRACT: Final[tuple[Clause, ...]] = (
     ),
     Holds(file="config/lora.py", name="LoRAConfig", members=("target_modules",)),
     Holds(file="config/scheduler.py", name="SchedulerConfig", members=("max_num_batched_tokens",)),
-    Holds(file="config/compilation.py", name="CompilationConfig", members=("custom_ops",)),
+    Holds(file="config/compilation.py", name="CompilationConfig", members=("custom_ops", "mode")),
+    Holds(file="config/compilation.py", name="CompilationMode", members=("NONE",)),
     Holds(file="config/kernel.py", name="KernelConfig", members=("moe_backend",)),
     Holds(
         file="config/vllm.py",

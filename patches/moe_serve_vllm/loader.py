@@ -50,12 +50,7 @@ class CompactLoader(DefaultModelLoader):
             WeightsError: the files are not what the table says.
         """
         from moe_serve_vllm.layers import check_written
-        from moe_serve_vllm.weights import (
-            ExpertWeights,
-            every_element_written,
-            missing_head,
-            with_head,
-        )
+        from moe_serve_vllm.weights import every_element_written
 
         folder = Path(model_config.model)
         vllm_config = get_current_vllm_config()
@@ -70,12 +65,8 @@ class CompactLoader(DefaultModelLoader):
         check_files(folder, family, tables, config)
         if self._verify_hashes:
             logger.info("moe_serve: %d files match their hashes", check_hashes(folder))
-        experts = ExpertWeights(model, family)
-        weights = self.get_all_weights(model_config, model)
-        if missing_head(model, config):
-            weights = with_head(weights)
         with every_element_written(model, str(folder)) as loaded:
-            loaded.update(model.load_weights(experts.take(weights)), experts.loaded)
+            loaded.update(model.load_weights(self.get_all_weights(model_config, model)))
         check_written(model, str(folder), lambda text: logger.info("moe_serve: %s", text))
         if (reporter := watch(vllm_config)) is not None:
             reporter.weights = bytes_of(model.parameters())

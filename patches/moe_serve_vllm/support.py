@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
+from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from moe_serve_vllm.errors import UnsupportedSettings
@@ -17,6 +18,10 @@ LOAD_FORMAT: Final = "moe_serve"
 ATTENTION: Final = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 """What adapters may change."""
 ROTARY_OPTION: Final = """--compilation-config '{"custom_ops": ["all", "-rotary_embedding"]}'"""
+STAGES_OPTION: Final = (
+    """--no-enforce-eager --compilation-config '{"mode": 2, "backend": "eager"}'"""
+)
+"""Traced once and run as it is: vLLM makes the buffer between two stages while it warms that up."""
 
 
 def read_tables(vllm_config: VllmConfig) -> tuple[ServedFamily, dict[int, LayerTable]]:
@@ -59,7 +64,12 @@ def check(vllm_config: VllmConfig) -> None:
         f"it must be {LOAD_FORMAT}": vllm_config.load_config.load_format != LOAD_FORMAT,
         "--enable-expert-parallel": parallel.enable_expert_parallel,
         "--data-parallel-size above 1": parallel.data_parallel_size > 1,
-        "--pipeline-parallel-size above 1": parallel.pipeline_parallel_size > 1,
+        "--pipeline-parallel-size above 1 and --enforce-eager on a processor, where vLLM then "
+        f"has no room for what one stage hands to the next; add {STAGES_OPTION}": (
+            parallel.pipeline_parallel_size > 1
+            and current_platform.is_cpu()
+            and vllm_config.compilation_config.mode == CompilationMode.NONE
+        ),
         "--enable-eplb": parallel.enable_eplb,
         "sequence parallelism for experts": parallel.use_sequence_parallel_moe,
         "prefill context parallelism": parallel.prefill_context_parallel_size > 1,

@@ -70,9 +70,9 @@ def tables_of(source: Path, kind: str, number: int) -> dict[int, Table]:
     }
 
 
-def servable(path: Path, family: str) -> Path:
+def servable(path: Path, family: str, **changes: Any) -> Path:
     """A random model of three layers with sizes that vLLM takes on a CPU."""
-    sizes: dict[str, Any] = {"num_hidden_layers": 3, **SERVABLE.get(family, {})}
+    sizes: dict[str, Any] = {"num_hidden_layers": 3, **SERVABLE.get(family, {}), **changes}
     return make_model(path, family, experts=EXPERTS, top_k=TOP_K, width=WIDTH, **sizes)
 
 

@@ -28,7 +28,7 @@ def settings(**changes: Any) -> Any:
         "model_config": SimpleNamespace(hf_config=SimpleNamespace(to_dict=lambda: dict(config))),
         "load_config": SimpleNamespace(load_format="moe_serve"),
         "kernel_config": SimpleNamespace(moe_backend="auto"),
-        "compilation_config": SimpleNamespace(custom_ops=[]),
+        "compilation_config": SimpleNamespace(custom_ops=[], mode=0),
         "lora_config": None,
         "quant_config": None,
         "speculative_config": None,
@@ -72,8 +72,8 @@ def test_plain_settings_are_taken() -> None:
 def test_quantised_weights_are_refused_by_name() -> None:
     """With whatever else stands in the way, in one message."""
     fp8 = SimpleNamespace(get_name=lambda: "fp8")
-    told = refusal(settings(quant_config=fp8, enable_eplb=True, pipeline_parallel_size=2))
-    for words in ("fp8 weights, only unquantised ones", "--enable-eplb", "--pipeline-parallel"):
+    told = refusal(settings(quant_config=fp8, enable_eplb=True, data_parallel_size=2))
+    for words in ("fp8 weights, only unquantised ones", "--enable-eplb", "--data-parallel"):
         assert words in told
 
 
@@ -117,10 +117,20 @@ def test_latent_attention_needs_the_rotary_option_on_a_cpu(
 
     on(monkeypatch, "cpu")
     assert support.ROTARY_OPTION in refusal(latent())
-    option = SimpleNamespace(custom_ops=["all", "-rotary_embedding"])
+    option = SimpleNamespace(custom_ops=["all", "-rotary_embedding"], mode=0)
     support.check(latent(compilation_config=option))
     on(monkeypatch, "cuda")
     support.check(latent())
+
+
+def test_stages_need_a_traced_model_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock vLLM fails at the first request there; the options to add are in the message."""
+    on(monkeypatch, "cpu")
+    assert support.STAGES_OPTION in refusal(settings(pipeline_parallel_size=2))
+    traced = SimpleNamespace(custom_ops=[], mode=2)
+    support.check(settings(pipeline_parallel_size=2, compilation_config=traced))
+    on(monkeypatch, "cuda")
+    support.check(settings(pipeline_parallel_size=2))
 
 
 def test_other_kernels_are_refused_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:

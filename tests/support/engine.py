@@ -44,8 +44,13 @@ class Reply:
 
     answers: list[Answer]
     """One per prompt."""
-    expert_bytes: int
-    """Memory of its routed experts' weights."""
+    rank_bytes: list[int]
+    """Memory of the routed experts' weights on each of its ranks."""
+
+    @property
+    def expert_bytes(self) -> int:
+        """On all of them."""
+        return sum(self.rank_bytes)
 
 
 def ask(models: list[Path], prompts: list[list[int]], **engine: Any) -> list[Reply | str]:
@@ -75,7 +80,7 @@ def ask(models: list[Path], prompts: list[list[int]], **engine: Any) -> list[Rep
     return [
         r
         if isinstance(r, str)
-        else Reply(answers=[Answer(**a) for a in r["answers"]], expert_bytes=r["expert_bytes"])
+        else Reply(answers=[Answer(**a) for a in r["answers"]], rank_bytes=r["rank_bytes"])
         for r in results
     ]
 
@@ -91,6 +96,7 @@ def _serve(request: dict[str, Any]) -> list[Any]:
         config = json.loads((Path(model) / "config.json").read_text())
         compact = "compact_experts" in config
         options: dict[str, Any] = {"load_format": "moe_serve"} if compact else {}
+        options["enforce_eager"] = True
         if rotates_slices(config):
             options["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
         llm = None
@@ -98,7 +104,6 @@ def _serve(request: dict[str, Any]) -> list[Any]:
             llm = LLM(
                 model=model,
                 dtype="float32",
-                enforce_eager=True,
                 max_model_len=256,
                 max_num_batched_tokens=512,
                 max_num_seqs=8,
@@ -110,7 +115,7 @@ def _serve(request: dict[str, Any]) -> list[Any]:
             results.append(
                 {
                     "answers": [_answer(o) for o in outputs],
-                    "expert_bytes": llm.apply_model(_expert_bytes)[0],
+                    "rank_bytes": llm.apply_model(_expert_bytes),
                 }
             )
         except Exception as exc:  # noqa: BLE001 - the refusal is what the caller asks for
