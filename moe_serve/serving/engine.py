@@ -108,6 +108,8 @@ def _for_cpu(config: dict[str, Any]) -> tuple[str, ...]:
     if rotates_slices(config):
         # vLLM 0.32's rotary kernel for CPUs ignores the stride of a sliced query.
         options += ["--compilation-config", '{"custom_ops": ["all", "-rotary_embedding"]}']
+        # By itself it takes a kernel for BF16 alone on processors with AMX, and fails in FP32.
+        options += ["--attention-backend", "CPU_MLA"]
     return tuple(options)
 
 

@@ -31,10 +31,14 @@ def command(folder: Path, config: dict[str, object], *, gpu: bool) -> list[str]:
 
 @pytest.mark.parametrize("family", [row.model_type for row in FAMILIES])
 def test_the_wrong_rotary_kernel_is_left_out(family: str, tmp_path: Path) -> None:
-    """For models with latent attention, on a CPU, compact or not."""
+    """For models with latent attention, on a CPU, compact or not.
+
+    So is the attention kernel for BF16 alone that vLLM takes where the processor has AMX.
+    """
     config: dict[str, object] = {"model_type": family}
-    assert (ROTARY in command(tmp_path, config, gpu=False)) == (family in LATENT)
-    assert ROTARY not in command(tmp_path, config, gpu=True)
+    on_cpu, on_gpu = (command(tmp_path, config, gpu=gpu) for gpu in (False, True))
+    assert (ROTARY in on_cpu) == ("CPU_MLA" in on_cpu) == (family in LATENT)
+    assert not {ROTARY, "CPU_MLA"} & set(on_gpu)
 
 
 def test_compact_checkpoints_are_loaded_by_the_plugin(tmp_path: Path) -> None:

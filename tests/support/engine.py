@@ -99,6 +99,7 @@ def _serve(request: dict[str, Any]) -> list[Any]:
         options["enforce_eager"] = True
         if rotates_slices(config):
             options["compilation_config"] = {"custom_ops": ["all", "-rotary_embedding"]}
+            options["attention_backend"] = "CPU_MLA"
         llm = None
         try:
             llm = LLM(
