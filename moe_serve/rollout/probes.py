@@ -62,7 +62,7 @@ def load_probes(settings: Probes) -> ProbeSet:
             paths.append(settings.texts)
         if not paths:
             raise UsageError("there are none", where=where, remedy="give texts or default = true")
-        probes = _probes(read_texts(paths), where)
+        probes = _probes(read_texts(paths))
     if len(probes) > _MOST:
         raise UsageError(
             f"{len(probes)} probes; {_MOST} at most",
@@ -73,9 +73,11 @@ def load_probes(settings: Probes) -> ProbeSet:
     return ProbeSet(probes, hashlib.sha256("\n".join(keys).encode()).hexdigest())
 
 
-def _probes(texts: Texts, where: str) -> tuple[Probe, ...]:
+def _probes(texts: Texts) -> tuple[Probe, ...]:
     found: dict[str, Probe] = {}
-    for number, document in enumerate(texts.documents, 1):
+    numbered = ((s, n, d) for s, several in texts.by_source() for n, d in enumerate(several, 1))
+    for source, number, document in numbered:
+        where = str(source.path)
         if len(document.text) > _LONGEST:
             raise UsageError(
                 f"probe {number} has {len(document.text)} characters",
@@ -84,6 +86,10 @@ def _probes(texts: Texts, where: str) -> tuple[Probe, ...]:
             )
         identity = document.sha256[:32]
         if identity in found:
-            raise UsageError(f"probe {number} is there twice", where=where, remedy="remove one")
+            raise UsageError(
+                f"probe {number} is there twice, or in another file too",
+                where=where,
+                remedy="remove one",
+            )
         found[identity] = Probe(identity, document.domain, document.text)
     return tuple(found.values())
