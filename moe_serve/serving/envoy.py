@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from moe_serve.errors import RolloutError, ServingError
 from moe_serve.serving.listener import Edge, address, listener_file, watched
-from moe_serve.serving.routes import NAME, OR_PRUNED, WITH_FALLBACK
+from moe_serve.serving.routes import ASIDE, NAME, OR_PRUNED, WITH_FALLBACK
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
 KEEP_ALIVE_SECONDS: Final = 60
@@ -64,7 +64,11 @@ def bootstrap(
         admin_port: on loopback.
         engines: variant → ``host:port``.
     """
-    clusters = [_cluster(variant, engines[variant], edge) for variant in (ORIGINAL, PRUNED)]
+    clusters = [
+        _cluster(variant, engines[variant], edge, side)
+        for variant in (ORIGINAL, PRUNED)
+        for side in ("", ASIDE)
+    ]
     return {
         "node": {"id": NAME, "cluster": NAME},
         "admin": {
@@ -116,14 +120,15 @@ def _overload(edge: Edge) -> dict[str, Any]:
     }
 
 
-def _cluster(variant: str, engine: str, edge: Edge) -> dict[str, Any]:
+def _cluster(variant: str, engine: str, edge: Edge, side: str) -> dict[str, Any]:
     host, _, port = engine.rpartition(":")
     endpoint = {
         "endpoint": {"address": address(host.strip("[]"), int(port))},
         "metadata": {"filter_metadata": {"moe_serve": {"variant": variant}}},
     }
+    name = f"{variant}{side}"
     return {
-        "name": variant,
+        "name": name,
         # A name is looked up, and again when its address changes.
         "type": "STRICT_DNS",
         "connect_timeout": "2s",
@@ -131,7 +136,7 @@ def _cluster(variant: str, engine: str, edge: Edge) -> dict[str, Any]:
         # One engine is all there is: with panic routing an unhealthy one would still get traffic.
         "common_lb_config": {"healthy_panic_threshold": {"value": 0}},
         "load_assignment": {
-            "cluster_name": variant,
+            "cluster_name": name,
             "endpoints": [{"lb_endpoints": [endpoint]}],
         },
         # Shorter than the engine's own, so that no request meets a connection it just closed.
@@ -177,19 +182,20 @@ def _fallbacks(edge: Edge) -> list[dict[str, Any]]:
     kind = "type.googleapis.com/envoy.extensions.clusters.aggregate.v3.ClusterConfig"
     return [
         {
-            "name": name,
+            "name": f"{name}{side}",
             "connect_timeout": "2s",
             "lb_policy": "CLUSTER_PROVIDED",
             "circuit_breakers": _breakers(edge),
             "cluster_type": {
                 "name": "envoy.clusters.aggregate",
-                "typed_config": {"@type": kind, "clusters": order},
+                "typed_config": {"@type": kind, "clusters": [f"{n}{side}" for n in order]},
             },
         }
         for name, order in (
             (WITH_FALLBACK, [PRUNED, ORIGINAL]),
             (OR_PRUNED, [ORIGINAL, PRUNED]),
         )
+        for side in ("", ASIDE)
     ]
 
 

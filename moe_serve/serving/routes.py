@@ -24,8 +24,13 @@ FILE: Final = "routes.json"
 SPARE: Final = "spare-routes.json"
 """Beside the watched folder: what a rollback puts in force where nothing can be written."""
 NAME: Final = "moe_serve"
-PATHS: Final = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health")
+ASKED: Final = ("/v1/completions", "/v1/chat/completions")
+"""Where a model answers: the requests that guards count."""
+PATHS: Final = ("/v1/models", *ASKED, "/health")
 """What clients may reach; engines have control paths that must stay closed."""
+ASIDE: Final = "-aside"
+"""Ends the names of the clusters, of the same engines, that all else goes through. A monitor that
+asks for ``/health`` every second would drown failures in answers that no model gave."""
 WITH_FALLBACK: Final = "pruned-or-original"
 """The cluster that serves pruned traffic, from the original while the pruned engine is down."""
 OR_PRUNED: Final = "original-or-pruned"
@@ -175,9 +180,11 @@ def read_split(state: Path) -> Split:
         weighted = [
             route["route"]
             for route in routes
-            if "weighted_clusters" in route.get("route", {}) and "headers" not in route["match"]
+            if "weighted_clusters" in route.get("route", {})
+            and "headers" not in route["match"]
+            and route["match"].get("path") in ASKED
         ]
-        # All paths must say the same.
+        # All paths where a model answers must say the same.
         ((pruned, shadow, sticky),) = {_shares(route) for route in weighted}
         return Split(
             pruned=pruned,
@@ -237,26 +244,9 @@ def _discovery(split: Split) -> dict[str, Any]:
 
 
 def _routes(split: Split) -> list[dict[str, Any]]:
-    weighted: dict[str, Any] = {
-        "weighted_clusters": {
-            "clusters": [
-                {
-                    "name": OR_PRUNED if split.pruned else ORIGINAL,
-                    "weight": TOTAL - split.pruned,
-                },
-                {"name": WITH_FALLBACK, "weight": split.pruned},
-            ]
-        }
-    }
-    if split.shadow:
-        fraction = {"numerator": split.shadow, "denominator": "TEN_THOUSAND"}
-        mirror = {"cluster": PRUNED, "runtime_fraction": {"default_value": fraction}}
-        weighted["request_mirror_policies"] = [mirror]
-    if split.sticky:
-        weighted["weighted_clusters"]["use_hash_policy"] = True
-        weighted["hash_policy"] = [_hashed(each) for each in split.sticky]
     routes = []
     for path in PATHS:
+        side = "" if path in ASKED else ASIDE
         for variant in (ORIGINAL, PRUNED):
             pinned = {"name": HEADER, "string_match": {"exact": variant}}
             match = {"path": path, "headers": [pinned]}
@@ -264,16 +254,34 @@ def _routes(split: Split) -> list[dict[str, Any]]:
                 # The listener words it: no engine can take this request now.
                 routes.append({"match": match, "direct_response": {"status": 503}})
             else:
-                routes.append({"match": match, "route": {"cluster": variant, **_patience()}})
+                route = {"cluster": f"{variant}{side}", **_patience()}
+                routes.append({"match": match, "route": route})
+        weighted = _weighted(split, side)
         routes += _first_visit(path, weighted, split.sticky)
-        routes.append(
-            {
-                "match": {"path": path},
-                "route": {**weighted, **_patience()},
-                "metadata": _told_apart(*split.sticky),
-            }
-        )
+        told = {} if side else {"metadata": _told_apart(*split.sticky)}
+        routes.append({"match": {"path": path}, "route": {**weighted, **_patience()}, **told})
     return routes
+
+
+def _weighted(split: Split, side: str) -> dict[str, Any]:
+    """By the shares; ``side`` ends the names of the clusters."""
+    other = OR_PRUNED if split.pruned else ORIGINAL
+    weighted: dict[str, Any] = {
+        "weighted_clusters": {
+            "clusters": [
+                {"name": f"{other}{side}", "weight": TOTAL - split.pruned},
+                {"name": f"{WITH_FALLBACK}{side}", "weight": split.pruned},
+            ]
+        }
+    }
+    if split.shadow:
+        fraction = {"numerator": split.shadow, "denominator": "TEN_THOUSAND"}
+        mirror = {"cluster": f"{PRUNED}{side}", "runtime_fraction": {"default_value": fraction}}
+        weighted["request_mirror_policies"] = [mirror]
+    if split.sticky:
+        weighted["weighted_clusters"]["use_hash_policy"] = True
+        weighted["hash_policy"] = [_hashed(each) for each in split.sticky]
+    return weighted
 
 
 def _told_apart(*ways: str) -> dict[str, Any]:
@@ -326,7 +334,7 @@ def _first_visit(
                 "hash_policy": [_hashed(f"header:{_REQUEST}")],
                 **_patience(),
             },
-            "metadata": _told_apart(f"header:{_REQUEST}"),
+            **({"metadata": _told_apart(f"header:{_REQUEST}")} if path in ASKED else {}),
             "response_headers_to_add": [
                 {"header": cookie, "append_action": "APPEND_IF_EXISTS_OR_ADD"}
             ],

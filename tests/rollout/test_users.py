@@ -27,7 +27,7 @@ BODY = {"model": "m", "prompt": "x"}
 
 
 def test_the_proxy_tells_users_apart_and_names_none(tmp_path: Path) -> None:
-    """By header and by cookie, what is pinned or of nobody known not at all.
+    """By header and by cookie; what is pinned, of nobody known or no question not at all.
 
     Six requests of one user and two of another, all answered by the same: 6² + 2² = 40.
     """
@@ -37,6 +37,8 @@ def test_the_proxy_tells_users_apart_and_names_none(tmp_path: Path) -> None:
         cookie = {"cookie": f"other=1; {STICKY[1].partition(':')[2]}=ada"}
         for headers in (*[{"x-user-id": "ada@example.com"}] * 6, *[cookie] * 2, {}):
             assert httpx.post(url, json=BODY, headers=headers).status_code == 200
+        models = httpx.get(f"{proxy.endpoint}/models", headers={"x-user-id": "ada@example.com"})
+        assert models.status_code == 200
         pinned = {"x-moe-serve-variant": "original", "x-user-id": "eve"}
         assert httpx.post(url, json=BODY, headers=pinned).status_code == 200
         users, until = Users(path=users_file(tmp_path)), time.monotonic() + 60

@@ -86,6 +86,33 @@ def test_requests_are_counted_by_who_answered(proxy: Proxied) -> None:
     assert after[ORIGINAL] == before[ORIGINAL]
 
 
+@pytest.mark.parametrize("percent", [0, 100])
+def test_what_no_model_answers_is_no_evidence(proxy: Proxied, percent: float) -> None:
+    """A monitor asks for health and models, pinned or not: two failures of ten stay two of ten."""
+    source = Endpoints(name="envoy", url=f"http://{proxy.admin._address}/clusters?format=json")
+    asked, who = {0: (proxy.original, ORIGINAL), 100: (proxy.pruned, PRUNED)}[int(percent)]
+    move(proxy.state, percent, decision="set", reason="")
+    before = source.read()
+    asked.fail_every = 5
+    with httpx.Client() as client:
+        for pinned in ({}, {HEADER: PRUNED}, {HEADER: ORIGINAL}):
+            for url in (f"{proxy.endpoint}/models", proxy.endpoint.removesuffix("/v1") + "/health"):
+                for _ in range(10):
+                    assert client.get(url, headers=pinned).is_success
+        for _ in range(10):
+            client.post(f"{proxy.endpoint}/completions", json=BODY)
+    asked.fail_every = 0
+    after = source.read()
+    assert before is not None
+    assert after is not None
+    counted = {
+        v: (after[v].answered - before[v].answered, after[v].failed - before[v].failed)
+        for v in (ORIGINAL, PRUNED)
+    }
+    other = ORIGINAL if who == PRUNED else PRUNED
+    assert counted == {who: (8, 2), other: (0, 0)}
+
+
 def test_copies_reach_pruned_and_clients_see_the_original(proxy: Proxied) -> None:
     """At 100 % every request is copied; the answer is the original's; a later move ends it."""
     move(proxy.state, 0, decision="start", reason="", shadow=100)
