@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import shutil
 import sys
@@ -13,6 +12,7 @@ from typing import Any, Final
 
 from moe_serve.errors import RolloutError, ServingError
 from moe_serve.serving.listener import Edge, address, listener_file, watched
+from moe_serve.serving.loopback import ask
 from moe_serve.serving.routes import ASIDE, NAME, OR_PRUNED, WITH_FALLBACK
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
@@ -212,26 +212,7 @@ class Admin:
         Raises:
             RolloutError: no answer, or an error.
         """
-        connection = http.client.HTTPConnection(self._address, timeout=self._timeout)
-        try:
-            connection.request(method, path)
-            response = connection.getresponse()
-            body = response.read().decode()
-        except OSError as exc:
-            raise RolloutError(
-                f"Envoy does not answer ({exc})",
-                where=self._address,
-                remedy="see that moe-serve up runs",
-            ) from exc
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise RolloutError(
-                f"Envoy answered {response.status}",
-                where=self._address,
-                remedy="its log is in the state directory's logs",
-            )
-        return body
+        return ask("Envoy", self._address, method, path, seconds=self._timeout)
 
     def ready(self) -> bool:
         """Whether Envoy serves."""

@@ -8,7 +8,6 @@ order is: wake, then move traffic.
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from moe_serve.errors import RolloutError, UsageError
+from moe_serve.serving.loopback import ask
 from moe_serve.serving.routes import TOTAL, read_split
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import ORIGINAL, PRUNED
@@ -187,24 +187,4 @@ def _busy(url: str) -> bool:
 
 
 def _ask(url: str, method: str, path: str, seconds: float) -> str:
-    address = urlsplit(url).netloc
-    connection = http.client.HTTPConnection(address, timeout=seconds)
-    try:
-        connection.request(method, path)
-        response = connection.getresponse()
-        body = response.read().decode()
-    except (OSError, http.client.HTTPException) as exc:
-        raise RolloutError(
-            f"does not answer ({exc})",
-            where=f"{url}{path}",
-            remedy="see that the engine is up: its log, its /health",
-        ) from exc
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise RolloutError(
-            f"answered {response.status}: {body[:200]}",
-            where=f"{url}{path}",
-            remedy="the engine's log says why",
-        )
-    return body
+    return ask("the engine", urlsplit(url).netloc, method, path, seconds=seconds)

@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Formatter
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 from typer.testing import CliRunner
 
 from moe_serve.cli.pilot import pilot_command
@@ -22,6 +22,7 @@ from moe_serve.pilot.settings import Prices, load_settings
 from moe_serve.progress import Silent
 from moe_serve.report.catalogue import LANGUAGES, Catalogue
 from tests.support.accessible import barriers
+from tests.support.browser import chromium
 from tests.support.models import make_model, write_texts
 
 NAME = '<img src=x onerror="fail()">'
@@ -122,13 +123,9 @@ def test_texts_that_share_documents_are_refused(pilot: Pilot, root: Path) -> Non
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium, without a window."""
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
+    """One for all tests here."""
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 from moe_serve.report.catalogue import LANGUAGES
 from moe_serve.report.compared import comparison_page
 from tests.support.accessible import barriers
+from tests.support.browser import chromium
 
 MARKUP = '<img src=x onerror="fail()">'
 
@@ -106,10 +106,7 @@ def whole() -> dict[str, Any]:
 def test_the_page_opens(tmp_path: Path) -> None:
     """Worst domain first, markup as text, no message, no request, no sideways scrolling."""
     wrong: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
+    with chromium() as browser:
         for language in LANGUAGES:
             file = tmp_path / f"{language}.html"
             file.write_text(comparison_page(whole(), language), encoding="utf-8")

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from moe_serve.checkpoint.export import export
 from moe_serve.checkpoint.manifest import Manifest
@@ -23,6 +23,7 @@ from moe_serve.pruning.selection import Selection
 from moe_serve.report import page as page_module
 from moe_serve.report.page import report
 from tests.support.accessible import barriers
+from tests.support.browser import chromium
 from tests.support.models import make_model
 
 NAME = '<img src=x onerror="fail()">'
@@ -57,13 +58,9 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """The system's Chromium, without a window."""
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
+    """One for all tests here."""
+    with chromium() as started:
         yield started
-        started.close()
 
 
 def opened(browser: Browser, folder: Path, text: str) -> tuple[Page, list[str]]:

@@ -15,7 +15,6 @@ from typing import Final
 
 import httpx
 import pytest
-import yaml
 
 from moe_serve.errors import OutputError, RolloutError
 from moe_serve.metrics.memory import process_tree
@@ -31,23 +30,17 @@ from moe_serve.serving.process import free_port
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.variants import ORIGINAL, PRUNED
-from tests.support.cluster import Cluster, serving
+from tests.support.cluster import Cluster, deployed
 from tests.support.stacks import fake_stack
 from tests.support.upstream import Upstream
 
-MANIFEST: Final = (
-    Path(__file__).parents[2] / "deploy" / "kubernetes" / "overlays" / "gateway-api" / "route.yaml"
-)
 MODEL: Final = Path(__file__).parents[2] / "benchmarks" / "fixtures" / "qwen3moe-7m"
 
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """The route of ``deploy/``; nothing is slow."""
-    monkeypatch.setattr(httproute, "_PATIENCE", (60.0, 60.0))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    found = Cluster(next(yaml.safe_load_all(MANIFEST.read_text()))["spec"])
-    with serving(found, tmp_path / "kubeconfig"):
+    with deployed(tmp_path, monkeypatch) as found:
         yield found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from benchmarks.fixtures import MODEL
 from moe_serve.rollout import control, controller
@@ -33,6 +33,7 @@ from moe_serve.rollout.window import Window
 from moe_serve.serving.routes import read_split
 from moe_serve.serving.state import StackState
 from moe_serve.serving.token import read_token
+from tests.support.browser import chromium
 from tests.support.control import serving
 from tests.support.proxy import Proxied, proxied
 
@@ -99,7 +100,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     with (
         proxied(state, chunks=1, pause=0.0, model=MODEL, served_model=NAME) as proxy,
         pytest.MonkeyPatch.context() as patch,
-        sync_playwright() as playwright,
+        chromium() as browser,
     ):
         stack = StackState.load(state)
         object.__setattr__(stack, "policy", str(state / "policy.toml"))
@@ -108,12 +109,8 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
         patch.setattr(controller, "_IDLE", 0.3)
         patch.setattr(control, "_LOOK", 0.5)
         thread, stop = controller.start(state, lambda _: None)
-        browser = playwright.chromium.launch(
-            executable_path="/usr/bin/chromium", args=["--no-sandbox"]
-        )
         with serving(state) as address:
             yield Seen(proxy=proxy, address=address, browser=browser)
-            browser.close()
         stop.set()
         thread.join(10)
 

@@ -7,17 +7,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
-import yaml
 
 from moe_serve.errors import OutputError, Overtaken, RolloutError
 from moe_serve.serving import httproute
 from moe_serve.serving.httproute import HttpRoute
 from moe_serve.serving.routes import new_split
-from tests.support.cluster import Cluster, serving
+from tests.support.cluster import Cluster, deployed
 
-MANIFEST: Final = (
-    Path(__file__).parents[2] / "deploy" / "kubernetes" / "overlays" / "gateway-api" / "route.yaml"
-)
 ROUTE: Final = HttpRoute(
     namespace="moe-serve", name="openai", original="original", pruned="pruned", pruned_port=8000
 )
@@ -26,10 +22,7 @@ ROUTE: Final = HttpRoute(
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """With the route that is in ``deploy/``; nothing is slow but what is made so."""
-    monkeypatch.setattr(httproute, "_PATIENCE", (60.0, 60.0))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
-    found = Cluster(next(yaml.safe_load_all(MANIFEST.read_text()))["spec"])
-    with serving(found, tmp_path / "kubeconfig"):
+    with deployed(tmp_path, monkeypatch) as found:
         yield found
 
 

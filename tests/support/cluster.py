@@ -18,8 +18,14 @@ from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import jsonschema
+import pytest
 import yaml
 
+from moe_serve.serving import httproute
+
+MANIFEST: Final = (
+    Path(__file__).parents[2] / "deploy" / "kubernetes" / "overlays" / "gateway-api" / "route.yaml"
+)
 PATH: Final = "/apis/gateway.networking.k8s.io/v1/namespaces/moe-serve/httproutes/openai"
 _NAME: Final = {"type": "string", "minLength": 1, "maxLength": 253}
 _PORT: Final = {"type": "integer", "minimum": 1, "maximum": 65535}
@@ -266,6 +272,16 @@ def status(code: int, reason: str) -> dict[str, Any]:
         "reason": reason,
         "code": code,
     }
+
+
+@contextmanager
+def deployed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """With the route that is in ``deploy/``; nothing is slow but what is made so."""
+    monkeypatch.setattr(httproute, "_PATIENCE", (60.0, 60.0))
+    monkeypatch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
+    found = Cluster(next(yaml.safe_load_all(MANIFEST.read_text()))["spec"])
+    with serving(found, folder / "kubeconfig"):
+        yield found
 
 
 @contextmanager
