@@ -133,6 +133,14 @@ SUITE: Final = {
         module="benchmarks.rollout.simulate",
         arguments=("--others", "300"),
     ),
+    "mutation": Benchmark(
+        title="How many planted faults the tests see",
+        about="mutmut changes one sign, bound, constant or argument at a time in the pure parts of "
+        "pruner, rollout and plugin; a sample of all such changes, and what the tests that reach "
+        "the line make of it.",
+        module="benchmarks.mutation",
+        arguments=("--sample", "160", "--seed", "4"),
+    ),
 }
 
 

@@ -257,6 +257,33 @@ def test_the_odds_that_failures_speak_are_said() -> None:
     assert found["odds"] == pytest.approx(math.exp(log_share_e_process(11, 11, 2 / 3)))
 
 
+def test_failures_that_are_all_pruneds_prove_harm_before_the_rates_do() -> None:
+    """Five guards, two tests of this one: 1 % / 5 / 2 is one in a thousand.
+
+    Nineteen of nineteen speak 727 : 1, twenty 1,064 : 1, while the rates' interval holds zero.
+    """
+    verdicts = {}
+    for failures in (19, 20):
+        evidence = after(failures, pruned=(50, 1, 0)).evidence[0]
+        assert evidence.lower < 0.0 < evidence.upper
+        verdicts[failures] = evidence.verdict
+    assert verdicts == {19: "open", 20: "harm"}
+
+
+def test_the_proof_says_what_was_compared() -> None:
+    """Counts, ends, margin and basis."""
+    found = after(120, pruned=(50, 1, 0))
+    values = found.to_json()["codes"]
+    assert (values["guard"], values["basis"]["code"]) == ("errors", "basis-errors")
+    assert (values["seen"]["k"], values["seen"]["n"]) == (120, 6000)
+
+
+def test_the_steps_own_minimum_is_said_as_such() -> None:
+    """A hundred requests, of which fifty are there."""
+    words = after(1).words
+    assert "minimum: about 50 more requests" in words
+
+
 def test_a_share_that_nobody_counted_has_no_counts() -> None:
     """Nothing of nothing; and what it is compared with is said."""
     window = Window(began=0.0, weight=50.0)

@@ -142,7 +142,7 @@ def test_nothing_is_rolled_back_onto_a_dead_original() -> None:
         traffic.serve(PRUNED, 50, failed=50)
         traffic.read(changed={ORIGINAL: gone})
         held = d.decide(traffic.window, POLICY, CANARY)
-        assert held.reason == "original-down"
+        assert (held.kind, held.reason) == ("hold", "original-down")
         assert held.words.startswith("the original is down; rolling back would send")
     traffic.serve(PRUNED, 50, failed=50)
     assert d.decide(traffic.read(), POLICY, CANARY).kind == "hold"
