@@ -35,12 +35,12 @@ from moe_serve.rollout.store import Store
 from moe_serve.rollout.trace import Trace
 from moe_serve.rollout.traffic import Basis, move
 from moe_serve.rollout.users import Users
-from moe_serve.rollout.window import Window
+from moe_serve.rollout.window import RECENT, Window
 from moe_serve.serving.listener import users_file
 from moe_serve.serving.routes import Split
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import StackState
-from moe_serve.serving.variants import VARIANTS
+from moe_serve.serving.variants import PRUNED, VARIANTS
 
 _IDLE: Final = 5.0
 """Seconds between looks while no rollout is under way."""
@@ -128,7 +128,9 @@ class Controller:
         probed = self._probed(saved, policy)
         with self._prober.quiet() if self._prober is not None else nullcontext():
             reading = self._complete(sources.read(policy))
-        reading = replace(reading, crowds=self._users.since(window.began + policy.warmup_seconds))
+        crowds = self._users.since(window.began + policy.warmup_seconds)
+        one = float(self._users.worst(PRUNED, reading.at - RECENT))
+        reading = replace(reading, crowds=crowds, one=one)
         lost = "" if split is not None else say("no-routes")
         window.add(reading, policy, lost=lost, began=saved.state.began)
         served = StackState.load(self._folder).models()

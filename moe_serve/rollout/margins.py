@@ -116,7 +116,7 @@ class Hard(Table):
     """What is acted on at once, without statistics. Far from anything a healthy engine does."""
 
     failed_share: Share = 0.5
-    """Of the pruned requests of the last minute."""
+    """Of the pruned requests of the last minute, without the user who failed most."""
     failed_requests: int = Field(default=20, ge=1)
     """As many must have failed for the share to count: one failure of one is no burst."""
     unhealthy_seconds: float = Field(default=15.0, ge=0.0)

@@ -53,6 +53,8 @@ class Reading:
     """Metric → the histogram edge that stands for the objective, seconds."""
     crowds: Mapping[str, Crowd] = field(default_factory=dict)
     """Variant → requests of users told apart, since the window began."""
+    one: float = 0.0
+    """Pruned requests of the last minute that failed and are a single user's."""
 
 
 def usable(arm: ArmReading | None, policy: Policy) -> bool:

@@ -8,7 +8,7 @@ flags, milliseconds); here they are summed since a moment. No name is read and n
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +71,7 @@ class Users:
     _offset: int = 0
     _requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     _halved: int = 0
+    _failures: deque[Line] = field(default_factory=deque)
 
     def since(self, moment: float) -> dict[str, Crowd]:
         """Variant → its crowd since then; the file is read again from its start for another moment.
@@ -81,6 +82,7 @@ class Users:
         if moment != self._since:
             self._since, self._offset, self._halved = moment, 0, 0
             self._requests.clear()
+            self._failures.clear()
         self._read_on(int(moment))
         found = {variant: [0.0, 0.0] for variant in VARIANTS}
         for (variant, _), number in self._requests.items():
@@ -88,6 +90,13 @@ class Users:
             found[variant][1] += number * number
         scale = 2.0**self._halved
         return {variant: [scale * value for value in crowd] for variant, crowd in found.items()}
+
+    def worst(self, variant: str, since: float) -> int:
+        """Failures since then of the one user who had most of them; what was read so far."""
+        while self._failures and self._failures[0].at < since:
+            self._failures.popleft()
+        found = Counter(x.user for x in self._failures if x.variant == variant and x.at >= since)
+        return max(found.values(), default=0)
 
     def _read_on(self, moment: int) -> None:
         try:
@@ -101,6 +110,10 @@ class Users:
             return
         self._offset += text.rfind(b"\n") + 1
         for line in lines(text):
+            if line.failed:
+                self._failures.append(line)
+                if len(self._failures) > self.most:
+                    self._failures.popleft()
             if line.at >= moment and self._held(line.user):
                 self._add(line)
 

@@ -27,7 +27,7 @@ from moe_serve.rollout.said import say
 from moe_serve.rollout.users import Crowd
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
-_RECENT: Final = 60.0
+RECENT: Final = 60.0
 """Seconds that the hard guards look back."""
 _GAP: Final = 6.0
 """Intervals without a reading, after which the next one only starts afresh."""
@@ -145,7 +145,7 @@ class Window:
         if before is not None:
             self.age += max(0.0, now.tick - before.tick)
         elif not self.age:
-            self.age = min(max(0.0, now.at - self.began), _RECENT)
+            self.age = min(max(0.0, now.at - self.began), RECENT)
         if self.step[0] != began:
             # The step of a new window began with it, one that was gone on with only now.
             self.step = (began, self.age if self.step[0] else 0.0)
@@ -210,7 +210,7 @@ class Window:
     def _recent(self, before: Reading, now: Reading) -> None:
         a, b = before.arms[PRUNED], now.arms[PRUNED]
         self.recent.append((now.tick, growth(a.failed, b.failed), users_requests(a, b)))
-        while self.recent and now.tick - self.recent[0][0] > _RECENT:
+        while self.recent and now.tick - self.recent[0][0] > RECENT:
             self.recent.popleft()
 
     def _count(self, variant: str, a: ArmReading, b: ArmReading, policy: Policy) -> None:
@@ -248,8 +248,14 @@ class Window:
         return 1.0 + more / number if number > 0.0 else 1.0
 
     def burst(self) -> tuple[float, float]:
-        """Failed and all pruned requests of the last minute."""
-        return sum(f for _, f, _ in self.recent), sum(r for _, _, r in self.recent)
+        """Failed and all pruned requests of the last minute, without the user who failed most.
+
+        A program that sends what no engine can answer, again and again, is no broken model: with
+        users who stay where they are it fails on one side alone. The guards weigh it.
+        """
+        one = self.last.one if self.last is not None else 0.0
+        failed, requests = sum(f for _, f, _ in self.recent), sum(r for _, _, r in self.recent)
+        return max(0.0, failed - one), max(0.0, requests - one)
 
     def to_json(self) -> dict[str, Any]:
         """For the store: all but the last reading, whose clock another process does not share."""

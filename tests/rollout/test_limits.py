@@ -11,7 +11,7 @@ from moe_serve.rollout import decision as d
 from moe_serve.rollout import state as s
 from moe_serve.rollout.margins import Hard
 from moe_serve.rollout.policy import Policy, Step
-from moe_serve.rollout.reading import ArmReading
+from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.readings import EMPTY, START, UNPROBED, Traffic
 
@@ -122,6 +122,18 @@ def test_a_failure_burst_is_acted_on_at_once() -> None:
     traffic.serve(PRUNED, 20, failed=20)
     found = d.decide(traffic.read(), POLICY, CANARY)
     assert (found.kind, found.reason) == ("rollback", "hard")
+
+
+def test_a_burst_of_one_user_is_no_burst() -> None:
+    """Sixty of sixty-five fail within a minute, sixty are one program's; twenty others' are one."""
+    for others, kind in ((5, "hold"), (20, "rollback")):
+        traffic = Traffic(POLICY)
+        traffic.read()
+        traffic.serve(PRUNED, 65 + others, failed=60 + others)
+        traffic.at, traffic.tick = traffic.at + 5.0, traffic.tick + 5.0
+        reading = Reading(at=traffic.at, tick=traffic.tick, arms=traffic.arms, one=60.0)
+        traffic.window.add(reading, POLICY)
+        assert d.decide(traffic.window, POLICY, CANARY).kind == kind
 
 
 def test_an_unhealthy_engine_is_a_hard_limit_even_when_it_is_not_counted() -> None:

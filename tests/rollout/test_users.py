@@ -98,6 +98,21 @@ def test_more_users_than_are_held_are_sampled(tmp_path: Path) -> None:
     assert len(users._requests) <= 250
 
 
+def test_failures_of_one_user_are_known(tmp_path: Path) -> None:
+    """Three of one and two of another since a moment, on pruned; older ones do not count."""
+    file = users_file(tmp_path)
+    file.parent.mkdir()
+    failed = [line(at, user).replace("200 -", "503 UF") for at, user in ((9, 1), (20, 1), (21, 1))]
+    failed += [line(22, user).replace("200 -", "200 UC") for user in (1, 2, 2)]
+    failed += [line(22, 2, ORIGINAL).replace("200", "500")] * 9 + [line(23, 3)] * 9
+    file.write_text("".join(failed))
+    users = Users(path=file)
+    users.since(0.0)
+    assert (users.worst(PRUNED, 0.0), users.worst(PRUNED, 10.0)) == (4, 3)
+    assert users.worst(PRUNED, 22.0) == 2
+    assert users.worst(PRUNED, 30.0) == 0
+
+
 def test_one_users_requests_count_for_less() -> None:
     """40 requests each of 50 users beside 2,000 of nobody known: m = 1 + (80,000 - 2,000) / 4,000.
 
