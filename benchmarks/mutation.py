@@ -54,8 +54,9 @@ TESTED: Final = {
     ),
     "moe_serve/rollout/vitals.py": ("tests/rollout/test_vitals.py",),
     "moe_serve/rollout/window.py": (
-        "tests/rollout/test_window.py",
         "tests/rollout/test_decision.py",
+        "tests/rollout/test_limits.py",
+        "tests/rollout/test_window.py",
     ),
     "moe_serve_vllm/table.py": (
         "tests/patches/test_remap.py",
