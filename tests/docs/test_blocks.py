@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,17 @@ def test_every_block_runs_or_says_why_not(page: Path) -> None:
         assert page.name in RUN or re.fullmatch(r"<!-- not run: .+ -->", above), body
         for line in body.splitlines():
             check(line)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if ".ja." in p.name], ids=lambda p: p.name)
+def test_a_translation_has_the_same_commands(page: Path) -> None:
+    """In the same order; what is said about them is its own."""
+
+    def commands(page: Path) -> list[list[str]]:
+        lines = (line for _, body in blocks(page) for line in body.splitlines())
+        return [shlex.split(line, comments=True) for line in lines]
+
+    assert commands(page) == commands(page.with_name(page.name.replace(".ja.", ".")))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -12,8 +12,10 @@ from moe_serve.cli.app import app
 
 ROOT: Final = Path(__file__).parents[2]
 PROGRAM: Final = "moe-serve"
-OTHERS: Final = {"curl", "docker", "kill", "kubectl", "source", "until", "vllm", "wait"}
-"""Programs that are not ours."""
+OTHERS: Final = frozenset(
+    ("curl", "docker", "done", "kill", "kubectl", "sleep", "source", "until", "vllm", "wait")
+)
+"""Programs and words of the shell that are not ours."""
 
 
 def parse(line: str) -> list[str]:
