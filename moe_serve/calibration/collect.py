@@ -230,7 +230,7 @@ class _Forward:
                 y_BLD = accumulator.observe(
                     layer.mixture,
                     z_BLD.flatten(0, 1),
-                    domain_T[batch.tokens],
+                    domain_T[batch.tokens].to(device),
                     omega_T[batch.tokens].to(device),
                     _within(self.sample, batch),
                 ).view_as(r_BLD)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Final
 
 import torch
 
 from moe_serve.calibration.mixture import Mixture
 from moe_serve.errors import CalibrationError
+
+SUMS: Final = ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
+"""Fields that are kept by domain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +57,7 @@ class LayerStatistics:
         sums = ("F64", (domains, experts))
         return {
             "weight": ("F64", (1,)),
-            "count_CN": sums,
-            "weight_CN": sums,
-            "weighted_norm_CN": sums,
-            "norm_CN": sums,
-            "square_CN": sums,
+            **dict.fromkeys(SUMS, sums),
             "normal_NII": ("F32", (experts, width, width)),
             "output_ND": ("F32", (experts, hidden)),
             "routed_N": ("F64", (experts,)),
@@ -81,8 +81,7 @@ class LayerStatistics:
         Without this, experts would be ranked by how many tokens a domain happens to have.
         """
         factor_C1 = torch.tensor(omega_C, dtype=torch.float64)[:, None]
-        names = ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
-        return replace(self, **{name: getattr(self, name) * factor_C1 for name in names})
+        return replace(self, **{name: getattr(self, name) * factor_C1 for name in SUMS})
 
     def reap(self) -> torch.Tensor:
         """REAP saliency [N]: mean of g‖f‖ over the tokens that selected the expert.
@@ -115,17 +114,19 @@ class Accumulator:
         device: torch.device,
     ) -> None:
         """Start at zero; ``device`` is where the batches are."""
-        sums = (domains, experts)
-        self._sums = {
-            name: torch.zeros(sums, dtype=torch.float64)
-            for name in ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
-        }
-        self._weight = torch.zeros(1, dtype=torch.float64)
+
+        def exact(*sides: int) -> torch.Tensor:
+            # Sum in FP64: FP32 drifts visibly after 10^8 tokens.
+            return torch.zeros(*sides, dtype=torch.float64, device=device)
+
+        self._domains = domains
+        self._sums_NCV = exact(experts, domains, len(SUMS))
+        self._weight = exact(1)
         home = _home(device, experts * width**2 * 4)
         self._normal_NII = torch.zeros(experts, width, width, device=home)
-        self._output_ND = torch.zeros(experts, hidden)
-        self._routed_N = torch.zeros(experts, dtype=torch.float64)
-        self._routed_ND = torch.zeros(experts, hidden)
+        self._output_ND = torch.zeros(experts, hidden, device=device)
+        self._routed_N = exact(experts)
+        self._routed_ND = torch.zeros(experts, hidden, device=device)
         self._reservoir_SD = torch.zeros(reservoir, hidden)
         self._reservoir_domain_S = torch.zeros(reservoir, dtype=torch.int64)
 
@@ -142,7 +143,7 @@ class Accumulator:
         Args:
             mixture: an untouched layer: unit e is expert e.
             z_TD: the mixture's inputs.
-            domain_T: each token's domain.
+            domain_T: each token's domain, where the inputs are.
             omega_T: each token's weight.
             sample: which tokens of the batch belong to the reservoir, and to which row of it.
 
@@ -155,53 +156,42 @@ class Accumulator:
                 remedy="weights of an earlier layer are damaged, or the model overflows: compare "
                 "the files' SHA-256 with the source",
             )
-        self._weight += omega_T.double().sum().cpu()
+        self._weight += omega_T.double().sum()
         chosen, rows = list(sample), list(sample.values())
         self._reservoir_SD[rows] = z_TD[chosen].cpu()
         self._reservoir_domain_S[rows] = domain_T[chosen].cpu()
+        domain_TC = torch.nn.functional.one_hot(domain_T, self._domains).double()
         out_TD = mixture.always(z_TD)
         for unit, index, weight_t, h_tI in mixture.activations(z_TD):
             (expert,) = unit.owners
             f_tD = h_tI @ unit.down_DF.T
             out_TD.index_add_(0, index, f_tD * weight_t[:, None])
             norm_t = f_tD.norm(dim=1)
-            self._add_sums(expert, domain_T[index], weight_t, norm_t)
+            terms = (torch.ones_like(norm_t), weight_t, weight_t * norm_t, norm_t, norm_t.square())
+            # A product, as adding by index has no fixed order on a GPU.
+            self._sums_NCV[expert] += domain_TC[index].T @ torch.stack(terms, dim=1).double()
             omega_t = omega_T[index]
             scaled_tI = h_tI * (weight_t * omega_t.sqrt())[:, None]
             if scaled_tI.device == self._normal_NII.device:
                 self._normal_NII[expert].addmm_(scaled_tI.T, scaled_tI)
             else:
                 self._normal_NII[expert] += (scaled_tI.T @ scaled_tI).cpu()
-            self._output_ND[expert] += (omega_t @ f_tD).cpu()
+            self._output_ND[expert] += omega_t @ f_tD
             square_t = omega_t * weight_t.square()
-            self._routed_N[expert] += square_t.double().sum().cpu()
-            self._routed_ND[expert] += (square_t @ f_tD).cpu()
+            self._routed_N[expert] += square_t.double().sum()
+            self._routed_ND[expert] += square_t @ f_tD
         return out_TD
-
-    def _add_sums(
-        self, expert: int, domain_t: torch.Tensor, weight_t: torch.Tensor, norm_t: torch.Tensor
-    ) -> None:
-        # Sum in float64: float32 drifts visibly after 10^8 tokens.
-        values = {
-            "count_CN": torch.ones_like(norm_t),
-            "weight_CN": weight_t,
-            "weighted_norm_CN": weight_t * norm_t,
-            "norm_CN": norm_t,
-            "square_CN": norm_t.square(),
-        }
-        for name, value_t in values.items():
-            column = self._sums[name][:, expert]
-            column.index_add_(0, domain_t.cpu(), value_t.double().cpu())
 
     def result(self) -> LayerStatistics:
         """The statistics of everything observed."""
+        sums_CNV = self._sums_NCV.transpose(0, 1).cpu()
         return LayerStatistics(
-            **self._sums,
-            weight=self._weight,
+            **{name: sums_CNV[..., i].contiguous() for i, name in enumerate(SUMS)},
+            weight=self._weight.cpu(),
             normal_NII=self._normal_NII.cpu(),
-            output_ND=self._output_ND,
-            routed_N=self._routed_N,
-            routed_ND=self._routed_ND,
+            output_ND=self._output_ND.cpu(),
+            routed_N=self._routed_N.cpu(),
+            routed_ND=self._routed_ND.cpu(),
             reservoir_SD=self._reservoir_SD,
             reservoir_domain_S=self._reservoir_domain_S,
         )

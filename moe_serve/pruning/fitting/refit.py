@@ -68,12 +68,13 @@ class _Normal:
         """Σ ω p eᵀ, e the residual."""
 
     @classmethod
-    def empty(cls, neurons: int, hidden: int) -> _Normal:
+    def empty(cls, neurons: int, hidden: int, device: torch.device) -> _Normal:
         """Before the first token."""
-        kind = torch.float64
-        return cls(
-            torch.zeros(neurons, neurons, dtype=kind), torch.zeros(neurons, hidden, dtype=kind)
+        a_FF, b_FD = (
+            torch.zeros(neurons, columns, dtype=torch.float64, device=device)
+            for columns in (neurons, hidden)
         )
+        return cls(a_FF, b_FD)
 
     def rough(self) -> _Normal:
         """The same in FP32: enough to tell candidates for λ apart, at half the time."""
@@ -96,8 +97,8 @@ class _Normal:
         place_T = torch.empty(len(e_TD), dtype=torch.int64, device=e_TD.device)
         for number, slot in enumerate(present):
             index_t, p_tF = reached[slot.piece]
-            self.b_FD[slot.columns] += (p_tF.T @ e_TD[index_t]).double().cpu()
-            self.a_FF[slot.columns, slot.columns] += (p_tF.T @ p_tF).double().cpu()
+            self.b_FD[slot.columns] += (p_tF.T @ e_TD[index_t]).double()
+            self.a_FF[slot.columns, slot.columns] += (p_tF.T @ p_tF).double()
             place_T.fill_(-1)
             place_T[index_t] = torch.arange(len(index_t), device=e_TD.device)
             for other in present[number + 1 :]:
@@ -106,7 +107,7 @@ class _Normal:
                 both_t = torch.nonzero(place_t >= 0).squeeze(1)
                 if len(both_t):
                     met_FF = p_tF[place_t[both_t]].T @ q_tF[both_t]
-                    self.a_FF[slot.columns, other.columns] += met_FF.double().cpu()
+                    self.a_FF[slot.columns, other.columns] += met_FF.double()
 
     def mirror(self, slots: Sequence[_Slot]) -> None:
         """Fill in the other half."""
@@ -164,11 +165,11 @@ def refit(
             fit, held = _accumulate(routed, slots, residual, tokens)
             if scale is None:
                 scale = max(fit.mean_diagonal + held.mean_diagonal, _TINY)
-            pull_FD = (start_FD - present_FD).double().cpu()
+            pull_FD = (start_FD - present_FD).double()
             ridge, change_FD = _best(fit, held, pull_FD, candidates, scale)
             candidates = (ridge,)
             fit.a_FF.diagonal().add_(ridge * scale)
-            w_FD = present_FD.cpu() + change_FD
+            w_FD = (present_FD + change_FD).cpu()
             matrices = round_neurons(w_FD, fit.a_FF, scheme, [slot.columns for slot in slots])
             for slot, matrix in zip(slots, matrices, strict=True):
                 stored[slot.piece] = matrix
@@ -198,7 +199,8 @@ def _accumulate(
 ) -> tuple[_Normal, _Normal]:
     """Normal equations of a group against what all pieces leave: of tokens that fit, and held."""
     neurons, hidden = slots[-1].columns.stop, routed.pieces[0].down_DF.shape[0]
-    fit, held = _Normal.empty(neurons, hidden), _Normal.empty(neurons, hidden)
+    device = routed.pieces[0].down_DF.device
+    fit, held = (_Normal.empty(neurons, hidden, device) for _ in range(2))
     wanted = [slot.piece for slot in slots]
     for numbers in _chunks(routed.batches):
         parts: dict[bool, dict[int, list[Reached]]] = {False: {}, True: {}}

@@ -26,8 +26,8 @@ def round_neurons(
     """The stored down projection of each unit.
 
     Args:
-        w_FD: the re-fitted weights, one row per neuron.
-        hessian_FF: H, positive definite.
+        w_FD: the re-fitted weights, one row per neuron, on the processor.
+        hessian_FF: H, positive definite, wherever it is.
         scheme: of the down projections.
         units: where each unit's neurons lie; in order, without gaps.
 
@@ -36,7 +36,7 @@ def round_neurons(
     """
     if scheme.exact:
         return [scheme.quantise(w_FD[unit].T) for unit in units]
-    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(hessian_FF))
+    inverse_FF = torch.cholesky_inverse(torch.linalg.cholesky(hessian_FF.cpu()))
     factor_FF = torch.linalg.cholesky(inverse_FF, upper=True).float()
     left_DF = w_FD.float().T.contiguous()
     stored = []

@@ -247,8 +247,9 @@ def sum_parts(block: Block, weights: list[torch.Tensor], *, rows: bool) -> torch
     """
     total: torch.Tensor | None = None
     for part in block.parts:
-        index = torch.tensor(part.neurons)
-        taken = weights[part.expert].index_select(0 if rows else 1, index)
+        whole = weights[part.expert]
+        index = torch.tensor(part.neurons, device=whole.device)
+        taken = whole.index_select(0 if rows else 1, index)
         if part.coefficient != 1.0:
             taken = taken * part.coefficient
         total = taken if total is None else total + taken
