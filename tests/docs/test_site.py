@@ -71,12 +71,7 @@ def test_the_method_of_the_how_to_works(tmp_path: Path) -> None:
     exec(page.split("```python\n")[1].split("```")[0], names)  # noqa: S102 - it is what is tested
     model = make_model(tmp_path / "model", "qwen3_moe")
     statistics = calibrated(model, tmp_path)
-    view = LayerView(
-        index=0,
-        checkpoint=open_checkpoint(model),
-        statistics=statistics.layer(0),
-        loss=statistics.gradients(0),
-    )
+    view = LayerView.of(open_checkpoint(model), statistics, 0)
     plan = names["drop_specialists_last"](view, Budget(keep=0.5, block_width=64))  # type: ignore[operator]
     kept = [blocks for blocks in plan.experts if blocks is not None]
     assert len(kept) == len(plan.experts) // 2

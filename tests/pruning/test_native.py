@@ -85,7 +85,7 @@ def test_too_small_a_budget_is_refused() -> None:
 def test_drop_errors_are_those_of_the_layer_run_again(root: Path) -> None:
     """The dead expert goes first, free where nobody is displaced by it; the rest is brute force."""
     checkpoint = open_checkpoint(root / "m")
-    view = LayerView(index=1, checkpoint=checkpoint, statistics=None, loss=None)
+    view = LayerView.of(checkpoint, None, 1)
     mixture = view.mixture()
     z_SD = torch.randn(90, 64, generator=torch.Generator().manual_seed(0))
     root_DD = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))

@@ -172,12 +172,7 @@ def test_saliency_is_the_error_of_the_best_constant(root: Path) -> None:
     """By brute force over the tokens that select an expert; nothing for one that is silent."""
     checkpoint = open_checkpoint(root / "m")
     statistics = calibrated_statistics(root)
-    view = LayerView(
-        index=0,
-        checkpoint=checkpoint,
-        statistics=statistics.layer(0),
-        loss=statistics.gradients(0),
-    )
+    view = LayerView.of(checkpoint, statistics, 0)
     found = constant_error(view)
     assert float(found[STILL]) == 0.0
     root_DD = loss_root(view.gradients())

@@ -76,12 +76,7 @@ def statistics(checkpoint: Checkpoint, root: Path) -> Statistics:
 @pytest.fixture(scope="module")
 def view(checkpoint: Checkpoint, statistics: Statistics) -> LayerView:
     """Layer 0."""
-    return LayerView(
-        index=0,
-        checkpoint=checkpoint,
-        statistics=statistics.layer(0),
-        loss=statistics.gradients(0),
-    )
+    return LayerView.of(checkpoint, statistics, 0)
 
 
 def seven(**wishes: object) -> Budget:

@@ -10,13 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe_serve.calibration.collect import Collection, collect
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
-from moe_serve.checkpoint.staging import staged
 from moe_serve.errors import UsageError
 from moe_serve.progress import Silent
-from moe_serve.pruning.corpus import TextOptions, load_corpus
 from moe_serve.pruning.methods.drops import drop_aimer, drop_man, drop_seer, drop_taylor
 from moe_serve.pruning.methods.naee import _Search, drop_naee
 from moe_serve.pruning.methods.neurons import block_heapr, block_obs
@@ -25,7 +22,8 @@ from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.selection import Selection
-from tests.support.models import make_model, write_texts
+from tests.support.calibrated import calibrated
+from tests.support.models import make_model
 
 
 @pytest.fixture(scope="module")
@@ -48,26 +46,13 @@ def checkpoint(model: Path) -> Checkpoint:
 @pytest.fixture(scope="module")
 def statistics(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     """Of that model on two domains."""
-    root = tmp_path_factory.mktemp("s")
-    texts = TextOptions(paths=(write_texts(root / "t.jsonl"),), tokens=1024, length=128)
-    corpus = load_corpus(checkpoint, texts)
-    assert corpus is not None
-    record = corpus.record(checkpoint, 0)
-    settings = Collection(device=torch.device("cpu"), batch_tokens=512)
-    with staged(root / "out", {}) as staging:
-        collect(checkpoint, corpus.sequences, record, staging.path, staging, settings, Silent())
-    return Statistics(root / "out")
+    return calibrated(checkpoint.path, tmp_path_factory.mktemp("s"))
 
 
 @pytest.fixture(scope="module")
 def view(checkpoint: Checkpoint, statistics: Statistics) -> LayerView:
     """Layer 0."""
-    return LayerView(
-        index=0,
-        checkpoint=checkpoint,
-        statistics=statistics.layer(0),
-        loss=statistics.gradients(0),
-    )
+    return LayerView.of(checkpoint, statistics, 0)
 
 
 def kept(plan: LayerPlan) -> list[int]:
@@ -191,6 +176,6 @@ def test_layers_get_what_the_loss_needs(checkpoint: Checkpoint, statistics: Stat
 
 def test_gradients_without_texts_are_refused(checkpoint: Checkpoint) -> None:
     """A view without statistics says what is missing."""
-    bare = LayerView(index=0, checkpoint=checkpoint, statistics=None, loss=None)
+    bare = LayerView.of(checkpoint, None, 0)
     with pytest.raises(UsageError, match="needs calibration texts"):
         block_heapr(bare)
