@@ -91,6 +91,18 @@ SUITE: Final = {
         "the last row is chance.",
         module="benchmarks.serving.overhead",
     ),
+    "load": Benchmark(
+        title="What loading costs",
+        about="Time and memory of the checked loader beside stock's on the tied twin.",
+        module="benchmarks.serving.load",
+    ),
+    "soak": Benchmark(
+        title="Half an hour of mixed load",
+        about="The same short, long, chat, sampled, streamed, cancelled, abandoned and malformed "
+        "requests to a compact engine and to stock vLLM with the tied twin.",
+        module="benchmarks.serving.soak",
+        arguments=("--minutes", "30"),
+    ),
     "proxy": Benchmark(
         title="What Envoy adds",
         about="The stack's own configuration with one API key, before a stub that answers at once.",

@@ -65,10 +65,9 @@ def settings(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpa
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print both tables; 1 if native and compact did not generate alike in FP32."""
+    """Print the table; 1 if native and compact did not generate alike in FP32."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--loads", type=int, default=7)
     given = settings(parser, arguments)
     clock = CLOCKS[given.clock]
     with tempfile.TemporaryDirectory(prefix="moe-serve-bench-") as folder:
@@ -79,10 +78,7 @@ def main(arguments: Sequence[str]) -> int:
         alike = all(
             a.tokens == b.tokens for a, b in zip(turns["native"], turns["whole"], strict=True)
         )
-        print(f"\nnative and compact generated {'the same' if alike else 'other'} tokens\n")
-        del turns, models
-        for line in load_table(Path(folder) / "load", given.loads, clock, given.dtype):
-            print(line, flush=True)
+        print(f"\nnative and compact generated {'the same' if alike else 'other'} tokens")
     return 0 if alike or given.dtype != "float32" else 1
 
 
@@ -263,53 +259,6 @@ def speed_table(turns: dict[str, list[Turn]]) -> list[str]:
             told([theirs.decode / ours.decode for theirs, ours in pairs]),
         ]
         lines.append(f"| {label} | {reference} | {cells[0]} | {cells[1]} |")
-    return lines
-
-
-def load_table(root: Path, loads: int, clock: Clock, dtype: str) -> list[str]:
-    """Time per byte to read a checkpoint into a built model, against stock on the tied twin.
-
-    In vectors of 2048, blocks of 128 or 512 of 1024 neurons; two layers.
-    """
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-
-    from moe_serve_vllm.loader import CompactLoader
-
-    taken: list[float] = []
-
-    def timed(load: Callable[..., None]) -> Callable[..., None]:
-        def wrapper(*args: Any, **kwargs: Any) -> None:
-            began = clock()
-            load(*args, **kwargs)
-            taken.append(clock() - began)
-
-        return wrapper
-
-    name = "load_weights"
-    for loader in (DefaultModelLoader, CompactLoader):
-        setattr(loader, name, timed(getattr(loader, name)))
-    source = make_original(root / "source", DTYPES[dtype], hidden=2048, width=1024, layers=2)
-    models = {}
-    for most in (2, 8):
-        table = {k: v for k, v in tables(consecutive(ragged(most)), 1024 // most).items() if k < 2}
-        models[f"0 to {most} blocks of {1024 // most}"] = root / f"{most}"
-        make_twins(source, root / f"{most}", root / f"{most}-tied", table)
-    models["tied"] = root / "8-tied"
-    per_byte: dict[str, list[float]] = {name: [] for name in models}
-    for number in range(loads + 1):
-        for name, found in per_byte.items():
-            taken.clear()
-            engine = start(models[name], dtype)
-            # The first reads the files into the page cache.
-            if number:
-                found.append(taken[0] / (models[name] / "model.safetensors").stat().st_size)
-            engine.llm_engine.engine_core.shutdown()
-            del engine
-            gc.collect()
-    lines = ["| load, seconds per byte | of stock's on the tied twin |", "|---|---|"]
-    for name in list(models)[:-1]:
-        ratio = told([a / b for a, b in zip(per_byte[name], per_byte["tied"], strict=True)])
-        lines.append(f"| {name} | {ratio} |")
     return lines
 
 

@@ -1,9 +1,15 @@
 """A compact engine under mixed load, beside stock: ``python -m benchmarks.serving.soak``.
 
-The same requests, short, long, streamed, cancelled and malformed, go to an engine with a compact
-checkpoint and to stock vLLM with its tied twin. Printed: how each kind ended on both, where the
-two differ, and how both engines' memory grew. Exit 1 where the two ended differently, or compact
-grew faster than stock by more than 1 % of itself in an hour: a cache that fills grows both.
+The same requests go to an engine with a compact checkpoint and to stock vLLM with its tied twin,
+both in FP32: short, long, chat, sampled, streamed; streams that are hung up on, clients that leave
+before the answer, and requests that are wrong in ten ways. First every place of both caches is
+written to, so that memory does not grow with it. Printed is how each kind ended on both
+and whether both said the same, then what each engine's memory and open files did, with a 95 %
+interval for an hour's growth after the first third of the time.
+
+Exit 1 where a request ended otherwise on one of the two, an engine still held a request or a piece
+of the cache a minute after the last one, or compact surely grew faster than stock by more than 1 %
+of itself in an hour.
 """
 
 from __future__ import annotations
@@ -15,125 +21,153 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import httpx
-import numpy as np
+import psutil
 
 from benchmarks.fixtures import MODEL
+from benchmarks.serving.growth import Growth, beyond
+from benchmarks.serving.kinds import KINDS, LENGTH, SERVED, Ended, asked, outcome, post
 from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.errors import ServingError
 from moe_serve.metrics.memory import process_tree, resident_bytes
+from moe_serve.metrics.sources import Source, total
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
 from moe_serve.serving.process import Child, free_port
 from tests.support.twins import make_twins, random_table
 
-SERVED: Final = "soak"
+ENGINES: Final = ("stock", "compact")
 WORKERS: Final = 4
-LENGTH: Final = 512
-SETTLED: Final = 1 / 3
-"""Of the run; allocators fill their pools before."""
-Send = Callable[[str, random.Random], str]
+TOLERATED: Final = 0.01
+_EVERY: Final = 2.0
+_DRAINED: Final = 60.0
+_MIB: Final = 2**20
+_PLACES: Final = "moe_serve_kv_cache_capacity_tokens"
+_HELD: Final = (
+    "vllm:num_requests_running",
+    "vllm:num_requests_waiting",
+    "vllm:kv_cache_usage_perc",
+)
+
+
+@dataclass(kw_only=True)
+class Engine:
+    """One of the two, and what was read of it."""
+
+    spec: EngineSpec
+    child: Child
+    memory: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds and MiB resident."""
+    files: list[int] = field(default_factory=list)
+    """Open ones, sockets too."""
+    held: float = 0.0
+    """Requests and parts of the cache in use after the last request had ended."""
+
+    def read(self, at: float) -> None:
+        """Take a reading of all its processes."""
+        files, processes = 0, process_tree(self.child.pid)
+        for pid in processes:
+            with suppress(psutil.NoSuchProcess):
+                files += psutil.Process(pid).num_fds()
+        self.files.append(files)
+        self.memory.append((at, (resident_bytes(processes) or 0) / _MIB))
+
+    def drain(self) -> None:
+        """Wait until it holds nothing more, a minute at most."""
+        metrics = Source(name=self.spec.variant, url=f"{self.spec.url}/metrics", keep=_HELD)
+        until = time.monotonic() + _DRAINED
+        while True:
+            samples = metrics.read()
+            known = [total(samples, name) for name in _HELD] if samples else [None]
+            self.held = sum(float("inf") if value is None else value for value in known)
+            if not self.held or time.monotonic() > until:
+                return
+            time.sleep(1)
+
+    def errors(self) -> int:
+        """Lines of its log that tell of one."""
+        text = self.spec.log.read_text(errors="replace")
+        return sum(" ERROR " in line or line.startswith("Traceback") for line in text.split("\n"))
 
 
 @dataclass(kw_only=True)
 class Seen:
-    """What happened so far."""
+    """How requests ended so far."""
 
-    outcomes: dict[str, Counter[str]] = field(default_factory=dict)
-    """Kind → "outcome on stock, outcome on compact" → how often."""
-    memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
-    """Engine → seconds and resident bytes."""
+    outcomes: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    """Kind → (on stock, on compact) → how often."""
+    same: dict[str, Counter[bool]] = field(default_factory=dict)
+    """Kind → whether both said the same → how often."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def note(self, kind: str, stock: str, compact: str) -> None:
+    def note(self, kind: str, stock: Ended, compact: Ended) -> None:
         """Add one request."""
         with self.lock:
-            self.outcomes.setdefault(kind, Counter())[f"{stock}, {compact}"] += 1
+            self.outcomes.setdefault(kind, Counter())[stock.how, compact.how] += 1
+            if stock.how == compact.how and stock.said is not None:
+                self.same.setdefault(kind, Counter())[stock.said == compact.said] += 1
+
+    @property
+    def differing(self) -> int:
+        """Requests that ended otherwise on one of the two."""
+        pairs = [pair for outcomes in self.outcomes.values() for pair in outcomes.elements()]
+        return sum(stock != compact for stock, compact in pairs)
+
+    def table(self) -> list[str]:
+        """One line for each way to end."""
+        lines = ["| request | ended on stock | on compact | how often | said the same |"]
+        lines.append("|---|---|---|---|---|")
+        for kind in KINDS:
+            same = self.same.get(kind, Counter())
+            for (stock, compact), count in sorted(self.outcomes.get(kind, Counter()).items()):
+                alike = f"{same[True]} of {same.total()}" if same else ""
+                lines.append(f"| {kind} | {stock} | {compact} | {count} | {alike} |")
+                same = Counter()
+        return lines
 
 
-def completion(url: str, body: dict[str, Any] | bytes) -> str:
-    """Status and reason of one that is not streamed."""
-    sent: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
-    headers = {"content-type": "application/json"}
-    reply = httpx.post(f"{url}/v1/completions", headers=headers, timeout=120, **sent)
-    if reply.status_code != 200:
-        return str(reply.status_code)
-    return f"200 {reply.json()['choices'][0]['finish_reason']}"
-
-
-def stream(url: str, body: dict[str, Any], chunks: int | None) -> str:
-    """Read ``chunks`` events, then hang up; all without a number."""
-    seen = 0
-    with httpx.stream(
-        "POST", f"{url}/v1/completions", json=body | {"stream": True}, timeout=120
-    ) as reply:
-        for line in reply.iter_lines():
-            seen += line.startswith("data: {")
-            if line == "data: [DONE]":
-                return f"{reply.status_code} done"
-            if chunks is not None and seen >= chunks:
-                return f"{reply.status_code} hung up"
-        return f"{reply.status_code} cut"
-
-
-def asked(rng: random.Random, prompt: int, generated: int) -> dict[str, Any]:
-    """A request with random tokens."""
-    return {
-        "model": SERVED,
-        "prompt": [rng.randrange(1, 256) for _ in range(prompt)],
-        "max_tokens": generated,
-        "temperature": 0.0,
-        "ignore_eos": True,
-    }
-
-
-def malformed(url: str, rng: random.Random) -> str:
-    """One of the ways to get it wrong."""
-    body = asked(rng, 4, 4)
-    bodies: tuple[dict[str, Any] | bytes, ...] = (
-        b"{",
-        body | {"max_tokens": -1},
-        body | {"model": "another"},
-        body | {"prompt": [10**9]},
-        asked(rng, LENGTH + 1, 4),
-        body | {"temperature": "hot"},
-        body | {"prompt": []},
-    )
-    return completion(url, rng.choice(bodies))
-
-
-KINDS: Final[dict[str, Send]] = {
-    "short": lambda url, rng: completion(url, asked(rng, rng.randint(1, 16), 8)),
-    "long": lambda url, rng: completion(url, asked(rng, rng.randint(200, 400), 64)),
-    "streamed": lambda url, rng: stream(url, asked(rng, 32, 32), None),
-    "cancelled": lambda url, rng: stream(url, asked(rng, 32, 200), rng.randint(1, 5)),
-    "malformed": malformed,
-}
-
-
-def outcome(send: Send, url: str, seed: int) -> str:
-    """How it ended; the same seed asks the same."""
-    try:
-        return send(url, random.Random(seed))
-    except (httpx.HTTPError, ValueError, KeyError) as exc:
-        return type(exc).__name__
-
-
-def work(worker: int, stock: str, compact: str, until: float, seen: Seen) -> None:
-    """One request after the other, each to both."""
+def work(worker: int, urls: Sequence[str], until: float, seen: Seen) -> None:
+    """One request after the other, each to both, who is first by chance."""
     number = 0
-    while time.monotonic() < until:
-        seed = number * WORKERS + worker
-        kind = random.Random(seed).choice(tuple(KINDS))
-        send = KINDS[kind]
-        seen.note(kind, outcome(send, stock, seed), outcome(send, compact, seed))
-        number += 1
+    with httpx.Client(timeout=120) as client:
+        while time.monotonic() < until:
+            seed = number * WORKERS + worker
+            rng = random.Random(seed)
+            kind = rng.choice(tuple(KINDS))
+            ended = {i: outcome(client, urls[i], kind, seed) for i in rng.sample((0, 1), 2)}
+            seen.note(kind, ended[0], ended[1])
+            number += 1
 
 
-def start(name: str, model: Path, folder: Path) -> tuple[EngineSpec, Child]:
+def fill(engine: Engine) -> None:
+    """Write to every place of the cache: memory counts as used once something was written to it."""
+    metrics = Source(name=engine.spec.variant, url=f"{engine.spec.url}/metrics", keep=(_PLACES,))
+    places = total(metrics.read(10.0) or (), _PLACES)
+    if places is None:
+        raise ServingError(
+            f"tells no {_PLACES}",
+            where=engine.spec.url,
+            remedy="run it where the plugin is installed",
+        )
+    rng = random.Random(0)
+    prompts = [asked(rng, LENGTH - 2, 1) for _ in range(int(places) // (LENGTH - 2) + WORKERS)]
+    with httpx.Client(timeout=120) as client, ThreadPoolExecutor(WORKERS) as pool:
+        for ended in pool.map(lambda body: post(client, engine.spec.url, body), prompts):
+            if ended.how != "200 length":
+                raise ServingError(
+                    f"a plain request ended with {ended.how}",
+                    where=engine.spec.url,
+                    remedy=f"see {engine.spec.log}",
+                )
+
+
+def start(name: str, model: Path, folder: Path) -> Engine:
     """An engine that is ready."""
     spec = EngineSpec(
         variant=name,
@@ -141,22 +175,15 @@ def start(name: str, model: Path, folder: Path) -> tuple[EngineSpec, Child]:
         served_model=SERVED,
         port=free_port(),
         log=folder / f"{name}.log",
-        arguments=("--max-model-len", str(LENGTH)),
+        arguments=("--max-model-len", str(LENGTH), "--dtype", "float32"),
     )
     child = spec.launch(gpu=has_gpu(), yielding=False)
     while not is_ready(spec, child):
         time.sleep(0.5)
-    return spec, child
+    return Engine(spec=spec, child=child)
 
 
-def growth(memory: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """Slope in MiB per minute after settling, and what an hour of it would add, as a share."""
-    settled = np.array([m for m in memory if m[0] >= memory[-1][0] * SETTLED])
-    slope = float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0])
-    return slope * 60 / 2**20, slope * 3600 / float(settled[:, 1].mean())
-
-
-def soak(minutes: float, folder: Path) -> Seen:
+def soak(minutes: float, folder: Path) -> tuple[Seen, list[Engine]]:
     """Start both engines, send, stop them."""
     opened = open_checkpoint(MODEL)
     shape = opened.shape
@@ -166,33 +193,65 @@ def soak(minutes: float, folder: Path) -> Seen:
         )
         for layer in opened.family.moe_layers(opened.config)
     }
-    make_twins(MODEL, folder / "compact", folder / "tied", tables)
+    make_twins(MODEL, folder / "compact", folder / "stock", tables)
     seen = Seen()
-    children: list[Child] = []
+    engines: list[Engine] = []
     try:
-        specs = []
-        for name in ("tied", "compact"):
-            spec, child = start(name, folder / name, folder)
-            specs.append(spec)
-            children.append(child)
+        engines.extend(start(name, folder / name, folder) for name in ENGINES)
+        for engine in engines:
+            fill(engine)
+        urls = [engine.spec.url for engine in engines]
         began = time.monotonic()
         until = began + minutes * 60
         threads = [
-            threading.Thread(target=work, args=(n, specs[0].url, specs[1].url, until, seen))
-            for n in range(WORKERS)
+            threading.Thread(target=work, args=(n, urls, until, seen)) for n in range(WORKERS)
         ]
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
-            for spec, child in zip(specs, children, strict=True):
-                if (size := resident_bytes(process_tree(child.pid))) is not None:
-                    at = time.monotonic() - began
-                    seen.memory.setdefault(spec.variant, []).append((at, size))
-            time.sleep(2)
+            at = time.monotonic() - began
+            for engine in engines:
+                engine.read(at)
+            time.sleep(_EVERY)
+        for engine in engines:
+            engine.drain()
     finally:
-        for child in children:
-            child.stop(15)
-    return seen
+        for engine in engines:
+            engine.child.stop(15)
+    return seen, engines
+
+
+def grown(engines: Sequence[Engine]) -> tuple[list[str], bool]:
+    """What memory and files did, and whether compact surely grew beyond stock."""
+    stock, compact = engines
+    head = ["engine", "MiB", "growth in MiB an hour (95 %)", "of itself", "open files"]
+    head += ["errors in its log", "held after the last"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    more = Growth.of(beyond(compact.memory, stock.memory))
+    size = compact.memory[-1][1]
+    for engine in engines:
+        first, last = engine.memory[0][1], engine.memory[-1][1]
+        files = engine.files[len(engine.files) // 3 :]
+        cells = [
+            engine.spec.variant,
+            f"{first:.0f} to {last:.0f}",
+            told(Growth.of(engine.memory), last),
+            f"{min(files)} to {max(files)}, {files[-1]} at the end",
+            str(engine.errors()),
+            f"{engine.held:g}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append(f"| compact beyond stock | | {told(more, size)} | | | |")
+    return lines, more.low > TOLERATED * size
+
+
+def told(growth: Growth, size: float) -> str:
+    """Two cells: in MiB and as a share."""
+    share = [f"{value / size:+.2%}" for value in (growth.slope, growth.low, growth.high)]
+    return (
+        f"{growth.slope:+.1f} ({growth.low:+.1f} to {growth.high:+.1f}) "
+        f"| {share[0]} ({share[1]} to {share[2]})"
+    )
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -201,23 +260,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="moe-serve-soak-") as folder:
-        seen = soak(given.minutes, Path(folder))
-    print("| request | stock, compact | how often |\n|---|---|---|")
-    beyond = 0
-    for kind, outcomes in sorted(seen.outcomes.items()):
-        for both, count in sorted(outcomes.items()):
-            stock, compact = both.split(", ")
-            beyond += count * (stock != compact)
-            print(f"| {kind} | {both} | {count} |")
-    total = sum(sum(outcomes.values()) for outcomes in seen.outcomes.values())
-    print(f"\n{total} requests to each in {given.minutes:g} minutes, {beyond} ended differently")
-    hours = []
-    for name, memory in seen.memory.items():
-        slope, hour = growth(memory)
-        hours.append(hour)
-        first, last = memory[0][1] / 2**20, memory[-1][1] / 2**20
-        print(f"{name}: {first:.0f} to {last:.0f} MiB; {slope:+.2f} a minute, {hour:+.2%} an hour")
-    return 1 if beyond or hours[1] - hours[0] > 0.01 else 0
+        seen, engines = soak(given.minutes, Path(folder))
+        lines, grew = grown(engines)
+    requests = sum(outcomes.total() for outcomes in seen.outcomes.values())
+    print("\n".join([*seen.table(), "", *lines, ""]))
+    print(
+        f"{requests} requests to each in {given.minutes:g} minutes, {seen.differing} ended "
+        "otherwise on one of the two."
+    )
+    held = any(engine.held for engine in engines)
+    return int(bool(seen.differing) or held or grew)
 
 
 if __name__ == "__main__":
