@@ -131,13 +131,17 @@ def _announce(stack: Stack, *, as_json: bool) -> None:
             }
         )
         return
-    out.print(f"OpenAI endpoint  {state.endpoint}   (model {state.served_model})")
-    out.print(f"page, API        {state.control}   (metrics {state.control}/metrics)")
-    out.print(f"their token      is in {token_file(stack.folder)}", soft_wrap=True)
-    out.print(f"move traffic     moe-serve rollout set 50 --state {stack.folder}")
+    told = [
+        f"OpenAI endpoint  {state.endpoint}   (model {state.served_model})",
+        f"page, API        {state.control}   (metrics {state.control}/metrics)",
+        f"their token      is in {token_file(stack.folder)}",
+        f"move traffic     moe-serve rollout set 50 --state {stack.folder}",
+    ]
     if state.policy is not None:
-        out.print(f"automatic        moe-serve rollout start --state {stack.folder}")
-    out.print(f"roll back        moe-serve rollout rollback --state {stack.folder}")
+        told.append(f"automatic        moe-serve rollout start --state {stack.folder}")
+    told.append(f"roll back        moe-serve rollout rollback --state {stack.folder}")
+    # A command that is broken over lines can't be copied.
+    out.print("\n".join(told), soft_wrap=True, markup=False)
 
 
 def _watch(stack: Stack) -> None:
