@@ -134,7 +134,9 @@ def compare(url: str, lines: Sequence[Line], at: float) -> list[tuple[str, ...]]
         }
         for name, values in seen.items():
             metric = f"moe_serve_{name}_seconds"
-            found = query(url, f'count by (le) ({metric}_bucket{{variant="{variant}"}})')
+            # Of the last minutes: on a busy machine a scrape may just have failed.
+            seen_edges = f'last_over_time({metric}_bucket{{variant="{variant}"}}[5m])'
+            found = query(url, f"count by (le) ({seen_edges})")
             edges = sorted(float(r["metric"]["le"]) for r in found)
             for q in (50, 95) if name != "request_duration" else (95,):
                 exact = quantiles(values, n=100)[q - 1]
@@ -147,11 +149,16 @@ def compare(url: str, lines: Sequence[Line], at: float) -> list[tuple[str, ...]]
     return rows
 
 
-def empty(url: str) -> list[str]:
-    """Expressions of panels that return nothing; those about GPUs need one."""
+def empty(url: str, seconds: float = 30.0) -> list[str]:
+    """Expressions of panels that return nothing for some seconds; those about GPUs need one."""
     boards = [json.loads(file.read_text()) for file in sorted(GRAFANA.glob("*.json"))]
-    expressions = [t["expr"] for b in boards for p in b["panels"] for t in p["targets"]]
-    return [e for e in expressions if "gpu" not in e and not query(url, e)]
+    left = [t["expr"] for b in boards for p in b["panels"] for t in p["targets"]]
+    left = [expression for expression in left if "gpu" not in expression]
+    until = time.monotonic() + seconds
+    while left and time.monotonic() < until:
+        left = [expression for expression in left if not query(url, expression)]
+        time.sleep(0.5)
+    return left
 
 
 def main() -> None:
