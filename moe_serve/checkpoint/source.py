@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +11,7 @@ import torch
 from moe_serve.checkpoint.ahead import ReadAhead, read_entry
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
 from moe_serve.checkpoint.header import TensorEntry
+from moe_serve.checkpoint.identity import fingerprint_of
 from moe_serve.checkpoint.listing import list_tensors
 from moe_serve.checkpoint.quantisation import (
     Matrix,
@@ -243,15 +242,8 @@ class Checkpoint:
         return {layer: size for layer, size in sizes.items() if size}
 
     def fingerprint(self) -> str:
-        """SHA-256 over the config and all headers: which checkpoint this is.
-
-        Reads no weights; a changed byte inside a weight does not change it.
-        """
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for entry in sorted(self.tensors.values(), key=lambda e: e.name):
-            digest.update(f"{entry.name} {entry.dtype} {entry.shape} {entry.file.name}\n".encode())
-            digest.update(str(entry.start).encode())
-        return digest.hexdigest()
+        """Which checkpoint this is; fine-tunes of one model differ (:func:`fingerprint_of`)."""
+        return fingerprint_of(self.config, self.tensors.values())
 
     def freshness(self) -> dict[str, list[int]]:
         """Size and modification time of each shard: a change between resumes shows."""

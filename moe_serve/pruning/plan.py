@@ -215,7 +215,7 @@ class Plan(_Model):
     model: str
     """Path of the original, as given."""
     fingerprint: str
-    """Of its configuration and tensor headers."""
+    """Of its configuration, its tensors' headers and a few bytes of each."""
     statistics_sha256: str | None
     """Of the statistics; ``null``: from the weights alone."""
     method: str
