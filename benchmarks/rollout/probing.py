@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 import threading
 import time
@@ -82,6 +83,10 @@ def ask(url: str, seconds: float, clients: int) -> Block:
     return block
 
 
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
 def probed(url: str, seconds: float, clients: int, interval: float) -> Block:
     """The same while probes are asked at their rate."""
     engine = EngineState(url=url, model=str(MODEL))
@@ -95,7 +100,7 @@ def probed(url: str, seconds: float, clients: int, interval: float) -> Block:
         engines=dict.fromkeys(VARIANTS, engine),
     )
     policy = Policy(probes=Probes(interval_seconds=interval))
-    prober = prober_of(policy, stack, print, None)
+    prober = prober_of(policy, stack, _say, None)
     prober.start()
     try:
         block = ask(url, seconds, clients)
