@@ -14,7 +14,7 @@ from tests.support.lines import ROOT, benchmark, check
 
 PAGES: Final = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 RUN: Final = {"tutorial.md", "tutorial.ja.md"}
-"""Pages whose blocks tests/e2e run up to serving, save those marked; test_stack does the rest."""
+"""Pages whose blocks tests/e2e run, save those marked; the translation has the same ones."""
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The tutorial up to serving, from the wheel alone: no checkout is importable."""
+"""The tutorial from the wheel alone: no checkout is importable."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
+from moe_serve.serving.process import free_port
 
 ROOT: Final = Path(__file__).parents[2]
 LIMIT: Final = 1500
@@ -45,23 +47,34 @@ def installed(tmp_path: Path) -> dict[str, str]:
 
 
 def commands(page: Path) -> str:
-    """The blocks that are to run, as one script."""
-    text = page.read_text(encoding="utf-8").partition("## Serve both")[0]
-    found = re.findall(r"([^\n]*)\n```sh\n(.*?)```", text, re.DOTALL)
-    lines = [body for above, body in found if not above.startswith("<!-- not run")]
-    return "set -euxo pipefail\n" + "".join(lines)
+    """The blocks that are to run, as one script on free ports; whatever happens, it ends ``up``."""
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"([^\n]*)\n```(sh|python)\n(.*?)```", text, re.DOTALL)
+    lines = [
+        f"python - <<'END'\n{body}END\n" if language == "python" else body
+        for above, language, body in found
+        if not above.startswith("<!-- not run")
+    ]
+    ports = {"8000": str(free_port()), "8001": str(free_port())}
+    script = re.sub(r"\b800[01]\b", lambda port: ports[port[0]], "".join(lines))
+    return "set -euxo pipefail\ntrap 'kill ${!-} || true; wait' EXIT\n" + script
 
 
 def test_the_tutorial_from_the_wheel(tmp_path: Path, installed: dict[str, str]) -> None:
-    """Inspect, prune, verify, compare, report."""
+    """Inspect, prune, verify, compare, report; serve, ask, move traffic, roll back, stop."""
     work = tmp_path / "work"
     (work / "benchmarks").mkdir(parents=True)
     (work / "benchmarks" / "fixtures").symlink_to(ROOT / "benchmarks" / "fixtures")
-    code = "import moe_serve, moe_serve_vllm as v; print(moe_serve.__file__, v.__file__)"
+    # Both packages, and what vLLM is told to load, are the wheel's.
+    code = (
+        "import moe_serve, moe_serve_vllm as v; from importlib.metadata import entry_points as e;"
+        "(plugin,) = e(group='vllm.general_plugins', name='moe_serve');"
+        "print(moe_serve.__file__, v.__file__, plugin.dist.locate_file('.'))"
+    )
     where = subprocess.run(
         ["python", "-c", code], env=installed, cwd=work, capture_output=True, text=True, check=True
     )
-    assert where.stdout.count(str(tmp_path / "venv")) == 2
+    assert where.stdout.count(str(tmp_path / "venv")) == 3
 
     script = commands(ROOT / "docs" / "tutorial.md")
     with subprocess.Popen(
@@ -80,6 +93,12 @@ def test_the_tutorial_from_the_wheel(tmp_path: Path, installed: dict[str, str]) 
             told, _ = shell.communicate()
     assert shell.returncode == 0, told[-5000:]
     assert "sound" in told
-    assert (work / "tutorial" / "pruned" / "moe_serve.json").exists()
+    assert "next: moe-serve compare benchmarks/fixtures/qwen3moe-7m tutorial/pruned" in told
+    tutorial = work / "tutorial"
+    assert (tutorial / "pruned" / "moe_serve.json").exists()
     for page in ("compare.html", "report.html"):
-        assert "</html>" in (work / "tutorial" / page).read_text(encoding="utf-8")
+        assert "</html>" in (tutorial / page).read_text(encoding="utf-8")
+    # The engine of a compact checkpoint can't have started without the plugin.
+    answered = re.findall(r"^x-moe-serve-variant: (\w+)", told, re.MULTILINE)
+    assert answered == ["original", "pruned"]
+    assert "stopped" in told.splitlines()
