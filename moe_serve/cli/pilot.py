@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from moe_serve.cli import options
 from moe_serve.cli.output import err, out, print_json
@@ -72,9 +72,9 @@ def _init(path: Path) -> None:
 
 def _table(pilot: Pilot) -> Table:
     currency = pilot.settings.prices.currency
-    table = Table(
-        "option", "bytes", "cards", "KL (95 %)", "worst domain", "hours", currency, "within"
-    )
+    titles = ("option", "bytes", "cards", "KL (95 %)", "worst domain", "hours", currency, "within")
+    # A narrow terminal breaks lines; it cuts no name and no interval short.
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     for option in pilot.options:
         cost = money(option, pilot.baseline, pilot.settings)
         missed = misses(option, pilot.settings.tolerance)
