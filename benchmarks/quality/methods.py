@@ -27,8 +27,9 @@ from moe_serve.evaluation.comparison import compare
 from moe_serve.files import write_json
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.device import device_named
 from moe_serve.pruning.gathering import calibrate
-from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest, device_named
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.run import prune
 
 

@@ -52,6 +52,7 @@ class Checkpoint:
     replaced: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Experts that are a constant, by layer: they are selected and store no block."""
     _read: list[int] = field(default_factory=lambda: [0])
+    _fingerprint: list[str] = field(default_factory=list)
     _schemes: dict[str, Scheme] = field(default_factory=dict)
     _ahead: ReadAhead = field(default_factory=ReadAhead)
 
@@ -243,7 +244,10 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Which checkpoint this is; fine-tunes of one model differ (:func:`fingerprint_of`)."""
-        return fingerprint_of(self.config, self.tensors.values())
+        # Record, statistics and plan each ask in a run, and a file may hold thousands of tensors.
+        if not self._fingerprint:
+            self._fingerprint.append(fingerprint_of(self.config, self.tensors.values()))
+        return self._fingerprint[0]
 
     def freshness(self) -> dict[str, list[int]]:
         """Size and modification time of each shard: a change between resumes shows."""

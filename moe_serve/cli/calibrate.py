@@ -21,11 +21,12 @@ from moe_serve.cli.progress import progress_bar
 from moe_serve.errors import UsageError
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS, TextOptions
+from moe_serve.pruning.device import device_named
 from moe_serve.pruning.forecasts.dryrun import dry_run
 from moe_serve.pruning.gathering import calibrate
 from moe_serve.pruning.records.coverage import gaps
 from moe_serve.pruning.records.evidence import Evidence
-from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest, device_named
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.stability import TOLERANCE, Stable, calibrate_until_stable
 

@@ -24,7 +24,8 @@ from moe_serve.pruning.corpus import (
     DEFAULT_TOKENS,
     TextOptions,
 )
-from moe_serve.pruning.request import DEFAULT_BATCH, device_named
+from moe_serve.pruning.device import device_named
+from moe_serve.pruning.request import DEFAULT_BATCH
 from moe_serve.report.catalogue import Catalogue
 from moe_serve.report.compared import comparison_page
 

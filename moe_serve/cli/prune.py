@@ -14,12 +14,13 @@ from moe_serve.cli.forecast import show_forecast
 from moe_serve.cli.output import out, print_json
 from moe_serve.cli.progress import progress_bar
 from moe_serve.pruning.corpus import DEFAULT_LENGTH, DEFAULT_TOKENS, TextOptions
+from moe_serve.pruning.device import device_named
 from moe_serve.pruning.forecasts.dryrun import dry_run
 from moe_serve.pruning.forecasts.gpus import wanted_memory
 from moe_serve.pruning.forecasts.sizing import DEFAULT_KV_TOKENS
 from moe_serve.pruning.methods.registry import AUTO
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest, device_named
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.run import PruneResult, prune
 from moe_serve.pruning.selection import MEAN, Selection
 

@@ -20,7 +20,8 @@ from moe_serve.evaluation.models import is_url
 from moe_serve.evaluation.quality import DomainQuality, Estimates, Figures, by_domain
 from moe_serve.progress import SILENT, Progress
 from moe_serve.pruning.corpus import TextOptions, load_corpus, refuse_overlap
-from moe_serve.pruning.request import CPU, DEFAULT_BATCH
+from moe_serve.pruning.device import CPU
+from moe_serve.pruning.request import DEFAULT_BATCH
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

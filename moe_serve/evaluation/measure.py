@@ -23,7 +23,8 @@ from moe_serve.evaluation.tasks import compare_tasks
 from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
 from moe_serve.pruning.corpus import TextOptions
-from moe_serve.pruning.request import CPU, DEFAULT_BATCH
+from moe_serve.pruning.device import CPU
+from moe_serve.pruning.request import DEFAULT_BATCH
 from moe_serve.serving.client import ServedModel
 
 

@@ -20,9 +20,10 @@ from moe_serve.pilot.decision import Baseline, Option
 from moe_serve.pilot.settings import PilotSettings
 from moe_serve.progress import Progress
 from moe_serve.pruning.corpus import TextOptions, load_corpus, refuse_overlap
+from moe_serve.pruning.device import device_named
 from moe_serve.pruning.forecasts.sizing import gpus_needed
 from moe_serve.pruning.gathering import calibrate
-from moe_serve.pruning.request import PruneRequest, device_named
+from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import prune
 from moe_serve.pruning.selection import Selection
 from moe_serve.version import __version__

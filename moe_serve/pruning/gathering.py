@@ -27,9 +27,10 @@ from moe_serve.pruning.corpus import (
     load_corpus,
     needed,
 )
+from moe_serve.pruning.device import CPU
 from moe_serve.pruning.methods.registry import method_named
 from moe_serve.pruning.plan import Plan
-from moe_serve.pruning.request import CPU, DEFAULT_BATCH, PruneRequest
+from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.selection import WORST
 from moe_serve.pruning.worst import Game, Round, best
 

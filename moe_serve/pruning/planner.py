@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -16,6 +16,7 @@ from moe_serve.errors import PlanError
 from moe_serve.families import Shape
 from moe_serve.progress import Progress
 from moe_serve.pruning import auto
+from moe_serve.pruning.device import CPU
 from moe_serve.pruning.fitting.split import one_row_each
 from moe_serve.pruning.methods.allocation import distribute
 from moe_serve.pruning.methods.grouping import counts_over_layers
@@ -28,8 +29,6 @@ from moe_serve.pruning.plan import Heal, LayerPlan, Plan, Refit, RouterFit
 from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Trial
 
-_CPU: Final = torch.device("cpu")
-
 
 @torch.inference_mode()
 def make_plan(
@@ -40,7 +39,7 @@ def make_plan(
     *,
     form: str = "compact",
     trial: Trial | None = None,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
 ) -> Plan:
     """Decide what every layer keeps.
 

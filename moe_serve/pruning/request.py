@@ -8,12 +8,9 @@ from typing import Final
 
 import torch
 
-from moe_serve.errors import UsageError
 from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.device import CPU
 from moe_serve.pruning.selection import Selection
-
-CPU: Final = torch.device("cpu")
-
 
 DEFAULT_BATCH: Final = 4096
 """Tokens in memory at once."""
@@ -41,23 +38,3 @@ class PruneRequest:
     """Carry out this plan instead of making one."""
     statistics: Path | None = None
     """Use these statistics, or keep the run's here when the folder does not exist."""
-
-
-def device_named(name: str | None) -> torch.device:
-    """The compute device; by default the first GPU, else the CPU.
-
-    Raises:
-        UsageError: it does not exist here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as exc:
-        raise UsageError(
-            f"no device {name!r} here ({str(exc).splitlines()[0]})",
-            where="--device",
-            remedy="cpu always works",
-        ) from exc
-    return device

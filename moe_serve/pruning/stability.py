@@ -22,12 +22,12 @@ from moe_serve.checkpoint.staging import staged
 from moe_serve.errors import UsageError
 from moe_serve.progress import SILENT
 from moe_serve.pruning.corpus import TextOptions, load_corpus, needed
+from moe_serve.pruning.device import CPU
 from moe_serve.pruning.methods.neurons import loss_root
 from moe_serve.pruning.methods.obs import damped_inverse
 from moe_serve.pruning.methods.view import LayerView
 from moe_serve.pruning.plan import LayerPlan, Plan
 from moe_serve.pruning.planner import make_plan
-from moe_serve.pruning.request import CPU
 from moe_serve.pruning.selection import Selection
 
 TOLERANCE: Final = 0.05

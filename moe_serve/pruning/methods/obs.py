@@ -14,12 +14,13 @@ from typing import Final
 
 import torch
 
+from moe_serve.pruning.device import CPU
+
 _FP64_WIDTH: Final = 1024
 """Wider experts are handled in FP32: half the memory, and λ bounds the condition number."""
 ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
 
-_CPU: Final = torch.device("cpu")
 
 _BATCH_BYTES: Final = 2**28
 """Experts that fit are handled side by side: a round's cost is mostly that of beginning it."""
@@ -52,7 +53,7 @@ def removal_path(
     down_NDI: torch.Tensor,
     *,
     ridge: float = 0.01,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
 ) -> RemovalPath:
     """Remove all neurons of every expert in order of least added error.
 
@@ -84,7 +85,7 @@ def removal_path(
 
 
 def damped_inverse(
-    normal_NII: torch.Tensor, expert: int, ridge: float, device: torch.device = _CPU
+    normal_NII: torch.Tensor, expert: int, ridge: float, device: torch.device = CPU
 ) -> torch.Tensor:
     """(H + λI)⁻¹ [I, I] of one expert, λ a multiple of the layer's mean diagonal."""
     dtype = torch.float64 if normal_NII.shape[1] <= _FP64_WIDTH else torch.float32

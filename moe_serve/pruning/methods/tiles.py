@@ -6,13 +6,10 @@ with the tile as the unit: all neurons of a tile go together, at the tile's cost
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 
+from moe_serve.pruning.device import CPU
 from moe_serve.pruning.methods.obs import ROUNDS, RemovalPath, damped_inverse
-
-_CPU: Final = torch.device("cpu")
 
 
 def tile_path(
@@ -21,7 +18,7 @@ def tile_path(
     tile: int,
     *,
     ridge: float = 0.01,
-    device: torch.device = _CPU,
+    device: torch.device = CPU,
 ) -> RemovalPath:
     """Remove whole tiles of every expert in order of least added error under re-fitting.
 

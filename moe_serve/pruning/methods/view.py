@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -14,9 +14,9 @@ from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.families import Shape
+from moe_serve.pruning.device import CPU
 
 _T = TypeVar("_T")
-_CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +71,7 @@ class LayerView:
     loss: LayerGradients | None
     tile: int = 1
     """Consecutive neurons that a method has to keep or remove together."""
-    device: torch.device = _CPU
+    device: torch.device = CPU
     """Where large matrices are inverted; all that a method sees is on the processor."""
 
     @classmethod
@@ -82,7 +82,7 @@ class LayerView:
         index: int,
         *,
         tile: int = 1,
-        device: torch.device = _CPU,
+        device: torch.device = CPU,
     ) -> LayerView:
         """A layer with what statistics hold of it."""
         return cls(
@@ -117,7 +117,7 @@ class LayerView:
 
     def mixture(self) -> Mixture:
         """Router and experts, FP32."""
-        return read_mixture(self.checkpoint, self.index, _CPU)
+        return read_mixture(self.checkpoint, self.index, CPU)
 
     def projection(self, which: int) -> torch.Tensor:
         """All experts' gate (0) or up (1) [N, I, D], or down (2) [N, D, I], FP32."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_serve.errors import UsageError
-from moe_serve.pruning.request import device_named
+from moe_serve.pruning.device import device_named
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])
