@@ -24,7 +24,7 @@ from typing import Final
 import psutil
 
 from benchmarks.fixtures import CALIBRATION, MODEL
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 
 ROOT: Final = Path(__file__).parents[1]
 RESULTS: Final = Path(__file__).with_name("results")

@@ -30,7 +30,8 @@ from moe_serve.rollout.reading import ArmReading, Reading
 from moe_serve.rollout.sources import ENDED, HISTOGRAMS, TOKENS, PrometheusSources
 from moe_serve.rollout.state import State, enter
 from moe_serve.rollout.window import Window
-from moe_serve.serving.process import free_port, start
+from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import start
 from moe_serve.serving.variants import VARIANTS
 
 SERIES: Final = 200

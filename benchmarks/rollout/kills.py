@@ -25,7 +25,8 @@ from typing import Final
 import httpx
 
 from moe_serve.rollout.traffic import move
-from moe_serve.serving.process import Child, free_port, start
+from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import Child, start
 from moe_serve.serving.token import make_token
 from tests.support.prometheus import scraping
 from tests.support.proxy import Proxied, proxied

@@ -26,7 +26,7 @@ from moe_serve.demo.clients import client
 from moe_serve.rollout.policy import Policy, Probes
 from moe_serve.rollout.prober import prober_of
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.variants import ORIGINAL, VARIANTS
 

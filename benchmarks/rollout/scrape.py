@@ -31,7 +31,8 @@ from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.state import State, enter
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import move
-from moe_serve.serving.process import free_port, start
+from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import start
 from moe_serve.serving.state import StackState
 from moe_serve.serving.token import make_token
 from tests.support.proxy import proxied

@@ -44,7 +44,7 @@ from benchmarks.serving.overhead import (
     settings,
     tables,
 )
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from tests.support.twins import make_twins
 
 TIED: Final = "tied, by stock's loader"

@@ -26,7 +26,8 @@ import psutil
 from moe_serve.serving import envoy
 from moe_serve.serving.keys import new_key
 from moe_serve.serving.listener import Edge, put_listener
-from moe_serve.serving.process import Child, free_port, start
+from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import Child, start
 from moe_serve.serving.routes import write_split
 
 BODY = json.dumps({"model": "m", "prompt": "x"}).encode()

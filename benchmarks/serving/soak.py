@@ -39,7 +39,8 @@ from moe_serve.errors import ServingError
 from moe_serve.metrics.memory import process_tree, resident_bytes
 from moe_serve.metrics.sources import Source, total
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
-from moe_serve.serving.process import Child, free_port
+from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import Child
 from tests.support.twins import make_twins, random_table
 
 ENGINES: Final = ("stock", "compact")

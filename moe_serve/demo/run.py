@@ -26,7 +26,7 @@ from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.run import PruneResult, prune
 from moe_serve.pruning.selection import Selection
 from moe_serve.rollout.traffic import Decision, move
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.variants import ORIGINAL, PRUNED, VARIANTS
 
 _START_SECONDS: Final = 300

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,8 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-
-from moe_serve.errors import ServingError
 
 _TAIL: Final = 12
 
@@ -89,41 +85,3 @@ def start(
             start_new_session=True,
         )
     return Child(name=name, process=process, log=log)
-
-
-def free_port() -> int:
-    """A loopback port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def port_is_free(host: str, port: int) -> bool:
-    """Whether one could listen there, on every address that the host has.
-
-    Raises:
-        ServingError: the host is no address of this machine.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as exc:
-        raise _nowhere(host, exc) from exc
-    for family, _, _, _, address in found:
-        try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-        except OSError as exc:
-            if exc.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                raise _nowhere(host, exc) from exc
-            return False
-    return True
-
-
-def _nowhere(host: str, exc: OSError) -> ServingError:
-    return ServingError(
-        f"no address of this machine to listen on ({exc})",
-        where=host,
-        remedy="give 127.0.0.1, ::1, or an address that this machine has",
-    )

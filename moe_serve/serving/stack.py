@@ -20,7 +20,8 @@ from moe_serve.serving.config import StackConfig
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready, require_servable
 from moe_serve.serving.identity import identity
 from moe_serve.serving.listener import put_listener
-from moe_serve.serving.process import Child, free_port, port_is_free, start
+from moe_serve.serving.ports import free_port, port_is_free
+from moe_serve.serving.process import Child, start
 from moe_serve.serving.routes import (
     TOTAL,
     new_split,

@@ -20,7 +20,7 @@ from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import ServingError
 from moe_serve.progress import Progress
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready, require_servable
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.reference import forced_logprobs
 
 BOUND: Final = 1e-4

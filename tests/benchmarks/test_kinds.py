@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from benchmarks.serving.kinds import KINDS, outcome
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from tests.support.threaded import Threaded
 
 

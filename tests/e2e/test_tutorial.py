@@ -13,7 +13,7 @@ from typing import Final
 
 import pytest
 
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 
 ROOT: Final = Path(__file__).parents[2]
 LIMIT: Final = 1500

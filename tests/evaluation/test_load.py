@@ -16,7 +16,7 @@ from moe_serve.evaluation.memory import held
 from moe_serve.progress import SILENT
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.serving.client import ServedModel
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from tests.support.models import make_model, write_texts
 from tests.support.upstream import Upstream
 

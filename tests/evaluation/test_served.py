@@ -19,7 +19,7 @@ from moe_serve.evaluation.measure import Wanted, measure
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.serving.client import ServedModel
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from tests.support.upstream import Upstream
 
 

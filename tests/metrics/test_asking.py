@@ -12,7 +12,7 @@ import pytest
 
 from moe_serve.metrics import asking
 from moe_serve.metrics.asking import Connections
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 
 
 class Server(ThreadingHTTPServer):

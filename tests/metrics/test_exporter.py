@@ -23,7 +23,7 @@ from moe_serve.metrics.drift import Drift
 from moe_serve.metrics.exporter import Exporter, Recorded, Watched
 from moe_serve.metrics.memory import GpuReading
 from moe_serve.metrics.sources import Endpoints, Host, Source
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 
 ENGINE = """\
 # TYPE vllm:generation_tokens_total counter

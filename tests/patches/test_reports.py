@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors import safe_open
 
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve_vllm.errors import UnsupportedSettings
 from moe_serve_vllm.reports import SELECTIONS, Selections, counted_tokens
 from moe_serve_vllm.stats import Reports

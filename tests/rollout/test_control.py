@@ -23,7 +23,7 @@ from moe_serve.rollout import connections
 from moe_serve.rollout.control import application
 from moe_serve.rollout.store import Store
 from moe_serve.serving.config import StackConfig
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.routes import write_split
 from moe_serve.serving.state import EngineState, StackState
 from tests.support.control import serving

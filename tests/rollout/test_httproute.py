@@ -26,7 +26,7 @@ from moe_serve.rollout.state import State
 from moe_serve.rollout.store import Store
 from moe_serve.rollout.traffic import Basis, move, status
 from moe_serve.serving import httproute
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.routing import routing_of
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.variants import ORIGINAL, PRUNED

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from moe_serve.errors import ServingError
 from moe_serve.serving.client import ServedModel
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from tests.support.threaded import Threaded
 
 PATHS = ("/v1/models", "/tokenize", "/v1/completions")

@@ -10,7 +10,7 @@ import pytest
 from moe_serve.errors import ServingError
 from moe_serve.families import FAMILIES
 from moe_serve.progress import Silent
-from moe_serve.serving import engine, process, stack, twin
+from moe_serve.serving import engine, ports, process, stack, twin
 from moe_serve.serving.config import StackConfig
 from moe_serve.serving.engine import EngineSpec, require_servable
 from tests.support.models import change_config, make_model
@@ -91,8 +91,8 @@ def test_nothing_starts_where_answers_would_be_wrong(
         original=sound,
         pruned=ernie,
         state=tmp_path / "state",
-        port=process.free_port(),
-        control_port=process.free_port(),
+        port=ports.free_port(),
+        control_port=ports.free_port(),
     )
     told: list[str] = []
     with pytest.raises(ServingError, match="processor leaves out the bias"):

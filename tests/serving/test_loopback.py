@@ -9,7 +9,7 @@ import pytest
 
 from moe_serve.errors import RolloutError
 from moe_serve.serving.loopback import ask
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 
 
 def answering(answer: bytes) -> str:

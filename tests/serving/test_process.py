@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,9 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from moe_serve.errors import ServingError
-from moe_serve.serving.process import Child, free_port, port_is_free, start
-from tests.support.stacks import LOOPBACKS
+from moe_serve.serving.process import Child, start
 
 SLEEP = (sys.executable, "-c", "print('here', flush=True); import time; time.sleep(60)")
 
@@ -88,21 +85,3 @@ def test_a_child_dies_with_its_parent(tmp_path: Path, code: str) -> None:
     parent.wait()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert [p for p in alive if p.status() != psutil.STATUS_ZOMBIE] == []
-
-
-@pytest.mark.parametrize("host", [*LOOPBACKS, "localhost"])
-def test_a_taken_port_is_seen_on_both_families(host: str) -> None:
-    """Free before, taken while somebody listens there."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as taken:
-        taken.bind((host, 0))
-        taken.listen()
-        assert not port_is_free(host, taken.getsockname()[1])
-    assert port_is_free(host, free_port())
-
-
-@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "no.such.name.invalid"])
-def test_an_address_of_another_machine_is_said(host: str) -> None:
-    """And not called taken."""
-    with pytest.raises(ServingError, match="no address of this machine"):
-        port_is_free(host, 8000)

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.fixtures import MODEL
 from moe_serve.serving.config import StackConfig
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.stack import Stack, bring_up
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.upstream import Upstream

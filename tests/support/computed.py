@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from moe_serve.evaluation.stored import StoredModel
 from moe_serve.progress import SILENT
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from tests.support.threaded import Threaded
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from moe_serve.rollout.access import Bound
 from moe_serve.rollout.control import application, server
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.token import make_token
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_serve.families import rotates_slices
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from tests.support.engine import ENVIRONMENT
 
 

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 import httpx
 import yaml
 
-from moe_serve.serving.process import free_port, start
+from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import start
 from tests.support.promql import PROMETHEUS
 
 

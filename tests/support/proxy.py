@@ -12,7 +12,8 @@ from typing import Any
 
 from moe_serve.serving import envoy
 from moe_serve.serving.listener import Edge, put_listener
-from moe_serve.serving.process import Child, free_port, start
+from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import Child, start
 from moe_serve.serving.routes import write_split
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.variants import ORIGINAL, PRUNED

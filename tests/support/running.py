@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from moe_serve.serving.process import free_port
+from moe_serve.serving.ports import free_port
 from moe_serve.serving.state import EngineState, StackState
 from moe_serve.serving.token import make_token
 
