@@ -191,7 +191,9 @@ def main() -> int:
         try:
             keep(name, run(SUITE[name]))
         except subprocess.CalledProcessError as exc:
-            print(f"{name}: exit code {exc.returncode}", file=sys.stderr, flush=True)
+            # What it measured is worth reading even where a bar was missed.
+            found = f"{exc.stdout or ''}\n{name}: exit code {exc.returncode}; not kept"
+            print(found.lstrip(), file=sys.stderr, flush=True)
             failed = True
     PAGE.write_text(page(), encoding="utf-8")
     return int(failed)
