@@ -192,15 +192,17 @@ class RouterFit(_Model):
 class Heal(_Model):
     """Training of what is kept, after the re-fits."""
 
-    drafts: int = 4
-    """Drafts that the original makes of each calibration sequence, to train on beside it."""
-    redrawn: float = 0.3
-    """Share of a draft's tokens that differ from the draft before, about."""
-    epochs: int = 5
+    rounds: int = 4
+    """Passes in which the original predicts every token of each calibration sequence anew."""
+    drafts: int = 3
+    """Drafts that each of them draws of a sequence, to train on beside it."""
+    redrawn: float = 0.5
+    """Share of a draft's tokens that differ from what was predicted on, about."""
+    epochs: int = 3
     """Passes over the calibration tokens and their drafts at most."""
-    rate: float = 0.02
-    """Adam's step as a share of the root mean square of each kind of weight."""
-    batch: int = 1024
+    rate: float = 0.006
+    """Step as a share of the root mean square of each kind of weight."""
+    batch: int = 2048
     """Tokens per step, of sequences drawn from all domains."""
     patience: int = 2
     """Epochs in a row without a gain on held-out tokens, each answered by smaller steps, that

@@ -97,7 +97,7 @@ def _drafted(
     numbers = [n for n, start in enumerate(offsets) if not bool(held_T[start])]
     if app.staging.done(_step(0)) is not None:
         # Past the embedding only their number and lengths matter: the states are on the disk.
-        drafts = [sequences.tokens[number] for number in numbers] * settings.drafts
+        drafts = [sequences.tokens[n] for n in numbers] * settings.rounds * settings.drafts
     else:
         drafts = write_drafts(
             decoder,

@@ -3,8 +3,8 @@
 What limits healing is how few tokens there are: every weight that is left is trained, and the
 texts' own error falls much faster than that of others. The original answers for any input, so
 inputs can be made: a draft is a sequence in which it has drawn some of the tokens anew, each from
-its own prediction given what stands before; the next draft is made from that one. A forward pass
-makes one draft of every sequence, with one layer in memory.
+its own prediction given what stands before. One forward pass, with one layer in memory, makes
+several drafts of every sequence; the next pass starts from the last of them.
 
 Close to knowledge distillation on a teacher's own samples (Kim & Rush 2016, arXiv 1606.07947), but
 without generating token by token, for which all weights would have to be read for each.
@@ -55,7 +55,7 @@ def write_drafts(
     batch_tokens: int,
     progress: Progress,
 ) -> list[Tokens]:
-    """Drafts of some sequences: ``settings.drafts`` rounds over them.
+    """Drafts of some sequences, round after round over all of them.
 
     Peak memory: one layer, or the output matrix, and one batch.
 
@@ -63,22 +63,26 @@ def write_drafts(
         decoder: the original's.
         sequences: the calibration tokens.
         numbers: the sequences that are redrafted; those held out must not be among them.
-        settings: how many drafts, and how much of each is drawn anew.
+        settings: how many rounds and drafts, and how much of each is drawn anew.
         folder: for hidden states, in two files.
         batch_tokens: tokens in memory at once.
         progress: told about every layer.
     """
     drafts: list[Tokens] = []
     present = sequences.subset(numbers)
-    rounds = settings.drafts if numbers else 0
+    rounds = settings.rounds if numbers else 0
     progress.start("write drafts", rounds * decoder.layers)
-    for made in range(rounds):
+    for done in range(rounds):
         with _predictions(decoder, present, folder, batch_tokens, progress) as (head, last):
-            tokens = tuple(
-                _redrawn(ids, last.read(start, len(ids)), head, settings.redrawn, (made, number))
-                for number, ids, start in zip(numbers, present.tokens, present.offsets, strict=True)
-            )
-        drafts += tokens
+            rows = list(zip(numbers, present.tokens, present.offsets, strict=True))
+            for made in range(done * settings.drafts, (done + 1) * settings.drafts):
+                tokens = tuple(
+                    _redrawn(
+                        ids, last.read(start, len(ids)), head, settings.redrawn, (made, number)
+                    )
+                    for number, ids, start in rows
+                )
+                drafts += tokens
         present = dataclasses.replace(present, tokens=tokens)
     return drafts
 

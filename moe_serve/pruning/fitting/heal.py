@@ -2,13 +2,16 @@
 
 After a closed-form re-fit everything that is left of a layer's experts is trained together: gate,
 up and down projections and the router's rows, on the pruned model's own inputs, towards what the
-original model's residual stream holds after the layer. The closed form is the best that the down
-projections can do alone; this also moves the neurons themselves and what reaches them. Training
-stops where held-out tokens stop gaining, and a layer that gains nothing stays as it was. The
-closed form on all tokens comes last.
+original model's residual stream holds after the layer; the last layer towards what it predicts.
+The closed form is the best that the down projections can do alone; this also moves the neurons
+themselves and what reaches them. Training stops where held-out tokens stop gaining, and a layer
+that gains nothing stays as it was. The closed form on all tokens comes last, but not after a last
+layer that gained: it would lead back to the least squares that training has left.
 
-Adam (Kingma & Ba 2015, arXiv 1412.6980) with a step in each kind of weight's own scale: the
-learning rate is a share of its root mean square.
+The projections by Muon (Jordan et al. 2024, as in Liu et al. 2025, arXiv 2502.16982), which moves a
+matrix along the nearest orthogonal one to its gradient's momentum; router rows by Adam (Kingma & Ba
+2015, arXiv 1412.6980). A step has the scale of the weights it moves: a share of their root mean
+square.
 
 Shape suffixes: T tokens, D hidden size, N experts.
 """
@@ -20,23 +23,26 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from moe_serve.calibration.mixture import Mixture, Unit
 from moe_serve.calibration.states import States
 from moe_serve.errors import PlanError
+from moe_serve.pruning.fitting.goals import Goal, Piece, rows
 from moe_serve.pruning.fitting.refit import FitTokens
 from moe_serve.pruning.plan import Heal
 
-_BETAS = (0.9, 0.95)
-_WARM_UP = 10
+_BETAS: Final = (0.9, 0.95)
+"""Adam's."""
+_MUON_SCALE: Final = 0.2
+"""Root mean square of an update that torch's Muon makes at a rate of one, scaled as Adam's is."""
+_WARM_UP: Final = 10
 """Steps over which the rate rises."""
-
-
-_BACK_OFF = 5.0
-_STEPS = 24
-"""Steps of an epoch at least; with fewer Adam's first, largest ones are all there are."""
+_BACK_OFF: Final = 5.0
+_STEPS: Final = 24
+"""Steps of an epoch at least; with fewer the first, largest ones are all there are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,28 +52,17 @@ class Healed:
     mixture: Mixture
     """The best on held-out tokens; the layer as it was where nothing was gained."""
     errors: tuple[float, ...]
-    """Mean ‖target - y‖² of held-out tokens before training and after each epoch."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A sequence's rows in the files."""
-
-    start: int
-    length: int
-    held: bool
+    """Mean loss of held-out tokens before training and after each epoch."""
 
 
 @torch.inference_mode(mode=False)
-def heal(
-    mixture: Mixture, inputs: States, target: States, tokens: FitTokens, settings: Heal
-) -> Healed:
+def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settings: Heal) -> Healed:
     """Train a pruned layer. Peak memory: its weights five times in FP32, and one batch.
 
     Args:
         mixture: the pruned layer, its down projections fitted.
         inputs: z, the pruned layer's inputs [T, D].
-        target: what its output should be [T, D].
+        goal: what its output is measured by.
         tokens: weights, and which tokens are held out.
         settings: epochs and rate.
 
@@ -87,24 +82,27 @@ def heal(
     layer, groups = _trainable(mixture)
     size = min(settings.batch, sum(piece.length for piece in fit) // _STEPS)
     steps, step = settings.epochs * len(list(_batches(fit, size))), 0
-    best, errors = _frozen(layer), [_error(layer, inputs, target, tokens, held)]
+    best, errors = _frozen(layer), [_error(layer, inputs, goal, tokens, held)]
     rate, lost, rng = settings.rate, 0, random.Random(0)
-    optimiser, rates = _optimiser(groups, rate)
+    optimisers = _optimisers(groups, rate)
     for _ in range(settings.epochs):
         rng.shuffle(fit)
         for batch in _batches(fit, size):
             factor = min(1.0, (step + 1) / _WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
-            for group, full in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = full * factor
-            z_TD, y_TD, omega_T = _load(batch, inputs, target, tokens, device)
+            for optimiser in optimisers:
+                for group in optimiser.param_groups:
+                    group["lr"] = group["full_rate"] * factor
+            z_TD, omega_T = rows(inputs, batch, device), _weights(batch, tokens, device)
             with torch.enable_grad():
-                square_T = (layer(z_TD) - y_TD).square().sum(dim=1)
-                loss = (square_T * omega_T).sum() / omega_T.sum().clamp(min=1e-12)
-                optimiser.zero_grad(set_to_none=True)
+                loss_T = goal(layer(z_TD), batch)
+                loss = (loss_T * omega_T).sum() / omega_T.sum().clamp(min=1e-12)
+                for optimiser in optimisers:
+                    optimiser.zero_grad(set_to_none=True)
                 loss.backward()
-            optimiser.step()
+            for optimiser in optimisers:
+                optimiser.step()
             step += 1
-        errors.append(_error(layer, inputs, target, tokens, held))
+        errors.append(_error(layer, inputs, goal, tokens, held))
         if errors[-1] < min(errors[:-1]):
             best, lost = _frozen(layer), 0
             continue
@@ -114,7 +112,7 @@ def heal(
         # Steps too large for this layer: back to its best, and on with smaller ones.
         rate /= _BACK_OFF
         layer, groups = _trainable(best)
-        optimiser, rates = _optimiser(groups, rate)
+        optimisers = _optimisers(groups, rate)
     return Healed(mixture=best, errors=tuple(errors))
 
 
@@ -130,29 +128,33 @@ def apart(tokens: FitTokens) -> FitTokens:
     )
 
 
-def _optimiser(
-    groups: list[list[torch.Tensor]], rate: float
-) -> tuple[torch.optim.Adam, list[float]]:
-    """Adam, and the full rate of each of its groups."""
-    rates = [rate * _scale(group) for group in groups]
-    pairs = zip(groups, rates, strict=True)
-    settings = [{"params": group, "lr": full} for group, full in pairs]
-    return torch.optim.Adam(settings, betas=_BETAS), rates
+def _optimisers(groups: list[list[torch.Tensor]], rate: float) -> list[torch.optim.Optimizer]:
+    """Adam for the router's rows, Muon for the projections; each group knows its full rate."""
+    (router, *projections), scales = groups, [rate * _scale(group) for group in groups]
+    adam = {"params": router, "full_rate": scales[0]}
+    muon = [
+        {"params": group, "full_rate": scale / _MUON_SCALE}
+        for group, scale in zip(projections, scales[1:], strict=True)
+    ]
+    return [
+        torch.optim.Adam([adam], betas=_BETAS),
+        torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
-def _pieces(tokens: FitTokens) -> Iterator[_Piece]:
+def _pieces(tokens: FitTokens) -> Iterator[Piece]:
     """Sequences that take part: a weight of zero keeps a token out of every fit."""
     for batch in tokens.batches:
         count, length = batch.shape
         for number in range(count):
             start = batch.tokens.start + number * length
             if float(tokens.omega_T[start : start + length].sum()) > 0:
-                yield _Piece(start, length, bool(tokens.held_T[start]))
+                yield Piece(start, length, bool(tokens.held_T[start]))
 
 
-def _batches(pieces: list[_Piece], size: int) -> Iterator[list[_Piece]]:
+def _batches(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
     """Consecutive pieces of about ``size`` tokens; one at least."""
-    batch: list[_Piece] = []
+    batch: list[Piece] = []
     used = 0
     for piece in pieces:
         batch.append(piece)
@@ -164,26 +166,20 @@ def _batches(pieces: list[_Piece], size: int) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def _load(
-    pieces: list[_Piece], inputs: States, target: States, tokens: FitTokens, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    z_TD, y_TD = (
-        torch.cat([states.read(p.start, p.length) for p in pieces]).to(device)
-        for states in (inputs, target)
-    )
+def _weights(pieces: list[Piece], tokens: FitTokens, device: torch.device) -> torch.Tensor:
     omega_T = torch.cat([tokens.omega_T[p.start : p.start + p.length] for p in pieces])
-    return z_TD, y_TD, omega_T.clone().to(device)
+    return omega_T.clone().to(device)
 
 
 @torch.no_grad()
 def _error(
-    layer: Mixture, inputs: States, target: States, tokens: FitTokens, held: list[_Piece]
+    layer: Mixture, inputs: States, goal: Goal, tokens: FitTokens, held: list[Piece]
 ) -> float:
-    total = weight = 0.0
+    device, total, weight = layer.router.weight_ND.device, 0.0, 0.0
     for piece in held:
-        z_TD, y_TD, omega_T = _load([piece], inputs, target, tokens, layer.router.weight_ND.device)
-        square_T = (layer(z_TD) - y_TD).square().sum(dim=1).double()
-        total += float((square_T * omega_T).sum())
+        omega_T = _weights([piece], tokens, device)
+        loss_T = goal(layer(rows(inputs, [piece], device)), [piece])
+        total += float((loss_T.double() * omega_T).sum())
         weight += float(omega_T.sum())
     return total / weight
 

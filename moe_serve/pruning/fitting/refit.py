@@ -153,7 +153,7 @@ def refit(
     pieces, wholes = routed.pieces, routed.mixture.units
     downs = [piece.down_DF.T.clone() for piece in pieces]
     stored: dict[int, Matrix] = {}
-    before = _mean_square(residual, tokens)
+    before = mean_square(residual, tokens)
     groups = list(_groups(pieces, settings.side))
     # The only group's matrix has the diagonal; with several, a pass of its own is needed.
     scale = _mean_diagonal(routed, tokens) if len(groups) > 1 else None
@@ -185,7 +185,7 @@ def refit(
         stored=_shared_out([stored[i] for i in range(len(fitted))], fitted, wholes),
         ridge=candidates[0],
         error_before=before,
-        error_after=_mean_square(residual, tokens),
+        error_after=mean_square(residual, tokens),
     )
 
 
@@ -322,7 +322,8 @@ def _subtract(
         batch.store(residual, left_TD)
 
 
-def _mean_square(residual: States, tokens: FitTokens) -> float:
+def mean_square(residual: States, tokens: FitTokens) -> float:
+    """Σ ω ‖residual‖² / Σ ω."""
     total = 0.0
     for batch in tokens.batches:
         square_T = batch.load_flat(residual).square().sum(dim=1)

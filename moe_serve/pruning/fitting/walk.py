@@ -25,9 +25,10 @@ from moe_serve.checkpoint.table import LayerTable
 from moe_serve.errors import located
 from moe_serve.pruning.fitting.build import build_blocks, pruned_mixture, with_downs, with_units
 from moe_serve.pruning.fitting.constants import ConstantSums, with_constants
+from moe_serve.pruning.fitting.goals import Goal, PredictionGoal, StreamGoal
 from moe_serve.pruning.fitting.heal import apart, heal
 from moe_serve.pruning.fitting.joining import join_rows
-from moe_serve.pruning.fitting.refit import FitTokens, refit, side_of
+from moe_serve.pruning.fitting.refit import FitTokens, mean_square, refit, side_of
 from moe_serve.pruning.fitting.routed import Routed
 from moe_serve.pruning.fitting.router import fit_rows
 from moe_serve.pruning.fitting.shared import shared_down, split_shared, with_shared
@@ -203,10 +204,17 @@ class Walk:
             pruned = dataclasses.replace(pruned, router=joined.router)
             rows = joined.router.weight_ND.to(dtype)
         if heal_by is not None:
+            before = mean_square(self.residual, self._tokens)
             found_rows, blocks, pruned = self._heal(
                 layer, pruned, table, blocks, heal_by, refit_by, record
             )
             rows = rows if found_rows is None else found_rows
+            if found_rows is not None and self._ends_with(layer):
+                record |= {
+                    "error_before": before,
+                    "error_after": mean_square(self.residual, self._tokens),
+                }
+                refit_by = router_by = None
         if refit_by is not None:
             if pruned is not start:
                 routed = routed_of(pruned)
@@ -225,17 +233,8 @@ class Walk:
             pruned = dataclasses.replace(pruned, units=fitted.units)
             blocks = with_downs(blocks, table, fitted.stored, schemes[2])
         if router_by is not None:
-            gate = checkpoint.read(checkpoint.family.gate_name(layer.index))
-            found = fit_rows(
-                pruned, self._inputs, self.residual, self._tokens, router_by, gate.dtype
-            )
-            record["router"] = {
-                "ridge": found.ridge,
-                "held_out_error_before": found.error_before,
-                "held_out_error_after": found.error_after,
-            }
-            if found.ridge is not None:
-                rows = found.router.weight_ND.to(gate.dtype)
+            found = self._fit_router(layer, pruned, router_by, record)
+            rows = rows if found is None else found
         return FittedLayer(blocks=blocks, rows_ND=rows, shared=shared_matrix, record=record)
 
     def keep(self) -> None:
@@ -270,7 +269,7 @@ class Walk:
             )
             fitted = refit(routed, self.residual, apart(self._tokens), refit_by, schemes[2])
             start = dataclasses.replace(pruned, units=fitted.units)
-        healed = heal(start, self._inputs, self._target, self._tokens, by)
+        healed = heal(start, self._inputs, self._goal(layer), self._tokens, by)
         record["heal"] = {"held_out_errors": list(healed.errors)}
         rows = None
         if min(healed.errors) < healed.errors[0]:
@@ -282,6 +281,32 @@ class Walk:
             pruned = pruned_mixture(whole, table, blocks, schemes)
         self._lack(Routed(pruned, self._inputs, self._tokens.batches))
         return rows, blocks, pruned
+
+    def _fit_router(
+        self, layer: Layer, pruned: Mixture, by: RouterFit, record: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """New router rows; ``None`` where nothing was gained."""
+        checkpoint = self._decoder.checkpoint
+        dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+        found = fit_rows(pruned, self._inputs, self.residual, self._tokens, by, dtype)
+        record["router"] = {
+            "ridge": found.ridge,
+            "held_out_error_before": found.error_before,
+            "held_out_error_after": found.error_after,
+        }
+        return None if found.ridge is None else found.router.weight_ND.to(dtype)
+
+    def _ends_with(self, layer: Layer) -> bool:
+        """Whether it is the last one."""
+        return layer.index == self._decoder.layers - 1
+
+    @torch.inference_mode(mode=False)  # Its tensors take part in a graph.
+    def _goal(self, layer: Layer) -> Goal:
+        """What the layer is trained towards."""
+        if not self._ends_with(layer):
+            return StreamGoal(target=self._target)
+        final = self._trace.states[layer.index + 1]
+        return PredictionGoal(head=self._decoder.head(), final=final, target=self._target)
 
     def _lack(self, pruned: Routed) -> None:
         """The residual: what a layer's output lacks."""

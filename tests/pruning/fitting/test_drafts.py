@@ -46,7 +46,7 @@ def test_tokens_are_drawn_from_the_original_s_predictions(
     of the place beside would not.
     """
     numbers = list(range(len(sequences.tokens)))
-    drafts = drafts_of(sequences, tmp_path, numbers, drafts=1, redrawn=1.0)
+    drafts = drafts_of(sequences, tmp_path, numbers, rounds=1, drafts=1, redrawn=1.0)
     ids = torch.from_numpy(np.stack(sequences.tokens))
     drawn = torch.from_numpy(np.stack(drafts))
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
@@ -64,16 +64,26 @@ def test_tokens_are_drawn_from_the_original_s_predictions(
     assert surprise(drawn.roll(1, dims=1)).mean() - entropy.mean() > 20 * error
 
 
-def test_each_draft_changes_a_share_of_the_one_before(sequences: Sequences, tmp_path: Path) -> None:
+def test_a_round_starts_from_the_last_draft_of_the_one_before(
+    sequences: Sequences, tmp_path: Path
+) -> None:
     """Of 2 x 63 places 0.3 are drawn: 38, at most; the batch size changes none of them."""
     numbers = [1, 4]
-    first, other, second, _ = drafts_of(sequences, tmp_path, numbers, drafts=2, redrawn=0.3)
-    assert 5 <= int((first != sequences.tokens[1]).sum()) <= 35
-    assert 5 <= int((second != first).sum()) <= 35
-    assert (other != sequences.tokens[4]).any()
-    again = drafts_of(sequences, tmp_path, numbers, batch=64, drafts=2, redrawn=0.3)
-    assert np.array_equal(again[0], first)
-    assert np.array_equal(again[2], second)
+    made = drafts_of(sequences, tmp_path, numbers, rounds=2, drafts=2, redrawn=0.3)
+    first, second, third, fourth = made[::2]
+
+    def changed(a: Tokens, b: Tokens) -> int:
+        return int((a != b).sum())
+
+    text = sequences.tokens[1]
+    for draft, start in ((first, text), (second, text), (third, second), (fourth, second)):
+        assert 5 <= changed(draft, start) <= 35
+    assert changed(first, second) > 5
+    assert changed(third, fourth) > 5
+    assert min(changed(third, text), changed(fourth, text)) > changed(third, second)
+    assert (made[1] != sequences.tokens[4]).any()
+    again = drafts_of(sequences, tmp_path, numbers, batch=64, rounds=2, drafts=2, redrawn=0.3)
+    assert all(np.array_equal(x, y) for x, y in zip(made, again, strict=True))
     assert not list(tmp_path.iterdir())
 
 

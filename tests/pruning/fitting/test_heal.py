@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,11 +13,13 @@ from benchmarks.fixtures import CALIBRATION, HELDOUT, MODEL
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import compare
+from moe_serve.evaluation.divergence import divergence
 from moe_serve.progress import Silent
-from moe_serve.pruning.corpus import TextOptions
+from moe_serve.pruning.corpus import TextOptions, load_corpus
 from moe_serve.pruning.fitting import application
 from moe_serve.pruning.fitting.application import Application
-from moe_serve.pruning.fitting.walk import FittedLayer
+from moe_serve.pruning.fitting.walk import FittedLayer, held_out
+from moe_serve.pruning.plan import Refit
 from moe_serve.pruning.records.verify import verify
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import prune
@@ -33,7 +36,7 @@ def healed(root: Path, name: str, **selection: object) -> Path:
         PruneRequest(
             model=MODEL,
             output=output,
-            texts=TextOptions(paths=(CALIBRATION,), tokens=1024, length=LENGTH),
+            texts=TextOptions(paths=(CALIBRATION,), tokens=512, length=LENGTH),
             selection=wanted,
             statistics=root / "statistics",
         ),
@@ -55,13 +58,33 @@ def test_held_out_error_and_divergence_fall(root: Path) -> None:
     for layer in record.values():
         errors = layer["heal"]["held_out_errors"]
         assert min(errors) < errors[0]
-    unseen = TextOptions(paths=(HELDOUT,), tokens=1024, length=LENGTH)
+    unseen = TextOptions(paths=(HELDOUT,), tokens=512, length=LENGTH)
     before, after = (
         compare(MODEL, made, unseen, torch.device("cpu"), 4096, Silent()).mean.kl_nats
         for made in (plain, trained)
     )
-    assert after < 0.95 * before
+    assert after < 0.8 * before
     assert verify(trained, MODEL, Silent()).problems == []
+
+
+def test_the_last_layer_s_error_is_the_model_s_divergence(root: Path, tmp_path: Path) -> None:
+    """In nats, on the sequences held out; no closed form leads back to least squares after it.
+
+    The record is from before rounding to BF16, and has each sequence's last token too.
+    """
+    layers = json.loads((root / "trained" / "moe_serve.json").read_text())["refit"]
+    *others, last = (layers[str(index)] for index in range(4))
+    assert all("ridge" in layer for layer in others)
+    assert "ridge" not in last
+    original, trained = open_checkpoint(MODEL), open_checkpoint(root / "trained")
+    texts = TextOptions(paths=(CALIBRATION,), tokens=512, length=LENGTH)
+    corpus = load_corpus(original, texts)
+    assert corpus is not None
+    held_T, offsets = held_out(corpus.sequences, Refit().holdout), corpus.sequences.offsets
+    held = corpus.sequences.subset([n for n, start in enumerate(offsets) if held_T[start]])
+    found = divergence(original, trained, held, tmp_path, torch.device("cpu"), 4096, Silent())
+    mean = float(np.mean([values[:, 0].mean() for values in found]))
+    assert min(last["heal"]["held_out_errors"]) == pytest.approx(mean, rel=0.1)
 
 
 def test_only_routed_experts_and_router_rows_change(root: Path) -> None:
