@@ -23,7 +23,7 @@ import torch
 from benchmarks.fixtures import CALIBRATION, MODEL
 from moe_serve.checkpoint.shards import ShardWriter, TensorSpec
 from moe_serve.checkpoint.source import open_checkpoint
-from moe_serve.pruning.forecasts import forecast
+from moe_serve.pruning.forecasts.work import Sizes as Headers
 
 TOP_K = 4
 
@@ -66,7 +66,7 @@ def main() -> None:
 def report(model: Path, tokens: int, method: str) -> None:
     """Prune in a process of its own and print a row."""
     checkpoint = open_checkpoint(model)
-    sizes = forecast.Sizes.of(checkpoint)
+    sizes = Headers.of(checkpoint)
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(sys.executable, "-m", "moe_serve", "prune", str(model), f"{folder}/out"),

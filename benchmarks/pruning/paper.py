@@ -1,6 +1,6 @@
 """What pruning large published models would take: ``python -m benchmarks.pruning.paper``.
 
-The dry run's formulas (``forecasts/forecast.py``) on the sizes in ``paper.json``, which are
+The dry run's formulas (``forecasts/steps.py``) on the sizes in ``paper.json``, which are
 those of the published ``config.json`` files; weights are counted in transformers' own modules. No
 weight is read and nothing is measured: rates are assumptions, printed with the result.
 """
@@ -16,15 +16,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moe_serve.families import family_of
-from moe_serve.pruning.forecasts.forecast import (
-    Forecast,
-    Rates,
-    Sizes,
-    Work,
-    apply_step,
-    calibrate_step,
-    plan_step,
-)
+from moe_serve.pruning.forecasts.forecast import Forecast, Rates
+from moe_serve.pruning.forecasts.steps import apply_step, calibrate_step, plan_step
+from moe_serve.pruning.forecasts.work import Sizes, Work
 from moe_serve.pruning.plan import Refit
 
 MODELS: Final = Path(__file__).with_name("paper.json")

@@ -18,7 +18,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from moe_serve.progress import Progress
 from moe_serve.pruning.plan import Heal
 
 Tokens = np.ndarray[Any, np.dtype[np.int64]]
-_LOGIT_TOKENS = 1024
+LOGIT_TOKENS: Final = 1024
+"""Tokens whose logits are held at once."""
 
 
 def with_drafts(sequences: Sequences, numbers: list[int], drafts: list[Tokens]) -> Sequences:
@@ -117,8 +118,8 @@ def _redrawn(
     chosen = np.flatnonzero(rng.random(len(ids) - 1) < share)
     level = rng.random(len(chosen))
     made = ids.copy()
-    for start in range(0, len(chosen), _LOGIT_TOKENS):
-        part = slice(start, start + _LOGIT_TOKENS)
+    for start in range(0, len(chosen), LOGIT_TOKENS):
+        part = slice(start, start + LOGIT_TOKENS)
         x_lD = x_LD[chosen[part]].to(head.weight_VD.device)
         sums_lV = torch.softmax(head(x_lD).double(), dim=-1).cumsum(dim=-1).cpu()
         level_l1 = torch.from_numpy(level[part])[:, None] * sums_lV[:, -1:]

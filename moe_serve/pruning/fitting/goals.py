@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_serve.calibration.decoder import OutputHead
 from moe_serve.calibration.states import States
 
-_LOGITS: Final = 2**25
+LOGITS: Final = 2**25
 """Logits of a model that are in memory at once."""
 
 
@@ -65,10 +65,10 @@ class PredictionGoal:
     """What the last layer's output should be."""
 
     def __call__(self, y_TD: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
-        """The loss [T]. Peak memory: some :data:`_LOGITS` logits, made again for the gradient."""
+        """The loss [T]. Peak memory: some :data:`LOGITS` logits, made again for the gradient."""
         final_TD = rows(self.final, pieces, y_TD.device)
         ours_TD = final_TD + (y_TD - rows(self.target, pieces, y_TD.device))
-        size = max(1, _LOGITS // len(self.head.weight_VD))
+        size = max(1, LOGITS // len(self.head.weight_VD))
         parts = zip(final_TD.split(size), ours_TD.split(size), strict=True)
         losses: list[torch.Tensor] = [
             checkpoint(self._divergence, theirs, ours, use_reentrant=False)

@@ -12,22 +12,15 @@ from moe_serve.checkpoint.staging import free_bytes
 from moe_serve.families import Shape
 from moe_serve.pruning import auto
 from moe_serve.pruning.corpus import Corpus, load_corpus, needed
-from moe_serve.pruning.forecasts.forecast import (
-    Forecast,
-    Rates,
-    Sizes,
-    Step,
-    Work,
-    apply_step,
-    calibrate_step,
-    plan_step,
-    trial_step,
-)
+from moe_serve.pruning.forecasts.forecast import Forecast, Rates, Step
+from moe_serve.pruning.forecasts.healing import drafts_step, healed_step
 from moe_serve.pruning.forecasts.probe import measure
+from moe_serve.pruning.forecasts.steps import apply_step, calibrate_step, plan_step, trial_step
+from moe_serve.pruning.forecasts.work import Sizes, Work
 from moe_serve.pruning.methods.neurons import block_obs
 from moe_serve.pruning.methods.registry import AUTO, Method
 from moe_serve.pruning.native import SHORTLIST
-from moe_serve.pruning.plan import Plan, Refit
+from moe_serve.pruning.plan import Heal, Plan, Refit
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.selection import WORST
 from moe_serve.pruning.worst import ROUNDS, TOKENS
@@ -99,7 +92,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
     if request.plan is not None:
         plan = Plan.load(request.plan)
         plan.check(checkpoint, str(request.plan))
-        work = _work(request, corpus, keep=plan.keep, refit=plan.refit)
+        work = replace(_work(request, corpus, keep=plan.keep, refit=plan.refit), heal=plan.heal)
     else:
         given = request.statistics is not None and request.statistics.exists()
         texts = corpus is not None or given
@@ -111,7 +104,8 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
             inverts=method.neurons is block_obs,
             compares=method.compares,
             alignments=_alignments(method, sizes.shape),
-            keeps=request.statistics is None,
+            heal=Heal() if request.selection.heal else None,
+            keeps=request.statistics is None and not request.selection.heal,
         )
         if corpus is not None and not given:
             if request.selection.objective == WORST:
@@ -123,7 +117,11 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
             work = replace(work, trials=trials, attempts=attempts, screened=screened)
         if work.trials:
             steps.append(trial_step(sizes, work))
-    applied = apply_step(sizes, work)
+    if work.heal is None:
+        applied = apply_step(sizes, work)
+    else:
+        steps.append(drafts_step(sizes, work, work.heal))
+        applied = healed_step(sizes, work, work.heal)
     return Forecast(steps=(*steps, applied), output_bytes=applied.written, base_memory=_resident())
 
 

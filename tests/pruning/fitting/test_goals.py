@@ -44,7 +44,7 @@ def test_the_prediction_s_loss_is_the_divergence(
     logits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As torch's own computes it on all logits at once, whatever is in memory at a time."""
-    monkeypatch.setattr(goals, "_LOGITS", logits)
+    monkeypatch.setattr(goals, "LOGITS", logits)
     final, final_TD = written(tmp_path / "final", 1)
     target, target_TD = written(tmp_path / "target", 2)
     norm = torch.nn.RMSNorm(HIDDEN)
