@@ -88,7 +88,8 @@ class Manifest(_Model):
     calibration: dict[str, Any] | None
     """Sources with licences and hashes, token counts; never a text."""
     refit: dict[str, Any] | None
-    """Per layer: λ chosen and squared output error before and after."""
+    """Per layer: squared output error before and after, λ where the closed form had the last word;
+    with healing, held-out errors by epoch, of the last layer in nats."""
     expert_bytes: ExpertBytes
     numbers: dict[str, Any] | None = None
     """Quantised experts: schemes, tile, and how many blocks of each projection were copied byte

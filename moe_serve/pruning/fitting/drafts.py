@@ -71,7 +71,7 @@ def write_drafts(
     """
     drafts: list[Tokens] = []
     present = sequences.subset(numbers)
-    rounds = settings.rounds if numbers else 0
+    rounds = settings.rounds if numbers and settings.drafts else 0
     progress.start("write drafts", rounds * decoder.layers)
     for done in range(rounds):
         with _predictions(decoder, present, folder, batch_tokens, progress) as (head, last):

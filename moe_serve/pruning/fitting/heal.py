@@ -5,8 +5,8 @@ up and down projections and the router's rows, on the pruned model's own inputs,
 original model's residual stream holds after the layer; the last layer towards what it predicts.
 The closed form is the best that the down projections can do alone; this also moves the neurons
 themselves and what reaches them. Training stops where held-out tokens stop gaining, and a layer
-that gains nothing stays as it was. The closed form on all tokens comes last, but not after a last
-layer that gained: it would lead back to the least squares that training has left.
+that gains nothing stays as it was. The closed form on all tokens comes last; for the last layer
+only where held-out tokens say so, as it leads back to the least squares that training has left.
 
 The projections by Muon (Jordan et al. 2024, as in Liu et al. 2025, arXiv 2502.16982), which moves a
 matrix along the nearest orthogonal one to its gradient's momentum; router rows by Adam (Kingma & Ba
@@ -41,7 +41,7 @@ _MUON_SCALE: Final = 0.2
 _WARM_UP: Final = 10
 """Steps over which the rate rises."""
 _BACK_OFF: Final = 5.0
-_STEPS: Final = 24
+STEPS: Final = 24
 """Steps of an epoch at least; with fewer the first, largest ones are all there are."""
 
 
@@ -57,7 +57,7 @@ class Healed:
 
 @torch.inference_mode(mode=False)
 def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settings: Heal) -> Healed:
-    """Train a pruned layer. Peak memory: its weights five times in FP32, and one batch.
+    """Train a pruned layer. Peak memory: its weights six times in FP32, one batch, and the goal's.
 
     Args:
         mixture: the pruned layer, its down projections fitted.
@@ -80,7 +80,7 @@ def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settin
             remedy="calibrate on more tokens, or with a shorter --sequence-length",
         )
     layer, groups = _trainable(mixture)
-    size = min(settings.batch, sum(piece.length for piece in fit) // _STEPS)
+    size = min(settings.batch, sum(piece.length for piece in fit) // STEPS)
     steps, step = settings.epochs * len(list(_batches(fit, size))), 0
     best, errors = _frozen(layer), [_error(layer, inputs, goal, tokens, held)]
     rate, lost, rng = settings.rate, 0, random.Random(0)
@@ -164,6 +164,18 @@ def _batches(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
             batch, used = [], 0
     if batch:
         yield batch
+
+
+@torch.inference_mode()
+def held_error(goal: Goal, target: States, residual: States, tokens: FitTokens) -> float:
+    """Mean loss of held-out tokens where a layer's output is target - residual."""
+    device, total, weight = tokens.batches[0].device, 0.0, 0.0
+    for piece in (piece for piece in _pieces(tokens) if piece.held):
+        y_TD = rows(target, [piece], device) - rows(residual, [piece], device)
+        omega_T = _weights([piece], tokens, device)
+        total += float((goal(y_TD, [piece]).double() * omega_T).sum())
+        weight += float(omega_T.sum())
+    return total / weight
 
 
 def _weights(pieces: list[Piece], tokens: FitTokens, device: torch.device) -> torch.Tensor:

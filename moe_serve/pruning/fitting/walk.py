@@ -20,13 +20,13 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, embed
 from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.form import LayerBlocks
-from moe_serve.checkpoint.quantisation import Matrix
+from moe_serve.checkpoint.quantisation import Matrix, Scheme
 from moe_serve.checkpoint.table import LayerTable
 from moe_serve.errors import located
 from moe_serve.pruning.fitting.build import build_blocks, pruned_mixture, with_downs, with_units
 from moe_serve.pruning.fitting.constants import ConstantSums, with_constants
 from moe_serve.pruning.fitting.goals import Goal, PredictionGoal, StreamGoal
-from moe_serve.pruning.fitting.heal import apart, heal
+from moe_serve.pruning.fitting.heal import apart, heal, held_error
 from moe_serve.pruning.fitting.joining import join_rows
 from moe_serve.pruning.fitting.refit import FitTokens, mean_square, refit, side_of
 from moe_serve.pruning.fitting.routed import Routed
@@ -193,38 +193,28 @@ class Walk:
         record: dict[str, Any] = {}
         shared_matrix = None
         if planned.split is not None and planned.split.merges:
-            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
-            joined = join_rows(
-                mixture.router, pruned, planned, self._inputs, self.residual, self._tokens, dtype
-            )
-            record["merged_rows"] = {
-                "chosen": joined.chosen,
-                "held_out_error": joined.errors,
-            }
-            pruned = dataclasses.replace(pruned, router=joined.router)
-            rows = joined.router.weight_ND.to(dtype)
+            pruned, rows = self._join(layer, mixture, pruned, planned, record)
         if heal_by is not None:
-            before = mean_square(self.residual, self._tokens)
+            goal = self._goal(layer)
+            record["error_before"] = mean_square(self.residual, self._tokens)
             found_rows, blocks, pruned = self._heal(
-                layer, pruned, table, blocks, heal_by, refit_by, record
+                layer, pruned, table, blocks, goal, heal_by, refit_by, record
             )
             rows = rows if found_rows is None else found_rows
-            if found_rows is not None and self._ends_with(layer):
-                record |= {
-                    "error_before": before,
-                    "error_after": mean_square(self.residual, self._tokens),
-                }
+            if (
+                found_rows is not None
+                and self._ends_with(layer)
+                and not self._closes(goal, routed_of(pruned), refit_by, schemes[2])
+            ):
+                record["error_after"] = mean_square(self.residual, self._tokens)
                 refit_by = router_by = None
         if refit_by is not None:
             if pruned is not start:
                 routed = routed_of(pruned)
             with located(f"layer {layer.index}"):
                 fitted = refit(routed, self.residual, self._tokens, refit_by, schemes[2])
-            record |= {
-                "ridge": fitted.ridge,
-                "error_before": fitted.error_before,
-                "error_after": fitted.error_after,
-            }
+            record.setdefault("error_before", fitted.error_before)
+            record |= {"ridge": fitted.ridge, "error_after": fitted.error_after}
             if shared:
                 ends = self._inputs, self.residual, self._tokens
                 pruned, fitted, shared_matrix = split_shared(
@@ -251,6 +241,7 @@ class Walk:
         pruned: Mixture,
         table: LayerTable,
         blocks: LayerBlocks,
+        goal: Goal,
         by: Heal,
         refit_by: Refit | None,
         record: dict[str, Any],
@@ -269,7 +260,7 @@ class Walk:
             )
             fitted = refit(routed, self.residual, apart(self._tokens), refit_by, schemes[2])
             start = dataclasses.replace(pruned, units=fitted.units)
-        healed = heal(start, self._inputs, self._goal(layer), self._tokens, by)
+        healed = heal(start, self._inputs, goal, self._tokens, by)
         record["heal"] = {"held_out_errors": list(healed.errors)}
         rows = None
         if min(healed.errors) < healed.errors[0]:
@@ -281,6 +272,38 @@ class Walk:
             pruned = pruned_mixture(whole, table, blocks, schemes)
         self._lack(Routed(pruned, self._inputs, self._tokens.batches))
         return rows, blocks, pruned
+
+    def _join(
+        self,
+        layer: Layer,
+        mixture: Mixture,
+        pruned: Mixture,
+        planned: LayerPlan,
+        record: dict[str, Any],
+    ) -> tuple[Mixture, torch.Tensor]:
+        """The layer with the rows of merged experts joined, and all rows as stored."""
+        checkpoint = self._decoder.checkpoint
+        dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+        joined = join_rows(
+            mixture.router, pruned, planned, self._inputs, self.residual, self._tokens, dtype
+        )
+        record["merged_rows"] = {"chosen": joined.chosen, "held_out_error": joined.errors}
+        rows_ND = joined.router.weight_ND.to(dtype)
+        return dataclasses.replace(pruned, router=joined.router), rows_ND
+
+    def _closes(self, goal: Goal, routed: Routed, by: Refit | None, scheme: Scheme) -> bool:
+        """Whether the closed form leads nearer to the goal than training did.
+
+        On held-out tokens, which neither of the two was fitted to.
+        """
+        if by is None:
+            return False
+        ends = self._target, self.residual, self._tokens
+        trained = held_error(goal, *ends)
+        refit(routed, self.residual, apart(self._tokens), by, scheme)
+        closed = held_error(goal, *ends)
+        self._lack(routed)
+        return closed < trained
 
     def _fit_router(
         self, layer: Layer, pruned: Mixture, by: RouterFit, record: dict[str, Any]

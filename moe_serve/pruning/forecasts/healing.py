@@ -11,6 +11,7 @@ from typing import Final
 
 from moe_serve.pruning.fitting.drafts import LOGIT_TOKENS
 from moe_serve.pruning.fitting.goals import LOGITS
+from moe_serve.pruning.fitting.heal import STEPS
 from moe_serve.pruning.forecasts.forecast import Step
 from moe_serve.pruning.forecasts.formulas import F32, F64, dense, fit, layer_memory, routed
 from moe_serve.pruning.forecasts.steps import apply_step
@@ -45,29 +46,31 @@ def healed_step(sizes: Sizes, work: Work, by: Heal) -> Step:
 
     Training costs three forward passes through what is kept of the experts; a step of Muon, for
     each of their matrices, five times 4 r² c + 2 r³, r and c its shorter and its longer side. The
-    last layer's loss takes four products with the output matrix.
+    last layer's loss takes five products with the output matrix.
     """
     shape, texts = sizes.shape, _trained(work)
     more = replace(work, tokens=work.tokens + by.rounds * by.drafts * texts, keeps=False)
     trained = texts * (1 + by.rounds * by.drafts)
     held = (by.epochs + 1) * (work.tokens - texts)
-    steps = by.epochs * ceil(trained / by.batch)
+    steps = by.epochs * ceil(trained / max(min(by.batch, trained // STEPS), 1))
     r, c = sorted((max(int(work.keep * shape.width), 1), shape.hidden))
     muon = 3 * shape.experts * _ORTHOGONAL * (4 * r**2 * c + 2 * r**3)
     kept, weights = work.keep * routed(sizes), int(work.keep * sizes.layer_weights) * F32
     head = shape.vocabulary * shape.hidden
-    applied = apply_step(sizes, more)
+    # Without a re-fit two streams pass the layers all the same.
+    applied = apply_step(sizes, replace(more, refit=work.refit or Refit(ridges=())))
+    logits = min(LOGITS, by.batch * shape.vocabulary)
     return replace(
         applied,
         flops=applied.flops
         + (by.epochs * 3 * trained + held) * kept
-        + (by.epochs * 4 * trained + 2 * held) * 2 * head
+        + (by.epochs * 5 * trained + 2 * held) * 2 * head
         + steps * sizes.sparse * muon
         + (sizes.sparse * fit(sizes, more, work.refit) if work.refit else 0.0),
         read=applied.read + sizes.head_bytes,
         memory=max(
             applied.memory,
-            layer_memory(sizes, more) + 5 * weights + head * F32 + 4 * LOGITS * F32,
+            layer_memory(sizes, more) + 6 * weights + (head + 5 * logits) * F32,
         ),
     )
 

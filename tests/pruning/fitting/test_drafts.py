@@ -87,6 +87,12 @@ def test_a_round_starts_from_the_last_draft_of_the_one_before(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("none", ["rounds", "drafts"])
+def test_no_drafts_are_none(none: str, sequences: Sequences, tmp_path: Path) -> None:
+    """A plan may ask for none of either."""
+    assert drafts_of(sequences, tmp_path, [1, 4], **{none: 0}) == []
+
+
 def test_drafts_stand_behind_the_texts_in_their_domains(sequences: Sequences) -> None:
     """Sequences 1 and 4 are of the first and the third domain; domains weigh alike as before."""
     rows = [np.full(64, number) for number in range(4)]

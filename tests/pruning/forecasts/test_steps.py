@@ -103,7 +103,7 @@ def test_arithmetic_of_healing() -> None:
 
     Drafts: two rounds of 80·(3,000 + 1,440), logits of 80 drawn tokens 2·100·10 each. Training:
     240 tokens three times forward through half of the experts, 720 each, and 20 held out twice;
-    240 tokens' loss four products with the output matrix, 2·100·10 each, that of 40 two; 3 steps
+    240 tokens' loss five products with the output matrix, 2·100·10 each, that of 40 two; 24 steps
     of 12 matrices in 2 layers, sides 3 and 10, 5·(4·9·10 + 2·27) each.
     """
     by = Heal(rounds=2, drafts=1, redrawn=0.5, epochs=1, batch=100)
@@ -112,10 +112,10 @@ def test_arithmetic_of_healing() -> None:
     assert drafts.passes == 2
     assert drafts.flops == pytest.approx(2 * 80 * 4440 + 80 * 2000)
     assert drafts.read == 2 * (4000 + 2000 + 2000)
-    plain = apply_step(SIZES, replace(half, tokens=260))
+    plain = apply_step(SIZES, replace(half, tokens=260, refit=Refit(ridges=())))
     trained = healed_step(SIZES, half, by).flops - plain.flops
-    products = 240 * 3 * 720 + 40 * 720 + 240 * 4 * 2000 + 40 * 2 * 2000
-    assert trained == pytest.approx(products + 3 * 2 * 12 * 5 * 414)
+    products = 240 * 3 * 720 + 40 * 720 + 240 * 5 * 2000 + 40 * 2 * 2000
+    assert trained == pytest.approx(products + 24 * 2 * 12 * 5 * 414)
 
 
 @pytest.mark.parametrize(
