@@ -4,12 +4,15 @@ Against a running ``moe-serve up``. For five minutes clients stream from both va
 down what they see, while a real Prometheus scrapes with the rules in ``deploy/``. Then each
 recorded series is set beside the same figure from the log. A quantile of a histogram is an
 interpolation between its edges, so the log's quantile is taken from the same edges; its exact one
-stands beside it. Exit 1 when a figure is more than 5 % off, or a panel's expression is empty.
+stands beside it. Scrapes are as far apart, and may take as long, as in ``deploy/``: with an engine
+that does not answer one takes two seconds, and if it failed for that, the other engine's traffic
+would be missed too. Exit 1 when a figure is more than 5 % off, or a panel's expression is empty.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -31,6 +34,8 @@ GRAFANA: Final = Path(__file__).parents[2] / "deploy" / "grafana"
 _WINDOW: Final = 300.0
 """Seconds that the rules look back."""
 _TOLERANCE: Final = 0.05
+_INTERVAL: Final = 5
+"""Seconds between scrapes, as in ``deploy/``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +154,12 @@ def compare(url: str, lines: Sequence[Line], at: float) -> list[tuple[str, ...]]
     return rows
 
 
+def pause(lines: Sequence[Line], variant: str) -> float:
+    """Seconds for which no client of a variant got a token, at most."""
+    times = sorted(t for line in lines if line.variant == variant for t in line.arrivals)
+    return max(b - a for a, b in itertools.pairwise(times))
+
+
 def empty(url: str, seconds: float = 30.0) -> list[str]:
     """Expressions of panels that return nothing for some seconds; those about GPUs need one."""
     boards = [json.loads(file.read_text()) for file in sorted(GRAFANA.glob("*.json"))]
@@ -171,18 +182,22 @@ def main() -> None:
     stack = StackState.load(options.state)
     with (
         tempfile.TemporaryDirectory() as folder,
-        scraping(stack.control, Path(folder) / "prometheus") as url,
+        scraping(stack.control, Path(folder) / "prometheus", seconds=_INTERVAL) as url,
         Log(stack, options.streams, options.tokens) as log,
     ):
         time.sleep(_WINDOW + 20.0)
         at = time.time()
         rows = compare(url, list(log.lines), at)
+        lost = query(url, "sum by (job) (count_over_time((up == 0)[5m:1s]))")
         silent = empty(url)
     print("| recorded series | recorded | clients' log | off by | exact |")
     print("|---|---|---|---|---|")
     for found in rows:
         print(f"| {' | '.join(found)} |")
-    print(f"\n{len(log.lines):,} answers; panels without data: {', '.join(silent) or 'none'}")
+    pauses = [f"{variant} {pause(log.lines, variant):.1f} s" for variant in VARIANTS]
+    failed = ", ".join(f"{r['metric']['job']} for {r['value'][1]} s" for r in lost) or "none"
+    print(f"\nLongest silence: {', '.join(pauses)}. Failed scrapes: {failed}.")
+    print(f"{len(log.lines):,} answers; panels without data: {', '.join(silent) or 'none'}")
     off = [r for r in rows if abs(float(r[3].rstrip("%")) / 100) > _TOLERANCE]
     sys.exit(bool(off or silent))
 

@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes one stack every second, with our rules."""
+"""A real Prometheus that scrapes one stack, with our rules."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from tests.support.promql import PROMETHEUS
 
 
 @contextmanager
-def scraping(control: str, folder: Path) -> Iterator[str]:
-    """Start it on the configuration in ``deploy/``, aimed at ``control``; its address."""
+def scraping(control: str, folder: Path, *, seconds: int = 1) -> Iterator[str]:
+    """Start it on the configuration in ``deploy/``, aimed at ``control``; its address.
+
+    Args:
+        control: address of the control process.
+        folder: for its files.
+        seconds: between scrapes, and what a scrape may take.
+    """
     config: dict[str, Any] = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["global"] = {"scrape_interval": f"{seconds}s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(PROMETHEUS / "rules" / "*.yml")]
     for job in config["scrape_configs"]:
         for target in job["static_configs"]:
