@@ -6,7 +6,8 @@ original model's residual stream holds after the layer; the last layer towards w
 The closed form is the best that the down projections can do alone; this also moves the neurons
 themselves and what reaches them. Training stops where held-out tokens stop gaining, and a layer
 that gains nothing stays as it was. The closed form on all tokens comes last; for the last layer
-only where held-out tokens say so, as it leads back to the least squares that training has left.
+only where it re-fits a shared expert too and held-out tokens say so, as it leads back to the least
+squares that training has left.
 
 The projections by Muon (Jordan et al. 2024, as in Liu et al. 2025, arXiv 2502.16982), which moves a
 matrix along the nearest orthogonal one to its gradient's momentum; router rows by Adam (Kingma & Ba

@@ -204,7 +204,7 @@ class Walk:
             if (
                 found_rows is not None
                 and self._ends_with(layer)
-                and not self._closes(goal, routed_of(pruned), refit_by, schemes[2])
+                and not (shared and self._closes(goal, routed_of(pruned), refit_by, schemes[2]))
             ):
                 record["error_after"] = mean_square(self.residual, self._tokens)
                 refit_by = router_by = None
@@ -294,7 +294,9 @@ class Walk:
     def _closes(self, goal: Goal, routed: Routed, by: Refit | None, scheme: Scheme) -> bool:
         """Whether the closed form leads nearer to the goal than training did.
 
-        On held-out tokens, which neither of the two was fitted to.
+        On held-out tokens, which neither of the two was fitted to. Asked where it reaches a shared
+        expert too, which training leaves as it is: these tokens may come from the same documents,
+        which favours the closed form, and without that gain other documents did not agree.
         """
         if by is None:
             return False
