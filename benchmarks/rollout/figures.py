@@ -25,6 +25,8 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Final
 
+from openai import APIStatusError
+
 from moe_serve.demo.clients import client
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import VARIANTS
@@ -36,6 +38,8 @@ _WINDOW: Final = 300.0
 _TOLERANCE: Final = 0.05
 _INTERVAL: Final = 5
 """Seconds between scrapes, as in ``deploy/``."""
+_PAUSE: Final = 0.2
+"""Seconds after a refusal."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,7 @@ class Log:
     def __init__(self, stack: StackState, streams: int, tokens: int) -> None:
         """``streams`` at a time from each variant, ``tokens`` long."""
         self.lines: list[Line] = []
+        self.refused = dict.fromkeys(VARIANTS, 0)
         self._stack, self._tokens = stack, tokens
         self._stop = threading.Event()
         self._threads = [
@@ -80,13 +85,19 @@ class Log:
             while not self._stop.is_set():
                 count += 1
                 sent = time.time()
-                stream = openai.completions.create(
-                    model=self._stack.served_model,
-                    prompt=f"{number} {count} def ",
-                    max_tokens=self._tokens,
-                    stream=True,
-                    extra_body={"ignore_eos": True},
-                )
+                try:
+                    stream = openai.completions.create(
+                        model=self._stack.served_model,
+                        prompt=f"{number} {count} def ",
+                        max_tokens=self._tokens,
+                        stream=True,
+                        extra_body={"ignore_eos": True},
+                    )
+                except APIStatusError:
+                    # The engine does not answer, and the client asked for no other.
+                    self.refused[variant] += 1
+                    time.sleep(_PAUSE)
+                    continue
                 arrivals = tuple(time.time() for chunk in stream if chunk.choices)
                 self.lines.append(Line(variant=variant, sent=sent, arrivals=arrivals))
 
@@ -194,9 +205,12 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for found in rows:
         print(f"| {' | '.join(found)} |")
-    pauses = [f"{variant} {pause(log.lines, variant):.1f} s" for variant in VARIANTS]
+    pauses = [
+        f"{variant} {pause(log.lines, variant):.1f} s, {log.refused[variant]} refused"
+        for variant in VARIANTS
+    ]
     failed = ", ".join(f"{r['metric']['job']} for {r['value'][1]} s" for r in lost) or "none"
-    print(f"\nLongest silence: {', '.join(pauses)}. Failed scrapes: {failed}.")
+    print(f"\nLongest silence: {'; '.join(pauses)}. Failed scrapes: {failed}.")
     print(f"{len(log.lines):,} answers; panels without data: {', '.join(silent) or 'none'}")
     off = [r for r in rows if abs(float(r[3].rstrip("%")) / 100) > _TOLERANCE]
     sys.exit(bool(off or silent))
