@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -158,8 +159,10 @@ def test_a_record_that_is_held_does_not_hold_up_a_rollback(proxy: Proxied) -> No
             for _ in range(20):
                 ask(proxy, 100)
                 time.sleep(0.1)
-                decision = controller.tick()
-                if decision is not None and decision.kind == "rollback":
+                # So few failures may still be within the margin, and a step forward due.
+                with suppress(RolloutError):
+                    controller.tick()
+                if read_split(proxy.state).percent != 50:
                     break
             assert read_split(proxy.state).percent == 0
             assert controller.tick() is None
