@@ -198,6 +198,13 @@ class OutputHead:
         normed: torch.Tensor = self.norm(x_TD)
         return normed @ self.weight_VD.T
 
+    def divergence(self, theirs_TD: torch.Tensor, ours_TD: torch.Tensor) -> torch.Tensor:
+        """KL(theirs ‖ ours) of the next token [T], in nats; differentiable in ours."""
+        with torch.no_grad():
+            theirs_TV = torch.log_softmax(self(theirs_TD), dim=-1)
+        ours_TV = torch.log_softmax(self(ours_TD), dim=-1)
+        return (theirs_TV.exp() * (theirs_TV - ours_TV)).sum(dim=-1)
+
 
 class _LayerParts(nn.Module):
     """The sub-modules of a transformers decoder layer, without its experts."""

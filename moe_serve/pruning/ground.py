@@ -149,9 +149,8 @@ def _divergence(
     found = []
     for positions in torch.nonzero(measured_T).squeeze(1).split(_LOGIT_TOKENS):
         first, last = int(positions[0]), int(positions[-1]) + 1
-        logs = [
-            torch.log_softmax(head(s.read(first, last - first)[positions - first].to(device)), -1)
-            for s in ends
-        ]
-        found.append((logs[0].exp() * (logs[0] - logs[1])).sum(dim=-1).double().cpu())
+        original_TD, pruned_TD = (
+            s.read(first, last - first)[positions - first].to(device) for s in ends
+        )
+        found.append(head.divergence(original_TD, pruned_TD).double().cpu())
     return torch.cat(found)

@@ -18,6 +18,7 @@ _POOL: Final = range(20_000, 30_000)
 _EPHEMERAL: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 _ENOUGH: Final = 1000
+"""Ports to choose from."""
 
 _reserved: list[socket.socket] = []
 

@@ -71,13 +71,7 @@ class PredictionGoal:
         size = max(1, LOGITS // len(self.head.weight_VD))
         parts = zip(final_TD.split(size), ours_TD.split(size), strict=True)
         losses: list[torch.Tensor] = [
-            checkpoint(self._divergence, theirs, ours, use_reentrant=False)
+            checkpoint(self.head.divergence, theirs, ours, use_reentrant=False)
             for theirs, ours in parts
         ]
         return torch.cat(losses)
-
-    def _divergence(self, theirs_TD: torch.Tensor, ours_TD: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad():
-            theirs_TV = torch.log_softmax(self.head(theirs_TD), dim=-1)
-        ours_TV = torch.log_softmax(self.head(ours_TD), dim=-1)
-        return (theirs_TV.exp() * (theirs_TV - ours_TV)).sum(dim=-1)

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -82,8 +82,12 @@ def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settin
         )
     layer, groups = _trainable(mixture)
     size = min(settings.batch, sum(piece.length for piece in fit) // STEPS)
+
+    def output(piece: Piece) -> torch.Tensor:
+        return layer(rows(inputs, [piece], device))
+
     steps, step = settings.epochs * len(list(_batches(fit, size))), 0
-    best, errors = _frozen(layer), [_error(layer, inputs, goal, tokens, held)]
+    best, errors = _frozen(layer), [_mean(goal, output, tokens, held, device)]
     rate, lost, rng = settings.rate, 0, random.Random(0)
     optimisers = _optimisers(groups, rate)
     for _ in range(settings.epochs):
@@ -103,7 +107,7 @@ def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settin
             for optimiser in optimisers:
                 optimiser.step()
             step += 1
-        errors.append(_error(layer, inputs, goal, tokens, held))
+        errors.append(_mean(goal, output, tokens, held, device))
         if errors[-1] < min(errors[:-1]):
             best, lost = _frozen(layer), 0
             continue
@@ -170,13 +174,13 @@ def _batches(pieces: list[Piece], size: int) -> Iterator[list[Piece]]:
 @torch.inference_mode()
 def held_error(goal: Goal, target: States, residual: States, tokens: FitTokens) -> float:
     """Mean loss of held-out tokens where a layer's output is target - residual."""
-    device, total, weight = tokens.batches[0].device, 0.0, 0.0
-    for piece in (piece for piece in _pieces(tokens) if piece.held):
-        y_TD = rows(target, [piece], device) - rows(residual, [piece], device)
-        omega_T = _weights([piece], tokens, device)
-        total += float((goal(y_TD, [piece]).double() * omega_T).sum())
-        weight += float(omega_T.sum())
-    return total / weight
+    device = tokens.batches[0].device
+
+    def output(piece: Piece) -> torch.Tensor:
+        return rows(target, [piece], device) - rows(residual, [piece], device)
+
+    held = [piece for piece in _pieces(tokens) if piece.held]
+    return _mean(goal, output, tokens, held, device)
 
 
 def _weights(pieces: list[Piece], tokens: FitTokens, device: torch.device) -> torch.Tensor:
@@ -185,14 +189,18 @@ def _weights(pieces: list[Piece], tokens: FitTokens, device: torch.device) -> to
 
 
 @torch.no_grad()
-def _error(
-    layer: Mixture, inputs: States, goal: Goal, tokens: FitTokens, held: list[Piece]
+def _mean(
+    goal: Goal,
+    output: Callable[[Piece], torch.Tensor],
+    tokens: FitTokens,
+    pieces: list[Piece],
+    device: torch.device,
 ) -> float:
-    device, total, weight = layer.router.weight_ND.device, 0.0, 0.0
-    for piece in held:
+    """Mean loss over the tokens of some sequences, given the layer's output on each."""
+    total = weight = 0.0
+    for piece in pieces:
         omega_T = _weights([piece], tokens, device)
-        loss_T = goal(layer(rows(inputs, [piece], device)), [piece])
-        total += float((loss_T.double() * omega_T).sum())
+        total += float((goal(output(piece), [piece]).double() * omega_T).sum())
         weight += float(omega_T.sum())
     return total / weight
 

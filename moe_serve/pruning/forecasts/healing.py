@@ -49,7 +49,7 @@ def healed_step(sizes: Sizes, work: Work, by: Heal) -> Step:
     last layer's loss takes five products with the output matrix.
     """
     shape, texts = sizes.shape, _trained(work)
-    more = replace(work, tokens=work.tokens + by.rounds * by.drafts * texts, keeps=False)
+    more = replace(work, tokens=work.tokens + by.rounds * by.drafts * texts)
     trained = texts * (1 + by.rounds * by.drafts)
     held = (by.epochs + 1) * (work.tokens - texts)
     steps = by.epochs * ceil(trained / max(min(by.batch, trained // STEPS), 1))
