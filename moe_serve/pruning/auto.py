@@ -2,10 +2,10 @@
 
 Methods that choose neurons are tried on the whole model, each with its own budget over the layers.
 The best of them is the plan to beat: in every layer the other methods get the bytes it spends
-there, all are compensated on the pruned model's own inputs, and the least error in the loss's
-metric is taken. The mixture of methods that comes of it has to measure better on the whole model
-than what it started from. The first leader is weighed so before it is known to be the best: where
-it wins every layer, that walk has measured it on the whole model too.
+there, all that are not far behind are compensated on the pruned model's own inputs, and the least
+error in the loss's metric is taken. The mixture of methods that comes of it has to measure better
+on the whole model than what it started from. The first leader is weighed so before it is known to
+be the best: where it wins every layer, that walk has measured it on the whole model too.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def choose(
     whole = {name: measured[name]._asdict() for name in leaders}
     if not found.pure:
         whole["mixture"] = found.measured._asdict()
-    layers = {str(i): {"taken": p.name, "error": p.errors} for i, p in found.picks.items()}
+    layers = {
+        str(i): {"taken": p.name, "error": p.errors, "uncompensated": p.bare}
+        for i, p in found.picks.items()
+    }
     record = {"weighed": {"whole_model": whole, "layers": layers}}
     if found.pure or found.measured.mean >= measured[best].mean:
         return Weighed(layers=leaders[best], method=best, record=record)

@@ -82,8 +82,9 @@ class Layer:
     similarity_NN: Floats | None
     measure: str
     """What ``similarity_NN`` is: ``cosine``, ``similarity`` or ``distance``."""
-    alternatives: dict[str, float]
-    """Method → error measured in this layer; empty where none were weighed."""
+    alternatives: dict[str, tuple[float, float | None]]
+    """Method → error measured in this layer before compensation and after, ``None`` where it was
+    too far behind to be compensated; empty where none were weighed."""
     taken: str | None
     refit: dict[str, Any] | None
 
@@ -221,7 +222,10 @@ def _layer(
         error_NG=np.array(removal["error"], dtype=np.float64),
         similarity_NN=similarity,
         measure=measure,
-        alternatives=dict(weighed.get("error", {})),
+        alternatives={
+            name: (bare, weighed["error"].get(name))
+            for name, bare in weighed.get("uncompensated", {}).items()
+        },
         taken=weighed.get("taken"),
         refit=refit if isinstance(refit, dict) and "error_before" in refit else None,
     )

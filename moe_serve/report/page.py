@@ -111,10 +111,21 @@ def _layer_view(layer: Layer, facts: Facts, t: Catalogue) -> dict[str, Any]:
         "groups": [_group(layer, members, facts, t) for members in together],
         "routing": _routing(layer, facts),
         "alternatives": [
-            {"name": name, "error": words.short(error), "taken": name == layer.taken}
-            for name, error in sorted(layer.alternatives.items(), key=lambda item: item[1])
+            {
+                "name": name,
+                "errors": [words.short(error) for error in errors],
+                "taken": name == layer.taken,
+            }
+            for name, errors in sorted(layer.alternatives.items(), key=_behind)
         ],
+        "far": any(after is None for _, after in layer.alternatives.values()),
     }
+
+
+def _behind(item: tuple[str, tuple[float, float | None]]) -> tuple[bool, float]:
+    """What was compensated comes first, by what it lacks then."""
+    bare, error = item[1]
+    return error is None, bare if error is None else error
 
 
 def _card(expert: Expert, strip: figures.Strip, t: Catalogue) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import Staging
 from moe_serve.families import Shape
 from moe_serve.progress import Silent
+from moe_serve.pruning import trial
 from moe_serve.pruning.auto import LEADERS, RIVALS, rivals
 from moe_serve.pruning.corpus import TextOptions, load_corpus
 from moe_serve.pruning.plan import Plan
@@ -81,12 +82,31 @@ def test_every_option_is_in_the_plan_with_its_figure(plain: Path) -> None:
     assert set(LEADERS) <= set(weighed["whole_model"])
     best = min(LEADERS, key=lambda name: weighed["whole_model"][name]["mean"])
     for layer in weighed["layers"].values():
-        assert {best, *RIVALS} <= set(layer["error"])
+        before, after = layer["uncompensated"], layer["error"]
+        assert {best, *RIVALS} <= set(before)
+        assert set(before) - set(after) == {n for n in before if before[n] > 2 * before[best]}
         assert layer["taken"] == min(layer["error"], key=layer["error"].__getitem__)
     assert plan.method in ("auto", best)
     checkpoint = open_checkpoint(plain / "m")
     everything = 2 * checkpoint.shape.experts * checkpoint.shape.width
     assert sum(layer.neurons_kept() for layer in plan.layers.values()) <= everything // 2
+
+
+@pytest.mark.parametrize("name", ["plain", "twins"])
+def test_the_hopeless_would_not_have_been_taken(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all are compensated, the same plan is made; some had been spared that."""
+    root = request.getfixturevalue(name)
+    found = planned(root)
+    monkeypatch.setattr(trial, "_HOPELESS", float("inf"))
+    patient = planned(root)
+    assert found.layers == patient.layers
+    spared = [
+        len(patient.settings["weighed"]["layers"][index]["error"]) - len(layer["error"])
+        for index, layer in found.settings["weighed"]["layers"].items()
+    ]
+    assert sum(spared) > 0
 
 
 def test_figures_are_those_of_a_walk_with_the_plan_alone(plain: Path) -> None:

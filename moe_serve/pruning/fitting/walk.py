@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,10 +164,21 @@ class Walk:
         refit_by: Refit | None,
         router_by: RouterFit | None = None,
         heal_by: Heal | None = None,
+        hopeful: Callable[[], bool] = lambda: True,
     ) -> FittedLayer:
         """Build the layer that :meth:`meet` brought the streams to, and re-fit what is asked for.
 
         :attr:`residual` then holds what the layer's output lacks, token by token.
+
+        Args:
+            layer: the original's.
+            mixture: its mixture.
+            planned: what becomes of it.
+            refit_by: how what is kept is re-fitted.
+            router_by: how the router is.
+            heal_by: how the layer is trained.
+            hopeful: asked while :attr:`residual` is that of the layer as it was built; where it
+                says no, the layer stays so.
         """
         checkpoint = self._decoder.checkpoint
         schemes = checkpoint.expert_scheme(layer.index)
@@ -192,6 +204,8 @@ class Walk:
             pruned = self._add_constants(pruned, self._constants.replaced, blocks.constants_RD)
         record: dict[str, Any] = {}
         shared_matrix = None
+        if not hopeful():
+            return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
         if planned.split is not None and planned.split.merges:
             pruned, rows = self._join(layer, mixture, pruned, planned, record)
         if heal_by is not None:

@@ -113,8 +113,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
             steps.append(calibrate_step(sizes, work))
         steps.append(plan_step(sizes, work))
         if corpus is not None:
-            trials, attempts, screened = _trials(request, sizes.shape)
-            work = replace(work, trials=trials, attempts=attempts, screened=screened)
+            work = _with_trials(work, request, sizes.shape)
         if work.trials:
             steps.append(trial_step(sizes, work))
     if work.heal is None:
@@ -159,19 +158,20 @@ def _work(
     )
 
 
-def _trials(request: PruneRequest, shape: Shape) -> tuple[int, int, int]:
-    """Walks by which choices are measured; fits of a layer in all of them; those with a given λ.
+def _with_trials(work: Work, request: PruneRequest, shape: Shape) -> Work:
+    """The work with the walks by which choices are measured, and their fits.
 
-    As it is where a leader wins in every layer; a mixture takes a walk more.
+    As it is where a leader wins in every layer and rules for whole experts are far behind; a
+    mixture takes a walk more, a rival that is not so far a fit.
     """
-    trials = attempts = 2 if request.selection.router_refit else 0
+    trials = 2 if request.selection.router_refit else 0
     if request.selection.uniform:
-        trials, attempts = trials + SHORTLIST, attempts + SHORTLIST
+        trials += SHORTLIST
     elif request.selection.method == AUTO:
         trials += len(auto.LEADERS)
-        attempts += len(auto.LEADERS)
-        return trials, attempts, len(auto.LEADERS) - 1 + len(auto.rivals(shape))
-    return trials, attempts, 0
+        others, rivals = len(auto.LEADERS) - 1, len(auto.rivals(shape))
+        work = replace(work, screened=others, glanced=rivals)
+    return replace(work, trials=trials, attempts=trials)
 
 
 def _alignments(method: Method, shape: Shape) -> int:

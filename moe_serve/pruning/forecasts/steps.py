@@ -119,7 +119,7 @@ def apply_step(sizes: Sizes, work: Work) -> Step:
 def trial_step(sizes: Sizes, work: Work) -> Step:
     """Plans tried in memory: the original's stream once, the pruned model's in every trial.
 
-    Each layer attempted costs a fit and a forward.
+    Each layer attempted costs a fit and a forward, one that has no hope the forward.
     """
     refit = work.refit or Refit(ridges=())
     some = replace(work, tokens=min(TRIAL_TOKENS, work.tokens))
@@ -133,7 +133,8 @@ def trial_step(sizes: Sizes, work: Work) -> Step:
         flops=work.trials * streams(sizes, replace(some, keeps=True))
         + forward(sizes, some)
         + work.attempts * (fits + kept)
-        + work.screened * (given + kept),
+        + work.screened * (given + kept)
+        + work.glanced * kept,
         read=work.trials * (sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes),
         written=0,
         memory=layer_memory(sizes, work)

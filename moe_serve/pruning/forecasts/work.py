@@ -118,6 +118,8 @@ class Work:
     """Fits of a layer in all of them."""
     screened: int = 0
     """Fits of a layer with a given λ."""
+    glanced: int = 0
+    """Layers built and run without a fit."""
 
 
 def _count(shape: tuple[int, ...]) -> int:
