@@ -19,11 +19,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import psutil
+import torch
 
 from benchmarks.fixtures import CALIBRATION, MODEL
+from benchmarks.serving.overhead import make_original
 from moe_serve.serving.ports import free_port
 
 ROOT: Final = Path(__file__).parents[1]
@@ -39,8 +41,9 @@ class Benchmark:
     about: str
     module: str
     arguments: tuple[str, ...] = ()
-    stack: bool = False
-    """Whether it wants the state directory of a running stack."""
+    stack: Literal["", "fixture", "wide"] = ""
+    """Model of the running stack whose state directory it wants: the fixture, or a random one so
+    wide that an answer takes longer to compute than to deliver."""
 
     @property
     def command(self) -> str:
@@ -113,7 +116,7 @@ SUITE: Final = {
         about="Sixteen streams in flight, all traffic at the pruned variant, then the command.",
         module="benchmarks.rollout.rollback",
         arguments=("--trials", "20"),
-        stack=True,
+        stack="fixture",
     ),
     "figures": Benchmark(
         title="Whether the dashboards tell the truth",
@@ -126,7 +129,7 @@ SUITE: Final = {
         "10 % low: it scraped every second, and while the other engine was silent (see "
         "`docs/limits.md`) a scrape took two. The command scrapes as `deploy/` does now.",
         module="benchmarks.rollout.figures",
-        stack=True,
+        stack="wide",
     ),
     "scrape": Benchmark(
         title="What a scrape costs",
@@ -207,7 +210,7 @@ def run(one: Benchmark) -> Result:
         CalledProcessError: it failed.
     """
     machine, date, began = described(), time.strftime("%Y-%m-%d"), time.monotonic()
-    with stack() if one.stack else contextlib.nullcontext() as state:
+    with stack(one.stack) if one.stack else contextlib.nullcontext() as state:
         more = ("--state", str(state)) if state else ()
         done = subprocess.run(
             [sys.executable, "-m", one.module, *one.arguments, *more],
@@ -239,16 +242,17 @@ def described() -> str:
 
 
 @contextlib.contextmanager
-def stack() -> Iterator[Path]:
-    """The fixture pruned to half, both variants served, until left."""
+def stack(kind: Literal["fixture", "wide"]) -> Iterator[Path]:
+    """A model pruned to half, both variants served, until left."""
     program = [sys.executable, "-m", "moe_serve"]
     with tempfile.TemporaryDirectory() as folder:
         state, pruned = Path(folder) / "state", Path(folder) / "pruned"
-        pruning = [*program, "prune", str(MODEL), str(pruned), "--keep", "0.5"]
+        model = MODEL if kind == "fixture" else make_wide(Path(folder) / "wide")
+        pruning = [*program, "prune", str(model), str(pruned), "--keep", "0.5"]
         pruning += ["--method", "block-obs", "--calibration", str(CALIBRATION), "--tokens", "1024"]
         subprocess.run(pruning, stdout=sys.stderr, check=True)
         settings = {
-            "original": str(MODEL),
+            "original": str(model),
             "pruned": str(pruned),
             "state": str(state),
             "port": free_port(),
@@ -269,6 +273,11 @@ def stack() -> Iterator[Path]:
                 yield state
             finally:
                 up.terminate()
+
+
+def make_wide(path: Path) -> Path:
+    """Two hundred million random weights, a token for every byte."""
+    return make_original(path, torch.bfloat16, hidden=1024, width=512, layers=8)
 
 
 def keep(name: str, result: Result) -> None:

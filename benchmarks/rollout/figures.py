@@ -55,11 +55,11 @@ class Line:
 class Log:
     """Streams from each variant until stopped."""
 
-    def __init__(self, stack: StackState, streams: int, tokens: int) -> None:
-        """``streams`` at a time from each variant, ``tokens`` long."""
+    def __init__(self, stack: StackState, streams: int, words: int, tokens: int) -> None:
+        """``streams`` at a time from each variant, ``tokens`` long, to prompts of ``words``."""
         self.lines: list[Line] = []
         self.refused = dict.fromkeys(VARIANTS, 0)
-        self._stack, self._tokens = stack, tokens
+        self._stack, self._words, self._tokens = stack, words, tokens
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(variant, number))
@@ -88,7 +88,7 @@ class Log:
                 try:
                     stream = openai.completions.create(
                         model=self._stack.served_model,
-                        prompt=f"{number} {count} def ",
+                        prompt=f"{number} {count} {'def ' * self._words}",
                         max_tokens=self._tokens,
                         stream=True,
                         extra_body={"ignore_eos": True},
@@ -188,13 +188,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--streams", type=int, default=2, help="at a time, of each variant")
+    parser.add_argument("--words", type=int, default=150, help="of a prompt")
     parser.add_argument("--tokens", type=int, default=32)
     options = parser.parse_args()
     stack = StackState.load(options.state)
     with (
         tempfile.TemporaryDirectory() as folder,
         scraping(stack.control, Path(folder) / "prometheus", seconds=_INTERVAL) as url,
-        Log(stack, options.streams, options.tokens) as log,
+        Log(stack, options.streams, options.words, options.tokens) as log,
     ):
         time.sleep(_WINDOW + 20.0)
         at = time.time()

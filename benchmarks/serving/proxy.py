@@ -15,10 +15,10 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
 import psutil
@@ -31,6 +31,10 @@ from moe_serve.serving.process import Child, start
 from moe_serve.serving.routes import write_split
 
 BODY = json.dumps({"model": "m", "prompt": "x"}).encode()
+_STREAMS: Final = 100
+"""Of a connection, as many as the proxy's listener allows."""
+_PATIENCE: Final = 240.0
+"""Seconds in which all streams have to be open, and for which each may be silent."""
 ANSWER = json.dumps({"object": "text_completion", "choices": [{"text": "x"}]}).encode()
 
 
@@ -99,26 +103,50 @@ async def load(port: int, key: str, *, connections: int, requests: int) -> dict[
 
 
 async def silent(port: int, key: str, count: int, hold: float) -> dict[str, Any]:
-    """Open ``count`` streams, let them be silent, and ask once more beside them."""
-    sent = _request(port, key, "x-silent: 1\r\n")
-    gate = asyncio.Semaphore(200)
+    """Open ``count`` streams, let them be silent, and ask once more beside them.
 
-    async def one() -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    They come over HTTP/2, many to a connection, as from a gateway: the proxy then holds one file
+    for each, and not two, which the usual limits on open files allow.
+    """
+    gate = asyncio.Semaphore(_STREAMS)
+    clients = [
+        httpx.AsyncClient(
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"authorization": f"Bearer {key}", "content-type": "application/json"},
+            http1=False,
+            http2=True,
+            limits=httpx.Limits(max_connections=1),
+            timeout=_PATIENCE,
+        )
+        for _ in range(-(-count // _STREAMS))
+    ]
+
+    async def one(client: httpx.AsyncClient) -> AsyncIterator[bytes]:
         async with gate:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(sent)
-            head = await reader.readuntil(b"data: ")
-            if not head.startswith(b"HTTP/1.1 200"):
-                raise RuntimeError(head.decode())
-            return reader, writer
+            asked = client.build_request(
+                "POST", "/v1/completions", content=BODY, headers={"x-silent": "1"}
+            )
+            answer = await client.send(asked, stream=True)
+            if answer.status_code != 200:
+                raise RuntimeError(f"{answer.status_code} {(await answer.aread()).decode()}")
+            chunks = answer.aiter_raw()
+            if await anext(chunks) != b"data: ":
+                raise RuntimeError("began otherwise than the stub does")
+            return chunks
 
-    async with asyncio.timeout(120):
-        streams = await asyncio.gather(*(one() for _ in range(count)))
+    async def more(stream: AsyncIterator[bytes]) -> bytes:
+        return await anext(stream, b"")
+
+    async with asyncio.timeout(_PATIENCE):
+        streams = await asyncio.gather(*(one(clients[i // _STREAMS]) for i in range(count)))
+    waiting = [asyncio.create_task(more(stream)) for stream in streams]
     await asyncio.sleep(hold)
     beside = await load(port, key, connections=4, requests=400)
-    ended = sum(reader.at_eof() for reader, _ in streams)
-    for _, writer in streams:
-        writer.close()
+    ended = sum(task.done() for task in waiting)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    await asyncio.gather(*(client.aclose() for client in clients))
     return {"opened": len(streams), "ended_early": ended, "beside": beside}
 
 
@@ -160,8 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # The proxy needs two files for each.
-    streams = min(options.streams, (hard - 1000) // 2)
+    streams = min(options.streams, hard - 1000)
     with tempfile.TemporaryDirectory() as name, stack(Path(name)) as (direct, port, key, child):
         turns = []
         for _ in range(options.runs):
