@@ -54,7 +54,7 @@ def page(count: int) -> bytes:
         total = count * len(_EDGES)
         lines += [f'{name}_bucket{{le="+Inf"}} {total}', f"{name}_count {total}", f"{name}_sum 1"]
     lines += [f'{ENDED}{{finished_reason="{end}"}} {count}' for end in ("stop", "length", "abort")]
-    for outcome in ("answered", "failed", "cut"):
+    for outcome in ("answered", "failed", "cut", "abandoned", "sent"):
         lines.append(f'moe_serve_requests_total{{outcome="{outcome}"}} {count}')
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         lines.append(f"vllm:{name} {count % 7}")
@@ -236,7 +236,7 @@ def _arm(requests: float) -> ArmReading:
         requests=requests,
         failed=requests / 1000.0,
         over={"ttft": few, "tpot": few},
-        shares={"truncated": few, "empty": few, "feedback": (0.0, 0.0)},
+        shares={"truncated": few, "empty": few, "abandoned": few, "feedback": (0.0, 0.0)},
         running=4.0,
         waiting=0.0,
         kv_usage=0.3,

@@ -12,7 +12,8 @@ import sys
 import time
 
 from moe_serve.rollout.policy import Policy
-from moe_serve.rollout.simulation import Scenario, play, scenarios, simulate, summarise
+from moe_serve.rollout.simulation import play, scenarios, simulate, summarise
+from moe_serve.rollout.workload import Scenario
 
 
 def main() -> None:

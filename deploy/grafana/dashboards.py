@@ -67,6 +67,13 @@ AB: Final = Dashboard(
             ),
         ),
         Panel(
+            "Given up",
+            "Share of requests whose clients went away before the end, or that took longer than "
+            "the proxy waits. Some always do; the two variants should be alike.",
+            "percentunit",
+            (("variant:moe_serve_abandoned:ratio_rate5m", "{{variant}}"),),
+        ),
+        Panel(
             "Time to first token",
             "Median and 95th percentile. More traffic means longer waits at equal speed.",
             "s",

@@ -72,7 +72,9 @@ CATALOGUE: Final = {
             "counter",
             (*_V, "outcome"),
             "Requests at the proxy by who answered: answered (below 500), failed, cut (connection "
-            "lost in flight; also counted in one of the other two).",
+            "lost in flight; also counted in one of the two before), abandoned (the client went "
+            "away, or the proxy no longer waited; also answered where headers were there), and "
+            "sent, which is all of them.",
         ),
         Metric(
             "moe_serve_traffic_weight_ratio",

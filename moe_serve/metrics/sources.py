@@ -62,11 +62,17 @@ class Host:
     cut: int
     """Connections that the engine closed while a request was in flight: streams cut off after
     their headers, which count as answered too, and resets before them, which are failed too."""
+    abandoned: int
+    """Connections that the proxy closed while a request was in flight: its client had gone, or it
+    took longer than the proxy waits. Those whose headers were there count as answered too."""
+    sent: int
+    """All of them, also those that neither answered nor failed before they were abandoned."""
     healthy: bool
 
     def outcomes(self) -> dict[str, int]:
         """Outcome → requests."""
-        return {"answered": self.answered, "failed": self.failed, "cut": self.cut}
+        names = ("answered", "failed", "cut", "abandoned", "sent")
+        return {name: getattr(self, name) for name in names}
 
 
 class Counts(Protocol):
@@ -91,8 +97,8 @@ class EngineCounts:
     """Requests as the engines count them, where the proxy is not ours to ask.
 
     vLLM counts answers by class of status. What never reached an engine it does not know, nor that
-    a stream broke off: ``cut`` stays 0, and an engine that does not answer is unhealthy, its
-    counts as they last were.
+    a stream broke off or a client went away: ``cut`` and ``abandoned`` stay 0, and an engine that
+    does not answer is unhealthy, its counts as they last were.
     """
 
     name: Final = "gateway"
@@ -123,7 +129,7 @@ def _counted(samples: list[Sample]) -> Host:
         if sample.name == _HTTP and sample.labels.get("handler") in _HANDLERS:
             outcome = "failed" if sample.labels.get("status", "").startswith("5") else "answered"
             found[outcome] += int(sample.value)
-    return Host(**found, cut=0, healthy=True)
+    return Host(**found, cut=0, abandoned=0, sent=sum(found.values()), healthy=True)
 
 
 _HTTP: Final = "http_requests_total"
@@ -142,13 +148,17 @@ class Endpoints(_Asked):
         admin = self.url.rsplit("/", 1)[0]
         try:
             clusters = json.loads(CONNECTIONS.get(self.url, timeout))["cluster_statuses"]
-            url = f"{admin}/stats?filter={_CUT}$&format=json"
-            cuts = json.loads(CONNECTIONS.get(url, timeout))["stats"]
-            found = {s["name"]: int(s["value"]) for s in cuts if "name" in s}
+            url = f"{admin}/stats?filter={_CLOSED.format(by='(remote|local)')}$&format=json"
+            closed = json.loads(CONNECTIONS.get(url, timeout))["stats"]
+            found = {s["name"]: int(s["value"]) for s in closed if "name" in s}
             counts = {
-                cluster["name"]: _host(host, found[f"cluster.{cluster['name']}.{_CUT}"])
-                for cluster in clusters
-                for host in cluster.get("host_statuses", ())
+                name: _host(
+                    host,
+                    cut=found[f"cluster.{name}.{_CLOSED.format(by='remote')}"],
+                    abandoned=found[f"cluster.{name}.{_CLOSED.format(by='local')}"],
+                )
+                for name, hosts in ((c["name"], c.get("host_statuses", ())) for c in clusters)
+                for host in hosts
             }
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -156,16 +166,19 @@ class Endpoints(_Asked):
         return counts
 
 
-_CUT: Final = "upstream_cx_destroy_remote_with_active_rq"
+_CLOSED: Final = "upstream_cx_destroy_{by}_with_active_rq"
+"""By the engine or by the proxy."""
 
 
-def _host(host: dict[str, Any], cut: int) -> Host:
+def _host(host: dict[str, Any], *, cut: int, abandoned: int) -> Host:
     stats = {stat["name"]: int(stat.get("value", 0)) for stat in host["stats"]}
     ill = host.get("health_status", {})
     return Host(
         answered=stats["rq_success"],
         failed=stats["rq_error"],
         cut=cut,
+        abandoned=abandoned,
+        sent=stats["rq_total"],
         healthy=not (ill.get("failed_active_health_check") or ill.get("failed_outlier_check")),
     )
 

@@ -229,7 +229,8 @@ def share(
     scaled = {v: _scaled(seen[v], effect(window, policy, v)) for v in VARIANTS}
     none = [v for v in VARIANTS if scaled[v][1] <= 0]
     votes = name == "feedback"
-    basis = say("basis-votes" if votes else "basis-answers")
+    of = {"feedback": "basis-votes", "abandoned": "basis-requests"}
+    basis = say(of.get(name, "basis-answers"))
     if name in window.edges:
         basis = say("basis-short", edge=window.edges[name])
     return _Compared(

@@ -9,7 +9,7 @@ from pydantic import Field
 from moe_serve.rollout.table import Positive, Share, Table
 
 Metric = Literal["ttft", "tpot"]
-Part = Literal["truncated", "empty", "feedback"]
+Part = Literal["truncated", "empty", "abandoned", "feedback"]
 
 
 class ErrorGuard(Table):
@@ -83,6 +83,10 @@ class Guards(Table):
     empty: ShareGuard | Literal["off"] = ShareGuard(margin=0.02)
     """Answers of one token at most, which is what an empty one comes to
     (``vllm:request_generation_tokens``)."""
+    abandoned: ShareGuard | Literal["off"] = ShareGuard(margin=0.05)
+    """Requests whose clients went away before the end, or that took longer than the proxy waits:
+    people who no longer want an answer, or no longer wait for it, are in no other figure. Five
+    points. Behind a gateway that is not ours nobody counts them, and this guard passes."""
     feedback: ShareGuard | Literal["off"] = "off"
     """Votes against an answer (``POST /feedback``). Off: without votes it would never pass."""
     quality: QualityGuard | Literal["off"] = QualityGuard()
@@ -93,6 +97,7 @@ class Guards(Table):
         found: dict[Part, ShareGuard | Literal["off"]] = {
             "truncated": self.truncated,
             "empty": self.empty,
+            "abandoned": self.abandoned,
             "feedback": self.feedback,
         }
         return {name: guard for name, guard in found.items() if isinstance(guard, ShareGuard)}

@@ -103,7 +103,7 @@ def _arm(
         requests=requests,
         failed=failed,
         over=over,
-        shares=_shares(samples, edges),
+        shares=_shares(samples, edges) | _abandoned(host),
         running=total(samples, "vllm:num_requests_running"),
         waiting=total(samples, "vllm:num_requests_waiting"),
         kv_usage=total(samples, "vllm:kv_cache_usage_perc"),
@@ -124,6 +124,11 @@ def _shares(samples: list[Any], edges: dict[str, float]) -> dict[str, Over]:
         (more, answers), edges["empty"] = longer
         found["empty"] = (answers - more, answers)
     return found
+
+
+def _abandoned(host: Host | None) -> dict[str, Over]:
+    """(abandoned, requests), by the proxy."""
+    return {"abandoned": (host.abandoned, host.sent)} if host is not None else {}
 
 
 def _requests(host: Host | None) -> tuple[float | None, float | None]:
@@ -178,11 +183,13 @@ class PrometheusSources:
         proxies = self._ask(f"{_COUNTED}{{{labels}}}")
         of = {
             outcome: [v for row, v in proxies if row["metric"].get("outcome") == outcome]
-            for outcome in ("answered", "failed", "cut")
+            for outcome in ("answered", "failed", "cut", "abandoned", "sent")
         }
         known = age is not None and age <= _STALE and of["answered"] and of["failed"]
         counted = sum(of["answered"]) + sum(of["failed"])
         failed = min(counted, sum(of["failed"]) + sum(of["cut"]))
+        if known:
+            shares["abandoned"] = (sum(of["abandoned"]), sum(of["sent"]))
         engines = {_whose(row): value for row, value in self._ask(f"{_STARTED}{{{labels}}}")}
         running = self._ask(f"vllm:num_requests_running{{{labels}}}")
         return ArmReading(

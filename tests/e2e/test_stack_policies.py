@@ -85,6 +85,8 @@ margin = 0.4
 margin = 0.5
 [guards.empty]
 margin = 0.5
+[guards.abandoned]
+margin = 0.5
 [guards.garbage]
 margin = 0.7
 [probes]

@@ -172,7 +172,7 @@ class Proxy:
 
     def read(self) -> dict[str, Host]:
         """Ten answered."""
-        return {"original": Host(answered=10, failed=0, cut=0, healthy=True)}
+        return {"original": Host(answered=10, failed=0, cut=0, abandoned=0, sent=10, healthy=True)}
 
 
 def test_a_silent_engine_is_absent_not_zero(engine: str) -> None:

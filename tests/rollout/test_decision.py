@@ -43,7 +43,7 @@ def test_enough_good_traffic_advances() -> None:
     found = after(60)
     assert (found.kind, found.reason) == ("advance", "fine")
     assert {e.guard: e.verdict for e in found.evidence} == dict.fromkeys(
-        ("errors", "ttft", "tpot", "truncated", "empty"), "fine"
+        ("errors", "ttft", "tpot", "truncated", "empty", "abandoned"), "fine"
     )
 
 
@@ -128,8 +128,8 @@ def test_harm_lies_beyond_the_margin() -> None:
 def test_each_end_has_its_part_of_the_level() -> None:
     """Ends of two rates for a share; of two rates in five strata for latency; half for each way."""
     found = {e.guard: e for e in after(40, original=(50, 0, 1), pruned=(50, 0, 2)).evidence}
-    # Five guards and one step: a rollback's 1 % is split over five tests.
-    back, ahead = 0.01 / 5, 0.05
+    # Six guards and one step: a rollback's 1 % is split over six tests.
+    back, ahead = 0.01 / 6, 0.05
     truncated, ttft = found["truncated"], found["ttft"]
     assert truncated.upper == upper_rate(0, 2000, ahead / 2) - lower_rate(0, 2000, ahead / 2)
     assert truncated.lower == lower_rate(0, 2000, back / 2) - upper_rate(0, 2000, back / 2)
@@ -146,7 +146,7 @@ def test_slowness_without_an_original_to_blame() -> None:
     found = after(20, original=(0, 0, 0), pruned=(50, 0, 50))
     (ttft,) = [e for e in found.evidence if e.guard == "ttft"]
     assert ttft.verdict == "harm"
-    assert ttft.lower == pytest.approx(lower_rate(1000, 1000, 0.01 / 5 / 2 / 2) - 0.1)
+    assert ttft.lower == pytest.approx(lower_rate(1000, 1000, 0.01 / 6 / 2 / 2) - 0.1)
 
 
 @pytest.mark.parametrize(
@@ -258,16 +258,16 @@ def test_the_odds_that_failures_speak_are_said() -> None:
 
 
 def test_failures_that_are_all_pruneds_prove_harm_before_the_rates_do() -> None:
-    """Five guards, two tests of this one: 1 % / 5 / 2 is one in a thousand.
+    """Six guards, two tests of this one: 1 % / 6 / 2 is one in 1,200.
 
-    Nineteen of nineteen speak 727 : 1, twenty 1,064 : 1, while the rates' interval holds zero.
+    Twenty of twenty speak 1,064 : 1, twenty-one 1,558 : 1, while the rates' interval holds zero.
     """
     verdicts = {}
-    for failures in (19, 20):
+    for failures in (20, 21):
         evidence = after(failures, pruned=(50, 1, 0)).evidence[0]
         assert evidence.lower < 0.0 < evidence.upper
         verdicts[failures] = evidence.verdict
-    assert verdicts == {19: "open", 20: "harm"}
+    assert verdicts == {20: "open", 21: "harm"}
 
 
 def test_the_proof_says_what_was_compared() -> None:

@@ -328,7 +328,7 @@ def test_every_word_is_there_in_both_languages() -> None:
     assert used <= catalogue.keys()
     policy = Policy(guards=Guards(feedback=ShareGuard(margin=0.1)))
     judged = judge(Window(began=0.0, weight=5.0), policy, policy.steps[2], NOTHING, explain=False)
-    assert len(judged) == 10
+    assert len(judged) == 11
     assert {f"guard-{evidence.guard}" for evidence in judged} <= catalogue.keys()
     text = join([say("more", guard="errors", count="340", span=360), say("min-time", span=300)])
     made = Decision(kind="hold", reason="evidence", words=text, evidence=judged).to_json()

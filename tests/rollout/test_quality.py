@@ -149,29 +149,31 @@ def shares(guards: Guards) -> Iterator[tuple[Traffic, Policy]]:
     yield traffic, policy
 
 
-def test_truncated_answers_roll_back_and_probes_are_taken_off() -> None:
-    """A tenth more of the answers are cut; the same cut by probes alone is no evidence."""
+@pytest.mark.parametrize("name", ["truncated", "abandoned"])
+def test_more_of_a_kind_roll_back_and_probes_are_taken_off(name: str) -> None:
+    """A fifth more of the answers are cut, or given up; the same by probes alone is no evidence."""
     for mine in (True, False):
         guards = Guards(quality="off", garbage="off")
         (traffic, policy), *_ = shares(guards)
         for tick in range(40):
             for variant in (ORIGINAL, PRUNED):
                 cut = 10.0 if variant == PRUNED else 0.0
-                traffic.serve(variant, 50, truncated=cut)
+                traffic.serve(variant, 50, **{name: cut})
             if mine:
                 arm = traffic.arms[PRUNED]
-                probes = {"truncated": (10.0 * (tick + 1), 10.0 * (tick + 1))}
+                probes = {name: (10.0 * (tick + 1), 10.0 * (tick + 1))}
                 traffic.arms[PRUNED] = replace(arm, probes=probes)
             traffic.read()
         found = d.decide(traffic.window, policy, begin(policy, START))
         assert (found.kind == "rollback") is not mine
-        assert found.words.startswith("truncated: 400 of 2000 on pruned") is not mine
+        assert found.words.startswith(f"{name}: 400 of 2000 on pruned") is not mine
 
 
 def test_feedback_is_off_and_waits_for_votes_when_it_is_on() -> None:
     """Then a variant that is voted down goes back."""
     assert "feedback" not in Guards().shares()
-    guards = Guards(quality="off", garbage="off", truncated="off", feedback=ShareGuard(margin=0.1))
+    others = Guards(quality="off", garbage="off", truncated="off", abandoned="off")
+    guards = others.model_copy(update={"feedback": ShareGuard(margin=0.1)})
     (traffic, policy), *_ = shares(guards)
     silent = replace(traffic.arms[PRUNED], shares={"empty": (0, 0), "feedback": (0, 0)})
     traffic.arms = {ORIGINAL: silent, PRUNED: silent}

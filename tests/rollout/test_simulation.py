@@ -6,7 +6,6 @@ import pytest
 
 from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.simulation import (
-    Scenario,
     Thresholds,
     play,
     play_thresholds,
@@ -14,6 +13,7 @@ from moe_serve.rollout.simulation import (
     simulate,
     summarise,
 )
+from moe_serve.rollout.workload import Scenario
 
 POLICY = Policy()
 

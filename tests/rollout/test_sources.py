@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from moe_serve.rollout.sources import (
     sources_of,
 )
 from moe_serve.serving.state import StackState
+from moe_serve.serving.variants import HEADER as VARIANT
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.proxy import proxied
 from tests.support.stacks import fake_stack
@@ -44,9 +46,9 @@ def test_a_histogram_without_edges_or_total_is_none(counts: list[tuple[str, floa
 
 def test_a_request_fails_once() -> None:
     """Two resets before the headers are failed and cut; three streams cut are cut and answered."""
-    resets = Host(answered=0, failed=2, cut=2, healthy=True)
+    resets = Host(answered=0, failed=2, cut=2, abandoned=0, sent=2, healthy=True)
     assert _requests(resets) == (2, 2)
-    streams = Host(answered=10, failed=0, cut=3, healthy=True)
+    streams = Host(answered=10, failed=0, cut=3, abandoned=0, sent=10, healthy=True)
     assert _requests(streams) == (10, 3)
 
 
@@ -68,9 +70,32 @@ def test_engines_and_proxy_are_read_directly(tmp_path: Path) -> None:
         arm = found.arms[ORIGINAL]
         assert (arm.requests, arm.failed, arm.healthy) == (10, 0, True)
         assert arm.over == {"ttft": (5, 10), "tpot": (5, 10)}
-        assert arm.shares == {"truncated": (10, 10), "empty": (0, 10)}
+        assert arm.shares == {"truncated": (10, 10), "empty": (0, 10), "abandoned": (0, 10)}
         assert found.arms[PRUNED].requests == 0
         assert found.edges == {"ttft": 1.0, "tpot": 0.1, "empty": 1.0}
+
+
+def test_clients_that_go_away_are_counted_where_they_were(tmp_path: Path) -> None:
+    """One in the middle of its stream, one before it began; three stay to the end."""
+    with proxied(tmp_path, chunks=20, pause=0.05) as proxy:
+        url = f"{proxy.endpoint}/completions"
+        pruned = {VARIANT: PRUNED}
+        for _ in range(3):
+            httpx.post(url, json={}, headers=pruned)
+        with httpx.stream("POST", url, json={}, headers=pruned) as stream:
+            next(stream.iter_raw())
+        proxy.pruned.hang(healthy=True)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json={}, headers=pruned, timeout=0.5)
+        sources = DirectSources(StackState.load(tmp_path))
+        until = time.monotonic() + 5.0
+        while (found := sources.read(POLICY).arms[PRUNED]).shares["abandoned"][0] < 2:
+            assert time.monotonic() < until, found
+            time.sleep(0.05)
+        assert found.shares["abandoned"] == (2, 5)
+        # The one whose stream had begun was answered; nothing has failed.
+        assert (found.requests, found.failed) == (4, 0)
+        assert sources.read(POLICY).arms[ORIGINAL].shares["abandoned"] == (0, 0)
 
 
 def prometheus(age: float) -> httpx.Client:
@@ -89,7 +114,8 @@ def prometheus(age: float) -> httpx.Client:
             elif query.startswith("time()"):
                 rows = [({}, str(age))]
             elif query.startswith("moe_serve_requests_total"):
-                rows = [({"outcome": o}, n) for o, n in (("answered", "9"), ("failed", "1"))]
+                counts = {"answered": "9", "failed": "1", "abandoned": "2", "sent": "11"}
+                rows = [({"outcome": outcome}, count) for outcome, count in counts.items()]
             elif re.match(r"vllm:num_requests_running|process_start_time", query):
                 rows = [({"instance": name}, n) for name, n in (("a", "3"), ("b", "4"))]
         result = [{"metric": labels, "value": [0, value]} for labels, value in rows]
@@ -109,7 +135,7 @@ def test_prometheus_gives_the_same_reading() -> None:
     assert arm.parts > arm.engines.keys()
     assert arm.over == {"ttft": (2, 8), "tpot": (4, 8)}
     # Cut short: 3 of 3 + 5; of one token at most: 6 of 8.
-    assert arm.shares == {"truncated": (3, 8), "empty": (6, 8)}
+    assert arm.shares == {"truncated": (3, 8), "empty": (6, 8), "abandoned": (2, 11)}
     assert found.arms[ORIGINAL].requests is None
 
 

@@ -12,10 +12,11 @@ import pytest
 from moe_serve.rollout.guards import effect, errors, split_mismatch
 from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.reading import Reading
-from moe_serve.rollout.simulation import Scenario, play
+from moe_serve.rollout.simulation import play
 from moe_serve.rollout.traffic import move
 from moe_serve.rollout.users import Users
 from moe_serve.rollout.window import Window
+from moe_serve.rollout.workload import Scenario
 from moe_serve.serving import listener
 from moe_serve.serving.listener import listener_file, trim_users, users_file
 from moe_serve.serving.routes import STICKY

@@ -20,7 +20,7 @@ EMPTY = ArmReading(
     requests=0.0,
     failed=0.0,
     over={"ttft": (0, 0), "tpot": (0, 0)},
-    shares={"truncated": (0, 0), "empty": (0, 0), "feedback": (0, 0)},
+    shares={"truncated": (0, 0), "empty": (0, 0), "abandoned": (0, 0), "feedback": (0, 0)},
     running=1.0,
     healthy=True,
 )
@@ -56,20 +56,19 @@ class Traffic:
         failed: float = 0,
         slow: float = 0,
         load: float = 1.0,
-        *,
-        truncated: float = 0,
+        **of: float,
     ) -> None:
-        """Requests since the last reading; ``slow`` of them over both objectives."""
+        """Requests since the last reading; ``slow`` of them over both objectives.
+
+        Of the shares that are named, so many are of the kind.
+        """
         arm = self.arms[variant]
         self.arms[variant] = replace(
             arm,
             requests=(arm.requests or 0) + requests,
             failed=(arm.failed or 0) + failed,
             over={m: (k + slow, n + requests) for m, (k, n) in arm.over.items()},
-            shares={
-                m: (k + (truncated if m == "truncated" else 0), n + requests)
-                for m, (k, n) in arm.shares.items()
-            },
+            shares={m: (k + of.get(m, 0.0), n + requests) for m, (k, n) in arm.shares.items()},
             running=load,
         )
 
