@@ -1,11 +1,12 @@
 """Recorded figures against clients' log: ``python -m benchmarks.rollout.figures --state DIR``.
 
-Against a running ``moe-serve up``. For five minutes clients stream from both variants and write
-down what they see, while a real Prometheus scrapes with the rules in ``deploy/``. Then each
-recorded series is set beside the same figure from the log. A quantile of a histogram is an
-interpolation between its edges, so the log's quantile is taken from the same edges; its exact one
-stands beside it. Scrapes are as far apart, and may take as long, as in ``deploy/``: with an engine
-that does not answer one takes two seconds, and if it failed for that, the other engine's traffic
+Against a running ``moe-serve up``. For five minutes clients stream from both variants in turn (at
+the same time two engines on few cores stall each other, and of such a tail two clocks see different
+parts) and write down what they see, while a real Prometheus scrapes with the rules in ``deploy/``.
+Then each recorded series is set beside the same figure from the log. A quantile of a histogram is
+an interpolation between its edges, so the log's quantile is taken from the same edges; its exact
+one stands beside it. Scrapes are as far apart, and may take as long, as in ``deploy/``: with an
+engine that does not answer one takes two seconds, and if it failed for that, the other's traffic
 would be missed too. Exit 1 when a figure is more than 5 % off, or a panel's expression is empty.
 """
 
@@ -38,6 +39,8 @@ _WINDOW: Final = 300.0
 _TOLERANCE: Final = 0.05
 _INTERVAL: Final = 5
 """Seconds between scrapes, as in ``deploy/``."""
+_TURN: Final = 10.0
+"""Seconds for which one variant is asked, then the other."""
 _PAUSE: Final = 0.2
 """Seconds after a refusal."""
 
@@ -53,42 +56,49 @@ class Line:
 
 
 class Log:
-    """Streams from each variant until stopped."""
+    """Streams from each variant in turn, until stopped."""
 
     def __init__(self, stack: StackState, streams: int, words: int, tokens: int) -> None:
-        """``streams`` at a time from each variant, ``tokens`` long, to prompts of ``words``."""
+        """``streams`` at a time, ``tokens`` long, to prompts of ``words``."""
         self.lines: list[Line] = []
         self.refused = dict.fromkeys(VARIANTS, 0)
         self._stack, self._words, self._tokens = stack, words, tokens
+        self._streams, self._count = streams, itertools.count()
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._run, args=(variant, number))
-            for variant in VARIANTS
-            for number in range(streams)
-        ]
+        self._thread = threading.Thread(target=self._take_turns)
 
     def __enter__(self) -> Log:  # noqa: PYI034 - a plain class
         """Begin."""
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_exc: object) -> None:
         """End, after the streams in flight."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
 
-    def _run(self, variant: str, number: int) -> None:
+    def _take_turns(self) -> None:
+        for variant in itertools.cycle(VARIANTS):
+            if self._stop.is_set():
+                return
+            until = time.monotonic() + _TURN
+            threads = [
+                threading.Thread(target=self._run, args=(variant, until))
+                for _ in range(self._streams)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+
+    def _run(self, variant: str, until: float) -> None:
         with client(self._stack.endpoint, variant) as openai:
-            count = 0
-            while not self._stop.is_set():
-                count += 1
+            while time.monotonic() < until and not self._stop.is_set():
                 sent = time.time()
                 try:
                     stream = openai.completions.create(
                         model=self._stack.served_model,
-                        prompt=f"{number} {count} {'def ' * self._words}",
+                        prompt=f"{next(self._count)} {'def ' * self._words}",
                         max_tokens=self._tokens,
                         stream=True,
                         extra_body={"ignore_eos": True},
@@ -166,9 +176,13 @@ def compare(url: str, lines: Sequence[Line], at: float) -> list[tuple[str, ...]]
 
 
 def pause(lines: Sequence[Line], variant: str) -> float:
-    """Seconds for which no client of a variant got a token, at most."""
-    times = sorted(t for line in lines if line.variant == variant for t in line.arrivals)
-    return max(b - a for a, b in itertools.pairwise(times))
+    """Seconds for which a client of a variant waited for a token, at most."""
+    return max(
+        b - a
+        for line in lines
+        if line.variant == variant
+        for a, b in itertools.pairwise((line.sent, *line.arrivals))
+    )
 
 
 def empty(url: str, seconds: float = 30.0) -> list[str]:
@@ -187,9 +201,9 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True)
-    parser.add_argument("--streams", type=int, default=2, help="at a time, of each variant")
-    parser.add_argument("--words", type=int, default=150, help="of a prompt")
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--streams", type=int, default=2, help="at a time")
+    parser.add_argument("--words", type=int, default=200, help="of a prompt")
+    parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
     stack = StackState.load(options.state)
     with (
@@ -211,7 +225,7 @@ def main() -> None:
         for variant in VARIANTS
     ]
     failed = ", ".join(f"{r['metric']['job']} for {r['value'][1]} s" for r in lost) or "none"
-    print(f"\nLongest silence: {'; '.join(pauses)}. Failed scrapes: {failed}.")
+    print(f"\nLongest wait for a token: {'; '.join(pauses)}. Failed scrapes: {failed}.")
     print(f"{len(log.lines):,} answers; panels without data: {', '.join(silent) or 'none'}")
     off = [r for r in rows if abs(float(r[3].rstrip("%")) / 100) > _TOLERANCE]
     sys.exit(bool(off or silent))
