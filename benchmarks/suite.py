@@ -120,13 +120,13 @@ SUITE: Final = {
     ),
     "figures": Benchmark(
         title="Whether the dashboards tell the truth",
-        about="Clients write down what they meet while a real Prometheus scrapes with the "
-        "rules in `deploy/`; then each recorded series beside the same figure from their log. A "
-        "quantile of a histogram is interpolated between its edges, so the log's is taken from the "
-        "same edges; the exact one stands beside it. The model is random and wide enough that an "
-        "answer takes longer to compute than to deliver: latencies are the engines' own, and what "
-        "clients meet beyond is the proxy, the way, and waiting for a processor, some ten "
-        "milliseconds here.",
+        about="Clients ask one variant, then the other, and write down what they meet while a "
+        "real Prometheus scrapes with the rules in `deploy/`; then each recorded series beside the "
+        "same figure from their log. A quantile of a histogram is interpolated between its edges, "
+        "so the log's is taken from the same edges; the exact one stands beside it. The model is "
+        "random and wide enough that an answer takes longer to compute than to deliver: latencies "
+        "are the engines' own, and what clients meet beyond is the proxy, the way, and waiting for "
+        "a processor, some ten milliseconds here.",
         module="benchmarks.rollout.figures",
         stack="wide",
     ),

@@ -58,12 +58,15 @@ class Line:
 class Log:
     """Streams from each variant in turn, until stopped."""
 
-    def __init__(self, stack: StackState, streams: int, words: int, tokens: int) -> None:
+    def __init__(
+        self, stack: StackState, streams: int, words: int, tokens: int, *, together: bool
+    ) -> None:
         """``streams`` at a time, ``tokens`` long, to prompts of ``words``."""
         self.lines: list[Line] = []
         self.refused = dict.fromkeys(VARIANTS, 0)
         self._stack, self._words, self._tokens = stack, words, tokens
         self._streams, self._count = streams, itertools.count()
+        self._turns = [VARIANTS] if together else [(variant,) for variant in VARIANTS]
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._take_turns)
 
@@ -78,12 +81,13 @@ class Log:
         self._thread.join()
 
     def _take_turns(self) -> None:
-        for variant in itertools.cycle(VARIANTS):
+        for variants in itertools.cycle(self._turns):
             if self._stop.is_set():
                 return
             until = time.monotonic() + _TURN
             threads = [
                 threading.Thread(target=self._run, args=(variant, until))
+                for variant in variants
                 for _ in range(self._streams)
             ]
             for thread in threads:
@@ -202,6 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--streams", type=int, default=2, help="at a time")
+    parser.add_argument("--together", action="store_true", help="ask both at the same time")
     parser.add_argument("--words", type=int, default=200, help="of a prompt")
     parser.add_argument("--tokens", type=int, default=48)
     options = parser.parse_args()
@@ -209,7 +214,9 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         scraping(stack.control, Path(folder) / "prometheus", seconds=_INTERVAL) as url,
-        Log(stack, options.streams, options.words, options.tokens) as log,
+        Log(
+            stack, options.streams, options.words, options.tokens, together=options.together
+        ) as log,
     ):
         time.sleep(_WINDOW + 20.0)
         at = time.time()

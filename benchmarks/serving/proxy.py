@@ -32,7 +32,7 @@ from moe_serve.serving.routes import write_split
 
 BODY = json.dumps({"model": "m", "prompt": "x"}).encode()
 _STREAMS: Final = 100
-"""Of a connection, as many as the proxy's listener allows."""
+"""Of a connection, as many as the proxy's listener allows; opened at once."""
 _PATIENCE: Final = 240.0
 """Seconds in which all streams have to be open, and for which each may be silent."""
 ANSWER = json.dumps({"object": "text_completion", "choices": [{"text": "x"}]}).encode()

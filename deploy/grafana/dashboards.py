@@ -69,7 +69,8 @@ AB: Final = Dashboard(
         Panel(
             "Given up",
             "Share of requests whose clients went away before the end, or that took longer than "
-            "the proxy waits. Some always do; the two variants should be alike.",
+            "the proxy waits. Some always do; the two variants should be alike. Empty behind a "
+            "gateway of the cluster's, which does not tell.",
             "percentunit",
             (("variant:moe_serve_abandoned:ratio_rate5m", "{{variant}}"),),
         ),

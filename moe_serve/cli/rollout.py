@@ -236,16 +236,18 @@ def dependence_command(
             where=str(users_file(state)),
             remedy="the proxy writes it; start the stack, and send requests that name their users",
         ) from exc
-    ends = [x.at_most for x in found if x.at_most is not None]
-    advised = max(ends) if ends else None
+    ends = {x.what: x.at_most for x in found if x.at_most is not None}
+    advised = max((end for what, end in ends.items() if what != "left"), default=None)
+    patience = max(ends.values(), default=None) if "left" in ends else None
     if as_json:
-        print_json({"dependence": advised, "alike": [one.to_json() for one in found]})
+        advice = {"dependence": advised, "with_abandoned": patience}
+        print_json({**advice, "alike": [one.to_json() for one in found]})
         return
     table = Table("requests that", "of", "users", "happened", "correlation", "at most, 95 %")
     for one in found:
         figures = ["too few"] * 2 if one.correlation is None else []
         figures = figures or [f"{one.correlation:.4f}", f"{one.at_most:.4f}"]
-        told = {"failed": "failed", "slow": "took long"}[one.what]
+        told = {"failed": "failed", "slow": "took long", "left": "were given up"}[one.what]
         counts = (f"{one.requests:,}", f"{one.users:,}", f"{one.events:,}")
         table.add_row(told, *counts, *figures)
     out.print(table)
@@ -254,6 +256,8 @@ def dependence_command(
         if advised is not None
         else "too little to say anything: keep the default, and look again when there is more"
     )
+    if patience is not None:
+        out.print(f"with the guard abandoned: dependence = {patience:.3f}")
 
 
 def _table(rows: list[Summary]) -> Table:

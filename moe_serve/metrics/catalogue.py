@@ -74,7 +74,7 @@ CATALOGUE: Final = {
             "Requests at the proxy by who answered: answered (below 500), failed, cut (connection "
             "lost in flight; also counted in one of the two before), abandoned (the client went "
             "away, or the proxy no longer waited; also answered where headers were there), and "
-            "sent, which is all of them.",
+            "sent, which is all that went out over a connection.",
         ),
         Metric(
             "moe_serve_traffic_weight_ratio",

@@ -62,17 +62,19 @@ class Host:
     cut: int
     """Connections that the engine closed while a request was in flight: streams cut off after
     their headers, which count as answered too, and resets before them, which are failed too."""
-    abandoned: int
+    abandoned: int | None
     """Connections that the proxy closed while a request was in flight: its client had gone, or it
-    took longer than the proxy waits. Those whose headers were there count as answered too."""
+    took longer than the proxy waits, or the answer was no HTTP. Those whose headers were there
+    count as answered too. ``None``: not known."""
     sent: int
-    """All of them, also those that neither answered nor failed before they were abandoned."""
+    """All that were sent over a connection, also those that were abandoned before the headers."""
     healthy: bool
 
     def outcomes(self) -> dict[str, int]:
         """Outcome → requests."""
         names = ("answered", "failed", "cut", "abandoned", "sent")
-        return {name: getattr(self, name) for name in names}
+        counts = {name: getattr(self, name) for name in names}
+        return {name: count for name, count in counts.items() if count is not None}
 
 
 class Counts(Protocol):
@@ -97,8 +99,8 @@ class EngineCounts:
     """Requests as the engines count them, where the proxy is not ours to ask.
 
     vLLM counts answers by class of status. What never reached an engine it does not know, nor that
-    a stream broke off or a client went away: ``cut`` and ``abandoned`` stay 0, and an engine that
-    does not answer is unhealthy, its counts as they last were.
+    a stream broke off: ``cut`` stays 0, and an engine that does not answer is unhealthy, its
+    counts as they last were. Nor whether a client went away.
     """
 
     name: Final = "gateway"
@@ -129,7 +131,7 @@ def _counted(samples: list[Sample]) -> Host:
         if sample.name == _HTTP and sample.labels.get("handler") in _HANDLERS:
             outcome = "failed" if sample.labels.get("status", "").startswith("5") else "answered"
             found[outcome] += int(sample.value)
-    return Host(**found, cut=0, abandoned=0, sent=sum(found.values()), healthy=True)
+    return Host(**found, cut=0, abandoned=None, sent=sum(found.values()), healthy=True)
 
 
 _HTTP: Final = "http_requests_total"

@@ -262,7 +262,7 @@ def _pick(
 
         def hopeful() -> bool:
             bare[option.name] = ground.error(root_DD)
-            return bare[option.name] <= _HOPELESS * bare[offered[0].name]
+            return not bare[option.name] > _HOPELESS * bare[offered[0].name]
 
         fitted = walk.attempt(layer, mixture, option.plan, by, hopeful=hopeful)
         if fitted.record or by is None:

@@ -34,6 +34,7 @@ def start_rollout(
         UsageError: the probes are not those that the policy names.
     """
     _can_stick(state, policy)
+    _can_count(state, policy)
     store = Store(state)
     saved = store.saved()
     now = time.time()
@@ -81,6 +82,16 @@ def _can_stick(state: Path, policy: Policy) -> None:
             "an HTTPRoute cannot keep a user on one variant",
             where="policy",
             remedy='write sticky = "off", or let moe-serve\'s own Envoy split',
+        )
+
+
+def _can_count(state: Path, policy: Policy) -> None:
+    """Nobody is told that clients are patient where that is not seen."""
+    if policy.guards.abandoned != "off" and StackState.load(state).http_route is not None:
+        raise RolloutError(
+            "a gateway does not tell which requests were given up",
+            where="policy",
+            remedy='write abandoned = "off" under [guards], or let moe-serve\'s own Envoy split',
         )
 
 

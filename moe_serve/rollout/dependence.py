@@ -28,7 +28,7 @@ _LEVEL: Final = 0.95
 _SLOWEST: Final = 0.1
 
 Array = NDArray[np.float64]
-What = Literal["failed", "slow"]
+What = Literal["failed", "slow", "left"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +50,7 @@ class Alike:
 
 
 def alike(file: Path, seconds: float | None = None) -> tuple[Alike, ...]:
-    """Of failures, and of requests that take long.
+    """Of failures, of requests that take long, and of those that clients give up.
 
     Args:
         file: the proxy's, as it is now.
@@ -61,13 +61,14 @@ def alike(file: Path, seconds: float | None = None) -> tuple[Alike, ...]:
     """
     found = list(_whole(file))
     if seconds is None:
-        times = [line.seconds for line in found]
+        times = [line.seconds for line in found if not line.left]
         seconds = float(np.quantile(times, 1.0 - _SLOWEST)) if times else math.inf
     limit = seconds
     return (
         _estimate("failed", [(x, x.failed) for x in found]),
-        # One that failed may have been quick or slow for that reason.
-        _estimate("slow", [(x, x.seconds >= limit) for x in found if not x.failed]),
+        # One that failed or was given up may have been quick or slow for that reason.
+        _estimate("slow", [(x, x.seconds >= limit) for x in found if not (x.failed or x.left)]),
+        _estimate("left", [(x, x.left) for x in found]),
     )
 
 

@@ -83,10 +83,12 @@ class Guards(Table):
     empty: ShareGuard | Literal["off"] = ShareGuard(margin=0.02)
     """Answers of one token at most, which is what an empty one comes to
     (``vllm:request_generation_tokens``)."""
-    abandoned: ShareGuard | Literal["off"] = ShareGuard(margin=0.05)
+    abandoned: ShareGuard | Literal["off"] = "off"
     """Requests whose clients went away before the end, or that took longer than the proxy waits:
-    people who no longer want an answer, or no longer wait for it, are in no other figure. Five
-    points. Behind a gateway that is not ours nobody counts them, and this guard passes."""
+    people who no longer want an answer, or no longer wait for it, are in no other figure. Off: one
+    program that never waits would weigh as many people; ``moe-serve rollout dependence`` tells how
+    alike a client's requests are in this. Not tested on copies, which have no client, and refused
+    behind a gateway that is not ours, where nobody counts them."""
     feedback: ShareGuard | Literal["off"] = "off"
     """Votes against an answer (``POST /feedback``). Off: without votes it would never pass."""
     quality: QualityGuard | Literal["off"] = QualityGuard()

@@ -128,7 +128,9 @@ def _shares(samples: list[Any], edges: dict[str, float]) -> dict[str, Over]:
 
 def _abandoned(host: Host | None) -> dict[str, Over]:
     """(abandoned, requests), by the proxy."""
-    return {"abandoned": (host.abandoned, host.sent)} if host is not None else {}
+    if host is None or host.abandoned is None:
+        return {}
+    return {"abandoned": (host.abandoned, host.sent)}
 
 
 def _requests(host: Host | None) -> tuple[float | None, float | None]:
@@ -188,7 +190,7 @@ class PrometheusSources:
         known = age is not None and age <= _STALE and of["answered"] and of["failed"]
         counted = sum(of["answered"]) + sum(of["failed"])
         failed = min(counted, sum(of["failed"]) + sum(of["cut"]))
-        if known:
+        if known and of["abandoned"] and of["sent"]:
             shares["abandoned"] = (sum(of["abandoned"]), sum(of["sent"]))
         engines = {_whose(row): value for row, value in self._ask(f"{_STARTED}{{{labels}}}")}
         running = self._ask(f"vllm:num_requests_running{{{labels}}}")

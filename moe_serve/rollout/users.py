@@ -23,6 +23,7 @@ _MOST: Final = 100_000
 
 _FAILED: Final = frozenset({"UC", "UF", "UPE", "UR", "UT"})
 """Envoy's flags of an engine that broke off, before an answer or in it."""
+_LEFT: Final = "DC"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ class Line:
     """A hash."""
     variant: str
     failed: bool
+    left: bool
+    """Its client went away before the end."""
     seconds: float
     """From its arrival to the end of its answer."""
 
@@ -53,6 +56,7 @@ def lines(text: bytes) -> Iterator[Line]:
                 user=user,
                 variant=variant,
                 failed=int(status) >= 500 or not _FAILED.isdisjoint(flags.split(",")),
+                left=_LEFT in flags.split(","),
                 seconds=int(milliseconds) / 1000.0,
             )
 

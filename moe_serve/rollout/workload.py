@@ -150,6 +150,8 @@ class Traffic:
             slow = min(slow + (s.more_slow if worse else 0.0), 1.0)
             cuts = s.truncated + (s.more_truncated if worse else 0.0)
             gone = s.abandoned + (s.more_abandoned if worse else 0.0)
+            # A copy has no client.
+            asked = number - (copied if variant == PRUNED else 0)
             if self._people is not None and not copied:
                 failed = self._people.events(variant, "failures", fails)
                 late = np.array([self._people.events(variant, "slow", slow) for _ in range(2)])
@@ -162,7 +164,7 @@ class Traffic:
                 done = number - failed
                 late = rng.binomial(done, slow, size=2)
                 cut = rng.binomial(done, cuts)
-                left = int(rng.binomial(number, gone))
+                left = int(rng.binomial(asked, gone))
             none = rng.binomial(done, s.empty)
             self._counts[variant] += (number, failed, late[0], done, late[1], done, cut, none, left)
             found[variant] = (load, self._counts[variant])

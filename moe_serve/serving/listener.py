@@ -253,7 +253,9 @@ def _salt(state: Path) -> str:
 
 def _users_log(path: Path) -> dict[str, Any]:
     """A line for each request of a user who can be told apart: :class:`.rollout.users.Line`."""
-    who = f"%START_TIME(%s)% %DYNAMIC_METADATA(moe_serve:user)% %RESP({HEADER})%"
+    # Not the header: a client may have gone before there were any.
+    variant = "%UPSTREAM_METADATA(moe_serve:variant)%"
+    who = f"%START_TIME(%s)% %DYNAMIC_METADATA(moe_serve:user)% {variant}"
     line = f"{who} %RESPONSE_CODE% %RESPONSE_FLAGS% %DURATION%\n"
     known = {
         "filter": "moe_serve",

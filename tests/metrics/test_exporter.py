@@ -200,7 +200,8 @@ def test_engines_that_hang_do_not_add_up(engine: str) -> None:
         whole.proxy = Endpoints(name="envoy", url=url)
         began = time.monotonic()
         list(whole.collect())
-        assert 1.9 < time.monotonic() - began < 3.5
+        # One after the other the three would take six.
+        assert 1.9 < time.monotonic() - began < 5.5
 
 
 def test_the_processes_of_an_engine_are_looked_up_now_and_then(engine: str) -> None:

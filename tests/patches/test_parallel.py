@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from moe_serve.checkpoint.header import read_header
+from moe_serve.families import rotates_slices
+from moe_serve.files import read_json
 from tests.patches.test_oracle import BOUND, apart, off, prompts, servable
 from tests.support.engine import ask
 from tests.support.models import make_model
@@ -42,15 +47,19 @@ def test_two_ranks_hold_half_of_each_block(tmp_path: Path) -> None:
     assert answer.rank_bytes == [stored // 2] * 2
 
 
-def test_two_stages_hold_half_of_the_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v2"])
+def test_two_stages_hold_half_of_the_layers(family: str, tmp_path: Path) -> None:
     """Pipeline parallelism of 2 over four layers, experts as in all kinds of tables.
 
-    The output is tied to the embedding, which both stages then need. The log-probabilities are
-    those of one stage and the twin's, and each stage holds the experts of its own layers only.
-    vLLM's stages are traced on a CPU.
+    Qwen's output is tied to the embedding, which both stages then need; DeepSeek has shared experts
+    and latent attention. The log-probabilities are those of one stage and the twin's, and each
+    stage holds the experts of its own layers only. vLLM's stages are traced on a CPU.
     """
-    sizes = {"num_hidden_layers": 4, "tie_word_embeddings": True}
-    source = servable(tmp_path / "source", "qwen3_moe", **sizes)
+    sizes = {"num_hidden_layers": 4, "tie_word_embeddings": family == "qwen3_moe"}
+    source = servable(tmp_path / "source", family, **sizes)
+    traced: dict[str, Any] = {"mode": 2, "backend": "eager"}
+    if rotates_slices(read_json(source / "config.json")):
+        traced["custom_ops"] = ["all", "-rotary_embedding"]
     tables = {
         layer: random_table(layer, kind, experts=8, width=96, top_k=2, group_size=2)
         for layer, kind in ((1, "mixed"), (2, "blocks"), (3, "dropped"))
@@ -67,7 +76,7 @@ def test_two_stages_hold_half_of_the_layers(tmp_path: Path) -> None:
         prompts(),
         pipeline_parallel_size=2,
         enforce_eager=False,
-        compilation_config={"mode": 2, "backend": "eager"},
+        compilation_config=traced,
         environment=RANKS,
     )
     reference = reference_logprobs(tmp_path / "twin", prompts(), dropped)

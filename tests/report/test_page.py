@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from moe_serve.files import write_json
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.plan import Plan
+from moe_serve.pruning.records.evidence import Evidence
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import prune
 from moe_serve.pruning.selection import Selection
 from moe_serve.report import page as page_module
-from moe_serve.report.page import report
+from moe_serve.report.catalogue import Catalogue
+from moe_serve.report.facts import Facts
+from moe_serve.report.page import render, report
 from tests.support.accessible import barriers
 from tests.support.browser import chromium
 from tests.support.models import make_model
@@ -142,6 +146,28 @@ def test_the_filter_narrows_and_names_what_is_left(
     wanted = [row for row in index if DOMAINS[0] in row[3]]
     page.locator("#matches", has_text=f"{len(wanted)} of").wait_for()
     expect(page.locator(".card:visible")).to_have_count(len(wanted))
+    assert wrong == []
+    page.close()
+
+
+def test_alternatives_of_a_layer_show_what_they_lack_before_and_after(
+    pruned: Path, browser: Browser, tmp_path: Path
+) -> None:
+    """What was re-fitted comes first, the best before the others; an empty cell is explained."""
+    folder = pruned / "neurons"
+    facts = Facts.read(folder, evidence=Evidence.load(folder), quality=None, run=None)
+    weighed = {"drop-naee": (0.5, 0.3), "merge-cka": (2.0, None), "block-obs": (0.25, 0.1)}
+    first = replace(facts.layers[0], alternatives=weighed, taken="block-obs")
+    text = render(replace(facts, layers=(first, *facts.layers[1:])), Catalogue.of("en"))
+    page, wrong = opened(browser, tmp_path, text)
+    shown = page.locator("details[data-layer='0']")
+    assert rows(page, "details[data-layer='0'] table.alternatives") == [
+        ["block-obs ✓", "0.25", "0.1"],
+        ["drop-naee", "0.5", "0.3"],
+        ["merge-cka", "2", ""],
+    ]
+    assert "Empty: so far behind" in (shown.text_content() or "")
+    assert page.locator("details[data-layer='1'] table.alternatives").count() == 0
     assert wrong == []
     page.close()
 

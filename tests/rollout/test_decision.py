@@ -11,6 +11,7 @@ import pytest
 from moe_serve.rollout import decision as d
 from moe_serve.rollout import guards as g
 from moe_serve.rollout import state as s
+from moe_serve.rollout.margins import Guards, ShareGuard
 from moe_serve.rollout.policy import Freeze, Policy, Step
 from moe_serve.rollout.sequential import log_share_e_process, lower_rate, upper_rate
 from moe_serve.rollout.window import Window
@@ -43,8 +44,18 @@ def test_enough_good_traffic_advances() -> None:
     found = after(60)
     assert (found.kind, found.reason) == ("advance", "fine")
     assert {e.guard: e.verdict for e in found.evidence} == dict.fromkeys(
-        ("errors", "ttft", "tpot", "truncated", "empty", "abandoned"), "fine"
+        ("errors", "ttft", "tpot", "truncated", "empty"), "fine"
     )
+
+
+def test_copies_have_no_clients_who_could_go() -> None:
+    """Of a shadow step it is not asked; of users' requests it is."""
+    guards = Guards(quality="off", garbage="off", abandoned=ShareGuard(margin=0.05))
+    for step in (Step(weight=0.0, shadow=50.0), Step(weight=50.0)):
+        policy = Policy(steps=(step, Step(weight=50.0)) if step.shadow else (step,), guards=guards)
+        window = Window(began=START, weight=step.weight, shadow=step.shadow)
+        judged = d.judge(window, policy, step, None, explain=False)
+        assert ("abandoned" in {e.guard for e in judged}) is not bool(step.shadow)
 
 
 def test_what_is_missing_is_said() -> None:
@@ -128,8 +139,8 @@ def test_harm_lies_beyond_the_margin() -> None:
 def test_each_end_has_its_part_of_the_level() -> None:
     """Ends of two rates for a share; of two rates in five strata for latency; half for each way."""
     found = {e.guard: e for e in after(40, original=(50, 0, 1), pruned=(50, 0, 2)).evidence}
-    # Six guards and one step: a rollback's 1 % is split over six tests.
-    back, ahead = 0.01 / 6, 0.05
+    # Five guards and one step: a rollback's 1 % is split over five tests.
+    back, ahead = 0.01 / 5, 0.05
     truncated, ttft = found["truncated"], found["ttft"]
     assert truncated.upper == upper_rate(0, 2000, ahead / 2) - lower_rate(0, 2000, ahead / 2)
     assert truncated.lower == lower_rate(0, 2000, back / 2) - upper_rate(0, 2000, back / 2)
@@ -146,7 +157,7 @@ def test_slowness_without_an_original_to_blame() -> None:
     found = after(20, original=(0, 0, 0), pruned=(50, 0, 50))
     (ttft,) = [e for e in found.evidence if e.guard == "ttft"]
     assert ttft.verdict == "harm"
-    assert ttft.lower == pytest.approx(lower_rate(1000, 1000, 0.01 / 6 / 2 / 2) - 0.1)
+    assert ttft.lower == pytest.approx(lower_rate(1000, 1000, 0.01 / 5 / 2 / 2) - 0.1)
 
 
 @pytest.mark.parametrize(
@@ -258,16 +269,16 @@ def test_the_odds_that_failures_speak_are_said() -> None:
 
 
 def test_failures_that_are_all_pruneds_prove_harm_before_the_rates_do() -> None:
-    """Six guards, two tests of this one: 1 % / 6 / 2 is one in 1,200.
+    """Five guards, two tests of this one: 1 % / 5 / 2 is one in a thousand.
 
-    Twenty of twenty speak 1,064 : 1, twenty-one 1,558 : 1, while the rates' interval holds zero.
+    Nineteen of nineteen speak 727 : 1, twenty 1,064 : 1, while the rates' interval holds zero.
     """
     verdicts = {}
-    for failures in (20, 21):
+    for failures in (19, 20):
         evidence = after(failures, pruned=(50, 1, 0)).evidence[0]
         assert evidence.lower < 0.0 < evidence.upper
         verdicts[failures] = evidence.verdict
-    assert verdicts == {20: "open", 21: "harm"}
+    assert verdicts == {19: "open", 20: "harm"}
 
 
 def test_the_proof_says_what_was_compared() -> None:

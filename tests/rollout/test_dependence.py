@@ -68,13 +68,14 @@ def test_the_upper_end_covers_what_was_put_in(tmp_path: Path) -> None:
     ends, middles = [], []
     for seed in range(40):
         written(tmp_path / "logs" / "users.log", seed, users=600, rate=0.05, alike_=0.1)
-        failed, slow = alike(tmp_path / "logs" / "users.log")
+        failed, slow, left = alike(tmp_path / "logs" / "users.log")
         assert failed.at_most is not None
         assert failed.correlation is not None
         ends.append(failed.at_most)
         middles.append(failed.correlation)
         assert slow.correlation is not None
         assert abs(slow.correlation) < 0.05
+        assert (left.events, left.correlation) == (0, None)
     assert sum(end >= 0.1 for end in ends) >= 34
     assert np.mean(middles) == pytest.approx(0.1, abs=0.02)
 
@@ -83,7 +84,7 @@ def test_too_little_says_nothing(tmp_path: Path) -> None:
     """Few users, or few failures: no figure, and the command keeps the default."""
     fake_stack(tmp_path)
     written(users_file(tmp_path), 0, users=50, rate=0.05, alike_=0.1)
-    failed, _ = alike(users_file(tmp_path))
+    failed, *_ = alike(users_file(tmp_path))
     assert (failed.correlation, failed.at_most) == (None, None)
     done = run(tmp_path)
     assert (done.returncode, "keep the default" in done.stdout) == (0, True)
@@ -93,13 +94,24 @@ def test_too_little_says_nothing(tmp_path: Path) -> None:
 
 
 def test_the_command_advises_the_largest_end(tmp_path: Path) -> None:
-    """Of both kinds of event."""
+    """Of failures and slowness; and once more for the guard that patience matters to."""
     fake_stack(tmp_path)
     written(users_file(tmp_path), 0, users=600, rate=0.2, alike_=0.1)
     told = json.loads(run(tmp_path, "--json").stdout)
-    assert told["dependence"] == max(one["at_most"] for one in told["alike"])
+    failed, slow, left = told["alike"]
+    assert told["dependence"] == max(failed["at_most"], slow["at_most"])
     assert told["dependence"] > 0.1
+    assert (told["with_abandoned"], left["at_most"]) == (None, None)
     assert f"dependence = {told['dependence']:.3f}" in run(tmp_path).stdout
+    # The same people, who leave instead of failing.
+    text = users_file(tmp_path).read_text().replace(" 503 - ", " 0 DC ")
+    users_file(tmp_path).write_text(text)
+    told = json.loads(run(tmp_path, "--json").stdout)
+    assert told["alike"][2] == {**failed, "what": "left"}
+    assert told["with_abandoned"] == max(failed["at_most"], told["alike"][1]["at_most"])
+    assert told["dependence"] == told["alike"][1]["at_most"] < 0.1
+    shown = run(tmp_path).stdout
+    assert f"with the guard abandoned: dependence = {told['with_abandoned']:.3f}" in shown
 
 
 def test_the_proxy_notes_how_it_ended(tmp_path: Path) -> None:

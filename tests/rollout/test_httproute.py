@@ -19,6 +19,7 @@ import pytest
 from moe_serve.errors import OutputError, RolloutError
 from moe_serve.metrics.memory import process_tree
 from moe_serve.rollout.commands import start_rollout
+from moe_serve.rollout.margins import Guards, ShareGuard
 from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.recovery import recover
 from moe_serve.rollout.sources import sources_of
@@ -157,6 +158,9 @@ def test_stickiness_is_refused_rather_than_forgotten(cluster: Cluster, tmp_path:
     Store(state).lease("someone", 600.0)
     with pytest.raises(RolloutError, match='sticky = "off"'):
         start_rollout(state, Policy(), reason="", actor="me")
+    guards = Guards(abandoned=ShareGuard(margin=0.05))
+    with pytest.raises(RolloutError, match='abandoned = "off"'):
+        start_rollout(state, Policy(sticky="off", guards=guards), reason="", actor="me")
     assert (cluster.writes, Store(state).history()) == (0, [])
 
 

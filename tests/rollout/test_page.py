@@ -326,9 +326,10 @@ def test_every_word_is_there_in_both_languages() -> None:
     }
     assert len(used) > 60
     assert used <= catalogue.keys()
-    policy = Policy(guards=Guards(feedback=ShareGuard(margin=0.1)))
+    often = ShareGuard(margin=0.1)
+    policy = Policy(guards=Guards(feedback=often, abandoned=often))
     judged = judge(Window(began=0.0, weight=5.0), policy, policy.steps[2], NOTHING, explain=False)
-    assert len(judged) == 11
+    assert len(judged) == 11  # With the two that are off by default.
     assert {f"guard-{evidence.guard}" for evidence in judged} <= catalogue.keys()
     text = join([say("more", guard="errors", count="340", span=360), say("min-time", span=300)])
     made = Decision(kind="hold", reason="evidence", words=text, evidence=judged).to_json()

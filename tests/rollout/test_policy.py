@@ -21,11 +21,11 @@ def written(tmp_path: Path, text: str) -> Path:
 
 
 def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
-    """Everything has a default; four steps of six guards and three tests of probes: 27."""
+    """Everything has a default; four steps of five guards and three tests of probes: 23."""
     policy = load_policy(written(tmp_path, ""))
     assert policy == Policy()
     assert [step.weight for step in policy.steps] == [0, 1, 5, 25, 50]
-    assert policy.tests == 4 * 6 + 3
+    assert policy.tests == 4 * 5 + 3
 
 
 @pytest.mark.parametrize(

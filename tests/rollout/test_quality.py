@@ -153,7 +153,7 @@ def shares(guards: Guards) -> Iterator[tuple[Traffic, Policy]]:
 def test_more_of_a_kind_roll_back_and_probes_are_taken_off(name: str) -> None:
     """A fifth more of the answers are cut, or given up; the same by probes alone is no evidence."""
     for mine in (True, False):
-        guards = Guards(quality="off", garbage="off")
+        guards = Guards(quality="off", garbage="off", abandoned=ShareGuard(margin=0.05))
         (traffic, policy), *_ = shares(guards)
         for tick in range(40):
             for variant in (ORIGINAL, PRUNED):
@@ -172,8 +172,7 @@ def test_more_of_a_kind_roll_back_and_probes_are_taken_off(name: str) -> None:
 def test_feedback_is_off_and_waits_for_votes_when_it_is_on() -> None:
     """Then a variant that is voted down goes back."""
     assert "feedback" not in Guards().shares()
-    others = Guards(quality="off", garbage="off", truncated="off", abandoned="off")
-    guards = others.model_copy(update={"feedback": ShareGuard(margin=0.1)})
+    guards = Guards(quality="off", garbage="off", truncated="off", feedback=ShareGuard(margin=0.1))
     (traffic, policy), *_ = shares(guards)
     silent = replace(traffic.arms[PRUNED], shares={"empty": (0, 0), "feedback": (0, 0)})
     traffic.arms = {ORIGINAL: silent, PRUNED: silent}

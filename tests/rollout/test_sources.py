@@ -9,15 +9,19 @@ from pathlib import Path
 import httpx
 import pytest
 
-from moe_serve.metrics.sources import Host
+from moe_serve.metrics.sources import EngineCounts, Host
 from moe_serve.rollout.policy import Policy, Prometheus
 from moe_serve.rollout.sources import (
     DirectSources,
     PrometheusSources,
+    _abandoned,
     _requests,
     over_edge,
     sources_of,
 )
+from moe_serve.rollout.traffic import move
+from moe_serve.rollout.users import Users, lines
+from moe_serve.serving.listener import users_file
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import HEADER as VARIANT
 from moe_serve.serving.variants import ORIGINAL, PRUNED
@@ -76,17 +80,20 @@ def test_engines_and_proxy_are_read_directly(tmp_path: Path) -> None:
 
 
 def test_clients_that_go_away_are_counted_where_they_were(tmp_path: Path) -> None:
-    """One in the middle of its stream, one before it began; three stay to the end."""
+    """One in the middle of its stream, one before it began; three stay to the end.
+
+    All are of one user, also those who never saw a header.
+    """
     with proxied(tmp_path, chunks=20, pause=0.05) as proxy:
-        url = f"{proxy.endpoint}/completions"
-        pruned = {VARIANT: PRUNED}
+        move(tmp_path, 100, decision="set", reason="")
+        url, ada = f"{proxy.endpoint}/completions", {"x-user-id": "ada"}
         for _ in range(3):
-            httpx.post(url, json={}, headers=pruned)
-        with httpx.stream("POST", url, json={}, headers=pruned) as stream:
+            httpx.post(url, json={}, headers=ada)
+        with httpx.stream("POST", url, json={}, headers=ada) as stream:
             next(stream.iter_raw())
         proxy.pruned.hang(healthy=True)
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json={}, headers=pruned, timeout=0.5)
+            httpx.post(url, json={}, headers=ada, timeout=0.5)
         sources = DirectSources(StackState.load(tmp_path))
         until = time.monotonic() + 5.0
         while (found := sources.read(POLICY).arms[PRUNED]).shares["abandoned"][0] < 2:
@@ -96,6 +103,24 @@ def test_clients_that_go_away_are_counted_where_they_were(tmp_path: Path) -> Non
         # The one whose stream had begun was answered; nothing has failed.
         assert (found.requests, found.failed) == (4, 0)
         assert sources.read(POLICY).arms[ORIGINAL].shares["abandoned"] == (0, 0)
+        users = Users(path=users_file(tmp_path))
+        while users.since(0.0)[PRUNED] != [5, 25]:
+            assert time.monotonic() < until + 60, users_file(tmp_path).read_text()
+            time.sleep(0.05)
+    noted = list(lines(users_file(tmp_path).read_bytes()))
+    assert [line.left for line in noted] == [False] * 3 + [True] * 2
+    assert not any(line.failed for line in noted)
+
+
+def test_a_gateway_does_not_tell_who_went_away(tmp_path: Path) -> None:
+    """Unknown, and not zero; what it does tell is exported alone."""
+    with proxied(tmp_path, chunks=1, pause=0.0) as proxy:
+        httpx.post(f"{proxy.endpoint}/completions", json={}, headers={VARIANT: PRUNED})
+        urls = {name: e.url for name, e in StackState.load(tmp_path).engines.items()}
+        found = EngineCounts(urls).read()
+    assert found is not None
+    assert found[PRUNED].outcomes() == {"answered": 1, "failed": 0, "cut": 0, "sent": 1}
+    assert _abandoned(found[PRUNED]) == {}
 
 
 def prometheus(age: float) -> httpx.Client:

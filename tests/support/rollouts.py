@@ -27,7 +27,6 @@ POLICY = Policy(
         tpot=LatencyGuard(objective=0.1, margin=0.4),
         truncated=ShareGuard(margin=0.4),
         empty=ShareGuard(margin=0.4),
-        abandoned=ShareGuard(margin=0.4),
         quality="off",
         garbage="off",
     ),
