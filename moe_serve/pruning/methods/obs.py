@@ -21,9 +21,11 @@ _FP64_WIDTH: Final = 1024
 ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
 
-
 _BATCH_BYTES: Final = 2**28
-"""Experts that fit are handled side by side: a round's cost is mostly that of beginning it."""
+"""Experts that fit are handled side by side: of small ones a round's cost is mostly that of
+beginning it."""
+_CACHED_BYTES: Final = 2**25
+"""The same on a processor: every round touches all of it, so it should stay in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,15 +66,16 @@ def removal_path(
             used (and experts that no token reached) well defined, and cheapest.
         device: where it is computed; what is given and returned stays on the processor.
 
-    Memory of the device: 256 MiB, or one expert's matrix, three times; FP64 up to an expert width
-    of 1024.
+    Memory of the device: 32 MiB (256 on a GPU), or one expert's matrix and weights, three times;
+    FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
     step = -(-width // ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
     dtype = torch.float64 if width <= _FP64_WIDTH else torch.float32
-    together = max(1, _BATCH_BYTES // (width * width * dtype.itemsize))
+    each = width * (width + down_NDI.shape[1]) * dtype.itemsize
+    together = max(1, (_CACHED_BYTES if device.type == "cpu" else _BATCH_BYTES) // each)
     for first in range(0, experts, together):
         some = range(first, min(first + together, experts))
         inverse_nII = torch.stack(
