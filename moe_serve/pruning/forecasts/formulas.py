@@ -81,3 +81,12 @@ def layer_memory(sizes: Sizes, work: Work) -> int:
     batch = work.batch_tokens * (12 * shape.hidden + 4 * shape.width) * F32
     layer = sizes.layer_weights * F32 + sizes.layer_bytes
     return max(layer, 2 * shape.vocabulary * shape.hidden * F32) + batch
+
+
+def kept_memory(sizes: Sizes, work: Work) -> int:
+    """What is kept of a layer: as stored, in FP32 before and after a re-fit, and in between.
+
+    The down projections are there once more while they are fitted.
+    """
+    weights = 2 * sizes.layer_weights + sizes.layer_weights // 3
+    return int(work.keep * (weights * F32 + sizes.layer_bytes))

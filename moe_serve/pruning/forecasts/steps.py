@@ -18,6 +18,7 @@ from moe_serve.pruning.forecasts.formulas import (
     dense,
     fit,
     forward,
+    kept_memory,
     layer_memory,
     original_rows,
     routed,
@@ -103,7 +104,7 @@ def apply_step(sizes: Sizes, work: Work) -> Step:
             name="apply", passes=2, flops=0.0, read=read, written=output, memory=memory, disk=0
         )
     side = side_of(sizes, work, work.refit)
-    memory = layer_memory(sizes, work) + int(work.keep * sizes.layer_weights) * 2 * F32
+    memory = layer_memory(sizes, work) + kept_memory(sizes, work)
     matrices = 4 * side**2 * F64 + 4 * side * shape.hidden * F64
     return Step(
         name="apply",
@@ -138,7 +139,7 @@ def trial_step(sizes: Sizes, work: Work) -> Step:
         read=work.trials * (sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes),
         written=0,
         memory=layer_memory(sizes, work)
-        + int(work.keep * sizes.layer_weights) * 2 * F32
+        + kept_memory(sizes, work)
         + 4 * side * (side + sizes.shape.hidden) * F64
         + activations(sizes, some),
         disk=(sizes.shape.layers + 2 + WALK_STATES) * some.tokens * sizes.shape.hidden * F32,
