@@ -22,10 +22,8 @@ from pathlib import Path
 from typing import Final, Literal
 
 import psutil
-import torch
 
 from benchmarks.fixtures import CALIBRATION, MODEL
-from benchmarks.serving.overhead import make_original
 from moe_serve.serving.ports import free_port
 
 ROOT: Final = Path(__file__).parents[1]
@@ -276,6 +274,10 @@ def stack(kind: Literal["fixture", "wide"]) -> Iterator[Path]:
 
 def make_wide(path: Path) -> Path:
     """Four hundred million random weights, a token for every byte."""
+    import torch
+
+    from benchmarks.serving.overhead import make_original
+
     return make_original(path, torch.bfloat16, hidden=1024, width=512, layers=16)
 
 

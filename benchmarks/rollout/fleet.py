@@ -24,6 +24,7 @@ import httpx
 import psutil
 import yaml
 
+from moe_serve.metrics.sources import OUTCOMES
 from moe_serve.rollout.decision import Decision, decide
 from moe_serve.rollout.policy import Policy, Prometheus
 from moe_serve.rollout.reading import ArmReading, Reading
@@ -54,7 +55,7 @@ def page(count: int) -> bytes:
         total = count * len(_EDGES)
         lines += [f'{name}_bucket{{le="+Inf"}} {total}', f"{name}_count {total}", f"{name}_sum 1"]
     lines += [f'{ENDED}{{finished_reason="{end}"}} {count}' for end in ("stop", "length", "abort")]
-    for outcome in ("answered", "failed", "cut", "abandoned", "sent"):
+    for outcome in OUTCOMES:
         lines.append(f'moe_serve_requests_total{{outcome="{outcome}"}} {count}')
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         lines.append(f"vllm:{name} {count % 7}")

@@ -51,6 +51,10 @@ class Source(_Asked):
         return [sample for family in families for sample in family.samples]
 
 
+OUTCOMES: Final = ("answered", "failed", "cut", "abandoned", "sent")
+"""What requests are counted by, of :class:`Host` and of ``moe_serve_requests_total``."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
     """What the proxy knows of one engine; counts are of attempts and cumulative."""
@@ -72,8 +76,7 @@ class Host:
 
     def outcomes(self) -> dict[str, int]:
         """Outcome → requests."""
-        names = ("answered", "failed", "cut", "abandoned", "sent")
-        counts = {name: getattr(self, name) for name in names}
+        counts = {name: getattr(self, name) for name in OUTCOMES}
         return {name: count for name, count in counts.items() if count is not None}
 
 

@@ -83,7 +83,7 @@ class Layer:
     similarity_NN: Floats | None
     measure: str
     """What ``similarity_NN`` is: ``cosine``, ``similarity`` or ``distance``."""
-    alternatives: Mapping[str, tuple[float | None, float | None]]
+    alternatives: Mapping[str, tuple[float, float | None]]
     """Method → error measured in this layer before compensation and after, ``None`` where it was
     too far behind to be compensated; empty where none were weighed."""
     taken: str | None
@@ -224,8 +224,8 @@ def _layer(
         similarity_NN=similarity,
         measure=measure,
         alternatives={
-            name: (weighed.get("uncompensated", {}).get(name), weighed["error"].get(name))
-            for name in {**weighed.get("error", {}), **weighed.get("uncompensated", {})}
+            name: (bare, weighed["error"].get(name))
+            for name, bare in weighed.get("uncompensated", {}).items()
         },
         taken=weighed.get("taken"),
         refit=refit if isinstance(refit, dict) and "error_before" in refit else None,

@@ -122,10 +122,10 @@ def _layer_view(layer: Layer, facts: Facts, t: Catalogue) -> dict[str, Any]:
     }
 
 
-def _behind(item: tuple[str, tuple[float | None, float | None]]) -> tuple[bool, float]:
+def _behind(item: tuple[str, tuple[float, float | None]]) -> tuple[bool, float]:
     """What was compensated comes first, by what it lacks then."""
     bare, error = item[1]
-    return error is None, (bare if error is None else error) or 0.0
+    return error is None, bare if error is None else error
 
 
 def _card(expert: Expert, strip: figures.Strip, t: Catalogue) -> dict[str, Any]:

@@ -28,6 +28,8 @@ Verdict = Literal["harm", "fine", "open"]
 Unit = Literal["share", "nats"]
 _MOST: Final = 1_000_000.0
 """Times the data so far, beyond which "more of it" is no advice."""
+_OF: Final = {"feedback": "basis-votes", "abandoned": "basis-requests"}
+"""Guards on shares of something else than answers."""
 _NEARLY: Final = 1.05
 """Requests that count as one, up to which nothing is said of it."""
 
@@ -228,9 +230,7 @@ def share(
     seen = {v: pairs.get(v, [0.0, 0.0]) for v in VARIANTS}
     scaled = {v: _scaled(seen[v], effect(window, policy, v)) for v in VARIANTS}
     none = [v for v in VARIANTS if scaled[v][1] <= 0]
-    votes = name == "feedback"
-    of = {"feedback": "basis-votes", "abandoned": "basis-requests"}
-    basis = say(of.get(name, "basis-answers"))
+    basis = say(_OF.get(name, "basis-answers"))
     if name in window.edges:
         basis = say("basis-short", edge=window.edges[name])
     return _Compared(
@@ -241,7 +241,7 @@ def share(
         lower=_least(scaled, policy.alpha / policy.tests / 2.0),
         upper=lambda times: _most(scaled, policy.alpha_advance / 2.0, times),
         basis=_basis(basis, window, policy),
-        needs=say("no-votes" if votes else "no-answers", who=none) if none else "",
+        needs=say("no-votes" if name == "feedback" else "no-answers", who=none) if none else "",
     ).judged(explain=explain)
 
 

@@ -13,7 +13,16 @@ from typing import Any, Final, Protocol
 
 import httpx
 
-from moe_serve.metrics.sources import Counts, Endpoints, EngineCounts, Host, Source, buckets, total
+from moe_serve.metrics.sources import (
+    OUTCOMES,
+    Counts,
+    Endpoints,
+    EngineCounts,
+    Host,
+    Source,
+    buckets,
+    total,
+)
 from moe_serve.rollout.margins import Metric
 from moe_serve.rollout.policy import Policy, Prometheus
 from moe_serve.rollout.reading import ArmReading, Reading
@@ -185,7 +194,7 @@ class PrometheusSources:
         proxies = self._ask(f"{_COUNTED}{{{labels}}}")
         of = {
             outcome: [v for row, v in proxies if row["metric"].get("outcome") == outcome]
-            for outcome in ("answered", "failed", "cut", "abandoned", "sent")
+            for outcome in OUTCOMES
         }
         known = age is not None and age <= _STALE and of["answered"] and of["failed"]
         counted = sum(of["answered"]) + sum(of["failed"])

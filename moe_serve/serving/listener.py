@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from moe_serve.files import reading, write_atomic
 from moe_serve.serving.keys import KEY_HEADER, filters, load_keys
-from moe_serve.serving.routes import NAME, route_file
+from moe_serve.serving.routes import ANSWERED_BY, NAME, route_file
 from moe_serve.serving.variants import HEADER
 
 MAX_REQUEST_BYTES: Final = 16 * 1024**2
@@ -254,8 +254,7 @@ def _salt(state: Path) -> str:
 def _users_log(path: Path) -> dict[str, Any]:
     """A line for each request of a user who can be told apart: :class:`.rollout.users.Line`."""
     # Not the header: a client may have gone before there were any.
-    variant = "%UPSTREAM_METADATA(moe_serve:variant)%"
-    who = f"%START_TIME(%s)% %DYNAMIC_METADATA(moe_serve:user)% {variant}"
+    who = f"%START_TIME(%s)% %DYNAMIC_METADATA(moe_serve:user)% {ANSWERED_BY}"
     line = f"{who} %RESPONSE_CODE% %RESPONSE_FLAGS% %DURATION%\n"
     known = {
         "filter": "moe_serve",

@@ -24,6 +24,8 @@ FILE: Final = "routes.json"
 SPARE: Final = "spare-routes.json"
 """Beside the watched folder: what a rollback puts in force where nothing can be written."""
 NAME: Final = "moe_serve"
+ANSWERED_BY: Final = "%UPSTREAM_METADATA(moe_serve:variant)%"
+"""Envoy's way to write the variant of whom a request went to."""
 ASKED: Final = ("/v1/completions", "/v1/chat/completions")
 """Where a model answers: the requests that guards count."""
 PATHS: Final = ("/v1/models", *ASKED, "/health")
@@ -231,7 +233,7 @@ def _discovery(split: Split) -> dict[str, Any]:
                         # The endpoint that answered says which it is, also after a fail-over.
                         "header": {
                             "key": HEADER,
-                            "value": "%UPSTREAM_METADATA(moe_serve:variant)%",
+                            "value": ANSWERED_BY,
                         },
                         "append_action": "OVERWRITE_IF_EXISTS_OR_ADD",
                     }

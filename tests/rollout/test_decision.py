@@ -51,8 +51,8 @@ def test_enough_good_traffic_advances() -> None:
 def test_copies_have_no_clients_who_could_go() -> None:
     """Of a shadow step it is not asked; of users' requests it is."""
     guards = Guards(quality="off", garbage="off", abandoned=ShareGuard(margin=0.05))
-    for step in (Step(weight=0.0, shadow=50.0), Step(weight=50.0)):
-        policy = Policy(steps=(step, Step(weight=50.0)) if step.shadow else (step,), guards=guards)
+    policy = Policy(steps=(Step(weight=0.0, shadow=50.0), Step(weight=50.0)), guards=guards)
+    for step in policy.steps:
         window = Window(began=START, weight=step.weight, shadow=step.shadow)
         judged = d.judge(window, policy, step, None, explain=False)
         assert ("abandoned" in {e.guard for e in judged}) is not bool(step.shadow)
