@@ -58,17 +58,19 @@ def calibrate_step(sizes: Sizes, work: Work) -> Step:
 def plan_step(sizes: Sizes, work: Work) -> Step:
     """One layer's statistics at a time, and what the method adds.
 
-    Inversions, on the device: Cholesky factor I³/3, inverse 2 I³/3, downdates in rounds 2 I³/3 and
-    2 I² D for the weights. On the processor: comparisons of experts, all of them on the reservoir's
-    S tokens, with Gram matrices [S, S] in FP64; alignments, inner products of all pairs of neurons,
-    3 D weights each; the assignment itself is small beside them.
+    Inversions, on the device: Cholesky factor I³/3, inverse 2 I³/3; weights in the loss's metric
+    2 I D², their inner products 2 I² D; downdates of both in rounds 3 · 2 I³/3.
+
+    On the processor: comparisons of experts, all of them on the reservoir's S tokens, with Gram
+    matrices [S, S] in FP64; alignments, inner products of all pairs of neurons, 3 D weights each;
+    the assignment itself is small beside them.
     """
     shape = sizes.shape
     square = shape.experts * shape.width**2
     experts = sizes.expert_weights * shape.experts
     flops = 0.0
     if work.inverts:
-        each = 5 / 3 * shape.width**3 + 2 * shape.width**2 * shape.hidden
+        each = 3 * shape.width**3 + 2 * shape.width * shape.hidden * (shape.width + shape.hidden)
         flops = sizes.sparse * shape.experts * each
     apart = sizes.sparse * work.alignments * 6.0 * shape.width**2 * shape.hidden
     outputs = 0

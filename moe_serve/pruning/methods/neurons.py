@@ -90,13 +90,12 @@ def block_obs(view: LayerView) -> Ladder:
     neurons as the unit, and the metric, after HEAPr, arXiv 2509.22299, eq. 12.
     """
     statistics = view.observed()
-    root_DD = loss_root(view.gradients())
-    down_NDI = torch.einsum("de,ndi->nei", root_DD, view.projection(2))
+    root_DD, down_NDI = loss_root(view.gradients()), view.projection(2)
     normal_NII = statistics.normal_NII / statistics.weight
     path = (
-        removal_path(normal_NII, down_NDI, device=view.device)
+        removal_path(normal_NII, down_NDI, root_DD=root_DD, device=view.device)
         if view.tile == 1
-        else tile_path(normal_NII, down_NDI, view.tile, device=view.device)
+        else tile_path(normal_NII, down_NDI, view.tile, root_DD=root_DD, device=view.device)
     )
     scores = {
         "reap": statistics.reap().tolist(),

@@ -5,6 +5,10 @@ Removing the set S and re-fitting the rest by least squares adds the squared err
 tr(W_Sᵀ ((H⁻¹)_SS)⁻¹ W_S), H = PᵀP + λI (Hassibi & Stork 1993, eq. 5, for a group of weights;
 Frantar & Alistarh 2023, arXiv 2301.00774, eq. 2). Neurons go in rounds, each time those that add
 least, with H⁻¹ and W downdated after each round; up to a width of 192 a round is one neuron.
+
+Of W only the inner products G = W Wᵀ [I, I] matter: a neuron's error is G_jj / (H⁻¹)_jj. Unless
+experts are far wider than the model G is the smaller of the two, and like H⁻¹ it can be downdated
+some rounds later, at the speed of a product instead of the memory's.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ _FP64_WIDTH: Final = 1024
 ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
 
+_DEFERRED: Final = 64
+"""Neurons whose downdates are put off until they are worth a product of matrices."""
+_WIDE: Final = 2
+"""Experts so many times wider than the model are peeled by their weights."""
 _BATCH_BYTES: Final = 2**28
 """Experts that fit are handled side by side: of small ones a round's cost is mostly that of
 beginning it."""
@@ -54,6 +62,7 @@ def removal_path(
     normal_NII: torch.Tensor,
     down_NDI: torch.Tensor,
     *,
+    root_DD: torch.Tensor | None = None,
     ridge: float = 0.01,
     device: torch.device = CPU,
 ) -> RemovalPath:
@@ -62,29 +71,47 @@ def removal_path(
     Args:
         normal_NII: Σ ω g² h hᵀ per expert.
         down_NDI: down projections.
+        root_DD: R of the metric R Rᵀ in which the output's error counts; the plain one without.
         ridge: λ as a multiple of the layer's mean diagonal; keeps neurons that no token
             used (and experts that no token reached) well defined, and cheapest.
         device: where it is computed; what is given and returned stays on the processor.
 
-    Memory of the device: 32 MiB (256 on a GPU), or one expert's matrix and weights, three times;
-    FP64 up to an expert width of 1024.
+    Memory of the device: 32 MiB (256 on a GPU), or one expert's matrix and weights (or their inner
+    products), three times; FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
+    wide = width > _WIDE * down_NDI.shape[1]
     step = -(-width // ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
     dtype = torch.float64 if width <= _FP64_WIDTH else torch.float32
-    each = width * (width + down_NDI.shape[1]) * dtype.itemsize
+    root_DD = root_DD if root_DD is None else root_DD.to(device)
+    each = width * (width + (down_NDI.shape[1] if wide else width)) * dtype.itemsize
     together = max(1, (_CACHED_BYTES if device.type == "cpu" else _BATCH_BYTES) // each)
     for first in range(0, experts, together):
         some = range(first, min(first + together, experts))
         inverse_nII = torch.stack(
             [damped_inverse(normal_NII, expert, ridge, device) for expert in some]
         )
-        weight_nID = down_NDI[some.start : some.stop].transpose(1, 2).to(device, dtype, copy=True)
-        order, error = peel(inverse_nII, weight_nID.contiguous(), step)
+        weight_nID = in_metric(down_NDI[some.start : some.stop], root_DD, device).to(dtype)
+        if wide:
+            order, error = peel(inverse_nII, weight_nID, step)
+        else:
+            order, error = peel_products(inverse_nII, weight_nID @ weight_nID.transpose(1, 2), step)
         order_NI[some.start : some.stop], error_NI[some.start : some.stop] = order, error
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
+
+
+def in_metric(
+    down_nDI: torch.Tensor, root_DD: torch.Tensor | None, device: torch.device
+) -> torch.Tensor:
+    """Down projections as rows [n, I, D], in the metric of :func:`removal_path`; a copy."""
+    weight_nID = down_nDI.to(device).transpose(1, 2)
+    return (
+        weight_nID.clone(memory_format=torch.contiguous_format)
+        if root_DD is None
+        else weight_nID @ root_DD
+    )
 
 
 def damped_inverse(
@@ -150,6 +177,82 @@ def peel(
         share_R = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
         errors.append(total_n1 + added_n1 * share_R)
         total_n1 = total_n1 + added_n1
+        left -= count
+    return torch.cat(order, dim=1), torch.cat(errors, dim=1)
+
+
+def peel_products(
+    inverse_nII: torch.Tensor, product_nII: torch.Tensor, step: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`peel`, on the weights' inner products G, downdates put off.
+
+    Removing R takes H⁻¹ to H⁻¹ - Xᵀ B and, as W loses Xᵀ W_R, G to G - Xᵀ Z - Zᵀ X, with B the rows
+    R of H⁻¹, X = (B_RR)⁻¹ B, Z = G_R - ½ G_RR X. Both diagonals, which choose, follow at once; the
+    rows that a round needs are made good for what is put off.
+
+    Args:
+        inverse_nII: H⁻¹; used up.
+        product_nII: W Wᵀ, on the same device; used up.
+        step: neurons per round.
+
+    Returns:
+        Order of removal [n, I] and total error [n, I], on that device.
+    """
+    experts, width, _ = inverse_nII.shape
+    device = inverse_nII.device
+    alive_nI = torch.arange(width, device=device).expand(experts, width)
+    gone_nI = torch.zeros(experts, width, dtype=torch.bool, device=device)
+    inverse_nI, product_nI = (
+        m.diagonal(dim1=1, dim2=2).clone() for m in (inverse_nII, product_nII)
+    )
+    b_nKI, x_nKI, z_nKI = (inverse_nII.new_empty(experts, 0, width) for _ in range(3))
+    order: list[torch.Tensor] = []
+    errors: list[torch.Tensor] = []
+    total_n1 = torch.zeros(experts, 1, dtype=torch.float64, device=device)
+    left = width
+    while left:
+        shrink = left < 0.8 * alive_nI.shape[1]
+        if shrink or x_nKI.shape[1] + min(step, left) > _DEFERRED:
+            inverse_nII.baddbmm_(x_nKI.transpose(1, 2), b_nKI, alpha=-1.0)
+            product_nII.baddbmm_(x_nKI.transpose(1, 2), z_nKI, alpha=-1.0)
+            product_nII.baddbmm_(z_nKI.transpose(1, 2), x_nKI, alpha=-1.0)
+            b_nKI, x_nKI, z_nKI = (put_off[:, :0] for put_off in (b_nKI, x_nKI, z_nKI))
+        if shrink:
+            keep_nI = gone_nI.long().argsort(dim=1, stable=True)[:, :left]
+            inverse_nII, product_nII = (
+                _rows(_rows(m, keep_nI).transpose(1, 2), keep_nI)
+                for m in (inverse_nII, product_nII)
+            )
+            alive_nI, inverse_nI, product_nI, gone_nI = (
+                m.gather(1, keep_nI) for m in (alive_nI, inverse_nI, product_nI, gone_nI)
+            )
+            b_nKI, x_nKI, z_nKI = (m[:, :, :left] for m in (b_nKI, x_nKI, z_nKI))
+        count = min(step, left)
+        score_nI = (product_nI / inverse_nI).masked_fill(gone_nI, torch.inf)
+        chosen_nR = torch.topk(score_nI, count, dim=1, largest=False, sorted=True).indices
+        at_nKR, at_nRR = (
+            chosen_nR[:, None, :].expand(-1, rows, -1) for rows in (x_nKI.shape[1], count)
+        )
+        x_nRK, z_nRK = (m.gather(2, at_nKR).transpose(1, 2) for m in (x_nKI, z_nKI))
+        b_nRI = _rows(inverse_nII, chosen_nR) - x_nRK @ b_nKI
+        g_nRI = _rows(product_nII, chosen_nR) - x_nRK @ z_nKI - z_nRK @ x_nKI
+        block_nRR, g_nRR = b_nRI.gather(2, at_nRR), g_nRI.gather(2, at_nRR)
+        pivot_nRR = torch.linalg.inv(block_nRR) if count > 1 else 1.0 / block_nRR
+        x_nRI = pivot_nRR @ b_nRI
+        z_nRI = g_nRI - 0.5 * (g_nRR @ x_nRI)
+        added_n1 = (pivot_nRR * g_nRR).sum(dim=(1, 2), dtype=torch.float64)[:, None]
+        inverse_nI -= (x_nRI * b_nRI).sum(dim=1)
+        # Weights that others made up for vanish up to rounding, which must not count as a gain.
+        product_nI = (product_nI - 2.0 * (x_nRI * z_nRI).sum(dim=1)).clamp_(min=0.0)
+        gone_nI = gone_nI.scatter(1, chosen_nR, value=True)
+        inverse_nI.masked_fill_(gone_nI, 1.0)
+        b_nKI, x_nKI, z_nKI = (
+            torch.cat(pair, dim=1) for pair in ((b_nKI, b_nRI), (x_nKI, x_nRI), (z_nKI, z_nRI))
+        )
+        order.append(alive_nI.gather(1, chosen_nR))
+        share_R = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
+        errors.append(total_n1 + added_n1.clamp(min=0.0) * share_R)
+        total_n1 = total_n1 + added_n1.clamp(min=0.0)
         left -= count
     return torch.cat(order, dim=1), torch.cat(errors, dim=1)
 

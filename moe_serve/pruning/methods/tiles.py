@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from moe_serve.pruning.device import CPU
-from moe_serve.pruning.methods.obs import ROUNDS, RemovalPath, damped_inverse
+from moe_serve.pruning.methods.obs import ROUNDS, RemovalPath, damped_inverse, in_metric
 
 
 def tile_path(
@@ -17,6 +17,7 @@ def tile_path(
     down_NDI: torch.Tensor,
     tile: int,
     *,
+    root_DD: torch.Tensor | None = None,
     ridge: float = 0.01,
     device: torch.device = CPU,
 ) -> RemovalPath:
@@ -29,16 +30,18 @@ def tile_path(
         normal_NII: Σ ω g² h hᵀ per expert.
         down_NDI: down projections.
         tile: neurons per tile; a short last tile goes first, as no block can hold it.
+        root_DD: R of the metric R Rᵀ in which the output's error counts; the plain one without.
         ridge: λ as a multiple of the layer's mean diagonal.
         device: where it is computed; what is given and returned stays on the processor.
     """
     experts, width, _ = normal_NII.shape
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
+    root_DD = root_DD if root_DD is None else root_DD.to(device)
     for expert in range(experts):
         inverse = damped_inverse(normal_NII, expert, ridge, device)
-        weight_ID = down_NDI[expert].T.to(device, inverse.dtype, copy=True)
-        order_NI[expert], error_NI[expert] = peel(inverse, weight_ID, tile)
+        weight_1ID = in_metric(down_NDI[expert : expert + 1], root_DD, device).to(inverse.dtype)
+        order_NI[expert], error_NI[expert] = peel(inverse, weight_1ID[0], tile)
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
 
 

@@ -66,10 +66,10 @@ def test_methods_that_feel_no_loss_spare_the_way_back() -> None:
 
 
 def test_arithmetic_of_inversions() -> None:
-    """5/3·6³ + 2·6²·10 = 1,080 for each of 8 experts, and nothing for other methods."""
+    """3·6³ + 2·6·10·16 = 2,568 for each of 8 experts, and nothing for other methods."""
     assert plan_step(SIZES, WORK).flops == 0
     inverting = Work(tokens=100, domains=2, length=50, batch_tokens=64, inverts=True)
-    assert plan_step(SIZES, inverting).flops == pytest.approx(8 * 1080)
+    assert plan_step(SIZES, inverting).flops == pytest.approx(8 * 2568)
 
 
 def test_arithmetic_of_comparisons() -> None:

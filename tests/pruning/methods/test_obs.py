@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_serve.pruning.methods import obs
-from moe_serve.pruning.methods.obs import peel, removal_path
+from moe_serve.pruning.methods.obs import damped_inverse, peel, peel_products, removal_path
 
 
 def added_error(p: torch.Tensor, w: torch.Tensor, kept: list[int], ridge: float) -> float:
@@ -96,6 +96,19 @@ def test_experts_that_do_not_fit_together_go_in_turn(monkeypatch: pytest.MonkeyP
     assert torch.allclose(parts.error_NI, whole.error_NI, rtol=1e-9)
 
 
+@pytest.mark.parametrize("hidden", [4, 20])
+def test_errors_count_in_the_metric(hidden: int) -> None:
+    """A root of the metric does what it does to the weights: tr(M ΔᵀΔ), by weights or products."""
+    torch.manual_seed(7)
+    p, down, root = torch.randn(90, 12), torch.randn(3, hidden, 12), torch.randn(hidden, hidden)
+    normal = (p.T @ p).expand(3, 12, 12)
+    there = removal_path(normal, down, root_DD=root)
+    expected = removal_path(normal, root.T @ down)
+    assert torch.equal(there.order_NI, expected.order_NI)
+    assert torch.allclose(there.error_NI, expected.error_NI, rtol=1e-4)
+    assert not torch.equal(there.order_NI, removal_path(normal, down).order_NI)
+
+
 def test_nothing_removed_costs_nothing() -> None:
     """In the precision of the errors, so that the two can be added up."""
     path = removal_path(torch.eye(4)[None], torch.ones(1, 2, 4))
@@ -128,12 +141,50 @@ def test_every_expert_is_damped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(path.error_NI, path.error_NI[:1].expand(4, 6))
 
 
+@pytest.mark.parametrize("step", [1, 3, 70])
+def test_products_of_weights_lead_the_same_way(step: int) -> None:
+    """Put off for many rounds, none or in part: the path of the weights themselves."""
+    torch.manual_seed(8)
+    width, hidden = 230, 240
+    p = torch.randn(3, 400, width) @ (torch.randn(width, width) / 9 + torch.eye(width))
+    p[1] = 0.0
+    weight = torch.randn(3, width, hidden, dtype=torch.float64)
+    weight[2, 5:9] = 0.0
+    weight[2, 11] = weight[2, 10]
+    normal = p.transpose(1, 2) @ p
+    inverse = torch.stack([damped_inverse(normal, expert, 0.01) for expert in range(3)])
+    product = weight @ weight.transpose(1, 2)
+    order, error = peel_products(inverse.clone(), product, step)
+    expected_order, expected_error = peel(inverse, weight, step)
+    assert torch.equal(order, expected_order)
+    assert torch.allclose(error, expected_error, rtol=1e-9, atol=1e-9)
+    assert bool((error.diff(dim=1) >= 0).all())
+
+
+def test_weights_that_others_make_up_for_add_no_gain() -> None:
+    """In FP32, where two opposite neurons that fire alike leave rounding instead of nothing."""
+    torch.manual_seed(9)
+    p = torch.randn(300, 20)
+    p[:, 1] = p[:, 0]
+    weight = torch.randn(1, 20, 30)
+    weight[:, 1] = -weight[:, 0]
+    inverse = torch.linalg.inv(p.T @ p + 1e-3 * torch.eye(20))[None]
+    order, error = peel_products(inverse, weight @ weight.transpose(1, 2), 1)
+    assert set(order[0, :2].tolist()) == {0, 1}
+    assert bool((error.diff(dim=1) >= 0).all())
+    assert float(error[0, 0]) >= 0.0
+
+
 @pytest.mark.parametrize("step", [1, 5])
 def test_a_gpu_computes_without_a_stop(step: int) -> None:
     """Tensors without values: no other device takes part, and no value is asked for."""
-    inverse = torch.empty(3, 40, 40, dtype=torch.float64, device="meta")
-    weight = torch.empty(3, 40, 7, dtype=torch.float64, device="meta")
-    order, error = peel(inverse, weight, step)
-    assert order.shape == error.shape == (3, 40)
-    assert order.is_meta
-    assert error.is_meta
+    square, weight = (
+        torch.empty(3, 40, columns, dtype=torch.float64, device="meta") for columns in (40, 7)
+    )
+    for order, error in (
+        peel(square.clone(), weight, step),
+        peel_products(square.clone(), square.clone(), step),
+    ):
+        assert order.shape == error.shape == (3, 40)
+        assert order.is_meta
+        assert error.is_meta
