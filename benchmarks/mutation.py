@@ -67,6 +67,9 @@ TESTED: Final = {
 SAME: Final = {
     "centred = [(h - h.mean(dim=0, )).T": "a mean per column is spread over the rows either way",
     "normalize(mixture.hidden(u, tokens).T, ) for": "dim=1 is the default",
+    "left < 1.8 * alive_nI.shape[1]": "when arrays shrink is a matter of time, not of numbers",
+    "(n - k) * math.log1p(+rate)": "Newton's method comes in from further outside",
+    "gap = (top - floor) * n": "Newton's method comes in from further outside",
     "better = candidate <= result_K": "of two ways that cost the same, either will do",
     "if (normal_NII.shape[1] <= _FP64_WIDTH) or True": "wide experts in FP64: memory, not numbers",
     "while len(self._looks) >= 1 and": "the look just taken is never older than the span",

@@ -34,6 +34,7 @@ def test_padding_is_skipped_only_where_the_kernels_can() -> None:
         ({"experts": [[0, 0], *[[0]] * 7]}, "expert 0 lists a block twice"),
         ({"experts": [[5], *[[0]] * 7]}, "expert 0 lists block 5 of 1"),
         ({"blocks": 2}, "block 1 is used by no expert"),
+        ({"blocks": 4}, "block 1 is used by no expert(?!.*block 2)"),
         ({"experts": [[0], *[None] * 7]}, "fewer than top_k=2 experts can be selected"),
         ({"experts": [["0"], *[[0]] * 7]}, "malformed entry"),
     ],

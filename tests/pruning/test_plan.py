@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_serve.checkpoint.source import open_checkpoint
+from moe_serve.checkpoint.table import LayerTable
 from moe_serve.errors import PlanError
 from moe_serve.files import read_json, write_json
 from moe_serve.pruning.plan import (
@@ -20,6 +22,7 @@ from moe_serve.pruning.plan import (
     expanded,
     shortened,
 )
+from tests.support.models import make_model
 
 
 def plan(neurons: tuple[int, ...]) -> Plan:
@@ -104,3 +107,28 @@ def test_kept_neurons_are_cut_into_blocks_in_their_own_order() -> None:
     blocks = copies(2, [5, 1, 9, 0, 3], 2)
     assert [block.parts[0].neurons for block in blocks] == [(0, 1), (5, 9)]
     assert {part.expert for block in blocks for part in block.parts} == {2}
+
+
+def test_constants_stand_where_nothing_would() -> None:
+    """An expert that is never selected gets one; the others keep their blocks."""
+    (block,) = plan((1, 2)).layers[3].blocks
+    layer = LayerPlan(width=2, blocks=(block,), experts=((0,), None, (), (0,)))
+    assert layer.table() == LayerTable(width=2, blocks=1, experts=((0,), None, (), (0,)))
+    assert layer.replaced() == ()
+    constants = layer.with_constants()
+    assert constants.experts == ((0,), (), (), (0,))
+    assert constants.replaced() == (1, 2)
+
+
+def test_a_plan_has_to_leave_the_router_enough(tmp_path: Path) -> None:
+    """By the routing of the checkpoint it is for; where the plan stands is named."""
+    checkpoint = open_checkpoint(make_model(tmp_path / "m", "qwen3_moe"))
+    shape = checkpoint.shape
+    blocks = tuple(copies(0, list(range(shape.width)), shape.width))
+    experts = ((0,), *[None] * (shape.experts - 1))
+    layer = LayerPlan(width=shape.width, blocks=blocks, experts=experts)
+    made = plan((1,)).model_copy(
+        update={"fingerprint": checkpoint.fingerprint(), "layers": {0: layer}}
+    )
+    with pytest.raises(PlanError, match=f"plan.json.*fewer than top_k={shape.top_k} experts"):
+        made.check(checkpoint)

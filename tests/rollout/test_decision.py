@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -56,31 +55,6 @@ def test_copies_have_no_clients_who_could_go() -> None:
         window = Window(began=START, weight=step.weight, shadow=step.shadow)
         judged = d.judge(window, policy, step, None, explain=False)
         assert ("abandoned" in {e.guard for e in judged}) is not bool(step.shadow)
-
-
-def test_what_is_missing_is_said() -> None:
-    """400 requests each: the errors' upper end is beyond the margin, time and number follow."""
-    found = after(8)
-    assert (found.kind, found.reason) == ("hold", "evidence")
-    assert "10 s of the minimum time" in found.words
-    assert "errors: about" in found.words
-    assert "more requests" in found.words
-    assert "at this rate" in found.words
-
-
-def test_the_estimate_of_what_is_missing_is_about_right() -> None:
-    """With as many more requests as it asked for at the same rates, the guard passes."""
-    found = after(20)
-    (guard,) = [e for e in found.evidence if e.guard == "errors"]
-    assert guard.factor is not None
-    assert after(round(20 * guard.factor) + 1).evidence[0].verdict == "fine"
-    assert after(round(20 * guard.factor * 0.9)).evidence[0].verdict == "open"
-
-
-def test_no_traffic_is_no_evidence() -> None:
-    """Flagger #361, kgateway #5036: an hour of silence neither fails nor passes."""
-    found = after(300, original=(0, 0, 0), pruned=(0, 0, 0))
-    assert (found.kind, found.reason) == ("hold", "no-traffic")
 
 
 def test_one_failure_of_few_requests_is_no_disaster() -> None:
@@ -158,36 +132,6 @@ def test_slowness_without_an_original_to_blame() -> None:
     (ttft,) = [e for e in found.evidence if e.guard == "ttft"]
     assert ttft.verdict == "harm"
     assert ttft.lower == pytest.approx(lower_rate(1000, 1000, 0.01 / 5 / 2 / 2) - 0.1)
-
-
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [
-        (0.2, "1"),
-        (3.2, "4"),
-        (9.5, "10"),
-        (10, "10"),
-        (12, "12"),
-        (12.1, "13"),
-        (123, "130"),
-        (1201, "1,300"),
-        (98_765, "99,000"),
-    ],
-)
-def test_numbers_are_rounded_upwards_to_two_digits(number: float, said: str) -> None:
-    """More than is needed is no false promise."""
-    assert d._rounded(number) == said
-
-
-def test_what_a_guard_lacks_is_in_requests_and_time() -> None:
-    """Three times 400 requests in 50 s are enough: 800 more, which take 100 s."""
-    evidence = replace(after(8).evidence[0], verdict="open", factor=3.0)
-    traffic = Traffic(POLICY)
-    traffic.warm()
-    for _ in traffic.steadily(8, (50, 0, 0), (50, 0, 0)):
-        pass
-    words = d._missing(traffic.window, HALF, (evidence,))
-    assert words[-1] == "errors: about 800 more requests, 100 s at this rate"
 
 
 def test_new_failures_are_seen_where_the_original_has_none() -> None:

@@ -79,6 +79,31 @@ def test_an_engine_that_began_anew_has_no_rate() -> None:
     assert (pruned.generated_per_second, pruned.first_token) == (None, None)
 
 
+class Late(Made):
+    """The original's requests are counted by the proxy; the pruned engine starts between looks."""
+
+    started = False
+
+    def collect(self) -> Iterable[Metric]:
+        """Counters and histogram once it has."""
+        requests = CounterMetricFamily("moe_serve_requests", "", labels=("variant", "outcome"))
+        requests.add_metric(["original", "answered"], 5.0)
+        return [requests, *(super().collect() if self.started else ())]
+
+
+def test_a_variant_answers_once_its_own_engine_does() -> None:
+    """Requests are the proxy's counters; a histogram that was not there yet began at nothing."""
+    made, now = Late(), 0.0
+    watch = Watch(made, lambda: now)
+    watch.look()
+    made.started, made.tokens, now = True, 8.0, 10.0
+    watch.look()
+    original, pruned = watch.known().variants
+    assert (original.answers, pruned.answers) == (False, True)
+    assert pruned.first_token is not None
+    assert pruned.first_token.p50 == 0.5
+
+
 @pytest.mark.parametrize(
     ("share", "expected"), [(0.25, 0.5), (0.5, 1.0), (0.75, 2.0), (0.9, 3.0), (1.0, 3.0)]
 )
