@@ -26,6 +26,7 @@ from moe_serve.pruning.forecasts.formulas import (
     streams,
 )
 from moe_serve.pruning.forecasts.work import Sizes, Work
+from moe_serve.pruning.methods.obs import WIDE
 from moe_serve.pruning.plan import Refit
 from moe_serve.pruning.trial import TRIAL_TOKENS
 
@@ -58,8 +59,9 @@ def calibrate_step(sizes: Sizes, work: Work) -> Step:
 def plan_step(sizes: Sizes, work: Work) -> Step:
     """One layer's statistics at a time, and what the method adds.
 
-    Inversions, on the device: Cholesky factor I³/3, inverse 2 I³/3; weights in the loss's metric
-    2 I D², their inner products 2 I² D; downdates of both in rounds 3 · 2 I³/3.
+    Inversions, on the device: Cholesky factor I³/3, inverse 2 I³/3, downdates 2 I³/3; weights in
+    the loss's metric 2 I D², and either their inner products 2 I² D and twice 2 I³/3 of downdates,
+    or where experts are wide I² D of the weights' own.
 
     On the processor: comparisons of experts, all of them on the reservoir's S tokens, with Gram
     matrices [S, S] in FP64; alignments, inner products of all pairs of neurons, 3 D weights each;
@@ -70,7 +72,12 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
     experts = sizes.expert_weights * shape.experts
     flops = 0.0
     if work.inverts:
-        each = 3 * shape.width**3 + 2 * shape.width * shape.hidden * (shape.width + shape.hidden)
+        width, hidden = shape.width, shape.hidden
+        each = 5 / 3 * width**3 + 2 * width * hidden**2
+        if width > WIDE * hidden:
+            each += width**2 * hidden
+        else:
+            each += 2 * width**2 * hidden + 4 / 3 * width**3
         flops = sizes.sparse * shape.experts * each
     apart = sizes.sparse * work.alignments * 6.0 * shape.width**2 * shape.hidden
     outputs = 0

@@ -27,7 +27,7 @@ ROUNDS: Final = 192
 
 _DEFERRED: Final = 64
 """Neurons whose downdates are put off until they are worth a product of matrices."""
-_WIDE: Final = 2
+WIDE: Final = 2
 """Experts so many times wider than the model are peeled by their weights."""
 _BATCH_BYTES: Final = 2**28
 """Experts that fit are handled side by side: of small ones a round's cost is mostly that of
@@ -80,7 +80,7 @@ def removal_path(
     products), three times; FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
-    wide = width > _WIDE * down_NDI.shape[1]
+    wide = width > WIDE * down_NDI.shape[1]
     step = -(-width // ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)

@@ -70,6 +70,9 @@ def test_arithmetic_of_inversions() -> None:
     assert plan_step(SIZES, WORK).flops == 0
     inverting = Work(tokens=100, domains=2, length=50, batch_tokens=64, inverts=True)
     assert plan_step(SIZES, inverting).flops == pytest.approx(8 * 2568)
+    # Of 6 neurons on vectors of 2, by the weights: 5/3·6³ + 2·6·2² + 6²·2 = 480.
+    wide = replace(SIZES, shape=replace(SIZES.shape, hidden=2))
+    assert plan_step(wide, inverting).flops == pytest.approx(8 * 480)
 
 
 def test_arithmetic_of_comparisons() -> None:
