@@ -265,7 +265,9 @@ def _pick(
             return not bare[option.name] > _HOPELESS * bare[offered[0].name]
 
         fitted = walk.attempt(layer, mixture, option.plan, by, hopeful=hopeful)
-        if fitted.record or by is None:
+        if by is None:
+            errors[option.name] = bare[option.name]
+        elif fitted.record:
             errors[option.name] = ground.error(root_DD)
         return fitted.record.get("ridge")
 

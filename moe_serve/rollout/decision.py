@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moe_serve.rollout.guards import Evidence, errors, latency, share, split_mismatch
-from moe_serve.rollout.margins import GarbageGuard, QualityGuard
+from moe_serve.rollout.margins import COUNTED_BY, GarbageGuard, QualityGuard
 from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.quality import Quality, garbage, quality
 from moe_serve.rollout.said import codes, join, say
@@ -71,7 +71,7 @@ def judge(
             share(name, guard, window, policy, step, explain=explain)
             for name, guard in guards.shares().items()
             # A copy has no client who could go.
-            if name != "abandoned" or step.weight
+            if COUNTED_BY[name] != "proxy" or step.weight
         ]
     if isinstance(guards.quality, QualityGuard):
         found += quality(probed, guards.quality, policy, window.now)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from moe_serve.rollout.margins import LatencyGuard, Part, ShareGuard
+from moe_serve.rollout.margins import COUNTED_BY, LatencyGuard, Part, ShareGuard
 from moe_serve.rollout.policy import Policy, Step
 from moe_serve.rollout.said import codes, say
 from moe_serve.rollout.sequential import (
@@ -28,8 +28,8 @@ Verdict = Literal["harm", "fine", "open"]
 Unit = Literal["share", "nats"]
 _MOST: Final = 1_000_000.0
 """Times the data so far, beyond which "more of it" is no advice."""
-_OF: Final = {"feedback": "basis-votes", "abandoned": "basis-requests"}
-"""Guards on shares of something else than answers."""
+_OF: Final = {"people": "basis-votes", "proxy": "basis-requests", "engine": "basis-answers"}
+"""What a share is one of, by who counts it."""
 _NEARLY: Final = 1.05
 """Requests that count as one, up to which nothing is said of it."""
 
@@ -230,7 +230,8 @@ def share(
     seen = {v: pairs.get(v, [0.0, 0.0]) for v in VARIANTS}
     scaled = {v: _scaled(seen[v], effect(window, policy, v)) for v in VARIANTS}
     none = [v for v in VARIANTS if scaled[v][1] <= 0]
-    basis = say(_OF.get(name, "basis-answers"))
+    counter = COUNTED_BY[name]
+    basis = say(_OF[counter])
     if name in window.edges:
         basis = say("basis-short", edge=window.edges[name])
     return _Compared(
@@ -241,7 +242,7 @@ def share(
         lower=_least(scaled, policy.alpha / policy.tests / 2.0),
         upper=lambda times: _most(scaled, policy.alpha_advance / 2.0, times),
         basis=_basis(basis, window, policy),
-        needs=say("no-votes" if name == "feedback" else "no-answers", who=none) if none else "",
+        needs=say("no-votes" if counter == "people" else "no-answers", who=none) if none else "",
     ).judged(explain=explain)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Final, Literal
 
 from pydantic import Field
 
@@ -10,6 +11,14 @@ from moe_serve.rollout.table import Positive, Share, Table
 
 Metric = Literal["ttft", "tpot"]
 Part = Literal["truncated", "empty", "abandoned", "feedback"]
+COUNTED_BY: Final[Mapping[str, Literal["engine", "proxy", "people"]]] = {
+    "truncated": "engine",
+    "empty": "engine",
+    "abandoned": "proxy",
+    "feedback": "people",
+}
+"""Who counts a share. Of answers, of requests or of votes it is accordingly; only an engine's
+counters begin anew with the engine, and what the proxy counts are clients, which copies lack."""
 
 
 class ErrorGuard(Table):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
+from moe_serve.rollout.margins import COUNTED_BY
 from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.users import Crowd
 
@@ -81,13 +81,9 @@ def went_back(a: ArmReading, b: ArmReading) -> bool:
     return fell or other or _fell(a.over, b.over) or _fell(a.shares, b.shares)
 
 
-_OTHERS: Final = frozenset({"abandoned", "feedback"})
-"""Shares that engines do not count."""
-
-
 def engine_fell(a: ArmReading, b: ArmReading) -> bool:
     """A counter of the engines themselves did: the proxy's and the votes may begin anew as well."""
-    own = {name: pair for name, pair in b.shares.items() if name not in _OTHERS}
+    own = {name: pair for name, pair in b.shares.items() if COUNTED_BY[name] == "engine"}
     return _fell(a.over, b.over) or _fell(a.shares, own)
 
 
