@@ -69,6 +69,20 @@ SUITE: Final = {
         module="benchmarks.quality.methods",
         arguments=("--heldout-tokens", "4096"),
     ),
+    "router": Benchmark(
+        title="Quality on another kind of router",
+        about="The same on a DeepSeek-V3 of eight million weights: sigmoid scores with a selection "
+        "bias, four groups of experts of which two are selected from, a shared expert, a dense "
+        "layer. Trained on half as many tokens as the fixture, by `python -m "
+        "benchmarks.fixtures.build --model deepseekv3-8m --tokens 6000000`, half an hour of one "
+        "core.",
+        module="benchmarks.quality.methods",
+        arguments=(
+            *("--model", "build/fixtures/deepseekv3-8m"),
+            *("--methods", "auto", "block-heapr", "drop-naee", "drop-reap"),
+            *("--seeds", "3", "--heldout-tokens", "4096"),
+        ),
+    ),
     "native": Benchmark(
         title="Quality of stock-loadable output",
         about="The same for checkpoints that need no plugin, beside rules that drop whole experts.",
