@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from moe_serve.calibration.mixture import Mixture, Unit
+from moe_serve.checkpoint.finite import all_finite
 from moe_serve.errors import CalibrationError
 
 SKETCH: Final = 64
@@ -129,7 +130,7 @@ class GradientSums:
         Raises:
             CalibrationError: the gradients are not finite.
         """
-        if not bool(torch.isfinite(g_TD).all()):
+        if not all_finite(g_TD):
             raise CalibrationError(
                 "gradients hold NaN or infinite values",
                 remedy="weights are damaged, or the model overflows: compare the files' SHA-256 "

@@ -13,6 +13,7 @@ from moe_serve.calibration.share import Share
 from moe_serve.calibration.store import RECORD, TENSORS, Statistics
 from moe_serve.checkpoint.chain import chained
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
+from moe_serve.checkpoint.finite import all_finite
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.header import TensorEntry, read_header
 from moe_serve.checkpoint.shards import ShardWriter, TensorSpec
@@ -135,7 +136,7 @@ def _add(entries: tuple[TensorEntry, ...], writer: ShardWriter, digests: list[An
             part = torch.frombuffer(data, dtype=dtype)
             exact = part.double() if part.is_floating_point() else part.clone()
             total = exact if number == 0 else total.add_(exact)
-        if total.is_floating_point() and not bool(torch.isfinite(total).all()):
+        if total.is_floating_point() and not all_finite(total):
             raise CalibrationError(
                 f"{name} holds NaN or infinite values",
                 where=str(entries[0].file),

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from moe_serve.calibration.mixture import Mixture
+from moe_serve.checkpoint.finite import all_finite
 from moe_serve.errors import CalibrationError
 
 SUMS: Final = ("count_CN", "weight_CN", "weighted_norm_CN", "norm_CN", "square_CN")
@@ -150,7 +151,7 @@ class Accumulator:
         Raises:
             CalibrationError: the activations are not finite.
         """
-        if not bool(torch.isfinite(z_TD).all()):
+        if not all_finite(z_TD):
             raise CalibrationError(
                 "hidden states hold NaN or infinite values",
                 remedy="weights of an earlier layer are damaged, or the model overflows: compare "

@@ -19,6 +19,7 @@ from moe_serve.calibration.texts import Source
 from moe_serve.calibration.traffic import Counts, as_in_traffic
 from moe_serve.checkpoint.chain import CHAIN, broken, chained, seal
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
+from moe_serve.checkpoint.finite import all_finite
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.header import TensorEntry, read_header
 from moe_serve.checkpoint.shards import ShardWriter, TensorSpec
@@ -276,7 +277,7 @@ class Statistics:
             file.seek(entry.start)
             file.readinto(buffer)
         tensor = torch.frombuffer(buffer, dtype=TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise CalibrationError(
                 f"{name} holds NaN or infinite values",
                 where=str(entry.file),

@@ -10,6 +10,7 @@ import torch
 
 from moe_serve.checkpoint.ahead import ReadAhead, read_entry
 from moe_serve.checkpoint.dtypes import TORCH_DTYPES
+from moe_serve.checkpoint.finite import all_finite
 from moe_serve.checkpoint.header import TensorEntry
 from moe_serve.checkpoint.identity import fingerprint_of
 from moe_serve.checkpoint.listing import list_tensors
@@ -186,7 +187,7 @@ class Checkpoint:
                 where=str(self.path),
                 remedy=MISMATCH,
             )
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise CheckpointError(
                 f"tensor {name!r} holds NaN or infinite values",
                 where=str(self.entry(next(iter(scheme.tensors(name).values()))).file),

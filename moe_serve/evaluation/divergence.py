@@ -17,6 +17,7 @@ from moe_serve.calibration.decoder import Decoder
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, batches, embed
+from moe_serve.checkpoint.finite import all_finite
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.errors import CheckpointError
 from moe_serve.evaluation.quality import Floats
@@ -141,7 +142,7 @@ def require_numbers(checkpoint: Checkpoint, logs_TV: torch.Tensor) -> None:
     Raises:
         CheckpointError: a log-probability is no number.
     """
-    if not bool(torch.isfinite(logs_TV).all()):
+    if not all_finite(logs_TV):
         raise CheckpointError(
             "expects something that is no number",
             where=str(checkpoint.path),

@@ -205,18 +205,20 @@ def peel_products(
     inverse_nI, product_nI = (
         m.diagonal(dim1=1, dim2=2).clone() for m in (inverse_nII, product_nII)
     )
-    b_nKI, x_nKI, z_nKI = (inverse_nII.new_empty(experts, 0, width) for _ in range(3))
+    most, held = max(_DEFERRED, step), 0
+    put_off = tuple(inverse_nII.new_empty(experts, most, width) for _ in range(3))
     order: list[torch.Tensor] = []
     errors: list[torch.Tensor] = []
     total_n1 = torch.zeros(experts, 1, dtype=torch.float64, device=device)
     left = width
     while left:
-        shrink = left < 0.8 * alive_nI.shape[1]
-        if shrink or x_nKI.shape[1] + min(step, left) > _DEFERRED:
+        count, shrink = min(step, left), left < 0.8 * alive_nI.shape[1]
+        b_nKI, x_nKI, z_nKI = (m[:, :held] for m in put_off)
+        if shrink or held + count > most:
             inverse_nII.baddbmm_(x_nKI.transpose(1, 2), b_nKI, alpha=-1.0)
             product_nII.baddbmm_(x_nKI.transpose(1, 2), z_nKI, alpha=-1.0)
             product_nII.baddbmm_(z_nKI.transpose(1, 2), x_nKI, alpha=-1.0)
-            b_nKI, x_nKI, z_nKI = (put_off[:, :0] for put_off in (b_nKI, x_nKI, z_nKI))
+            held = 0
         if shrink:
             keep_nI = gone_nI.long().argsort(dim=1, stable=True)[:, :left]
             inverse_nII, product_nII = (
@@ -226,13 +228,11 @@ def peel_products(
             alive_nI, inverse_nI, product_nI, gone_nI = (
                 m.gather(1, keep_nI) for m in (alive_nI, inverse_nI, product_nI, gone_nI)
             )
-            b_nKI, x_nKI, z_nKI = (m[:, :, :left] for m in (b_nKI, x_nKI, z_nKI))
-        count = min(step, left)
+            put_off = tuple(m[:, :, :left].contiguous() for m in put_off)
+        b_nKI, x_nKI, z_nKI = (m[:, :held] for m in put_off)
         score_nI = (product_nI / inverse_nI).masked_fill(gone_nI, torch.inf)
         chosen_nR = torch.topk(score_nI, count, dim=1, largest=False, sorted=True).indices
-        at_nKR, at_nRR = (
-            chosen_nR[:, None, :].expand(-1, rows, -1) for rows in (x_nKI.shape[1], count)
-        )
+        at_nKR, at_nRR = (chosen_nR[:, None, :].expand(-1, rows, -1) for rows in (held, count))
         x_nRK, z_nRK = (m.gather(2, at_nKR).transpose(1, 2) for m in (x_nKI, z_nKI))
         b_nRI = _rows(inverse_nII, chosen_nR) - x_nRK @ b_nKI
         g_nRI = _rows(product_nII, chosen_nR) - x_nRK @ z_nKI - z_nRK @ x_nKI
@@ -246,9 +246,9 @@ def peel_products(
         product_nI = (product_nI - 2.0 * (x_nRI * z_nRI).sum(dim=1)).clamp_(min=0.0)
         gone_nI = gone_nI.scatter(1, chosen_nR, value=True)
         inverse_nI.masked_fill_(gone_nI, 1.0)
-        b_nKI, x_nKI, z_nKI = (
-            torch.cat(pair, dim=1) for pair in ((b_nKI, b_nRI), (x_nKI, x_nRI), (z_nKI, z_nRI))
-        )
+        for matrix, rows in zip(put_off, (b_nRI, x_nRI, z_nRI), strict=True):
+            matrix[:, held : held + count] = rows
+        held += count
         order.append(alive_nI.gather(1, chosen_nR))
         share_R = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
         errors.append(total_n1 + added_n1.clamp(min=0.0) * share_R)

@@ -10,6 +10,7 @@ import torch
 
 from moe_serve.calibration.mixture import read_mixture, whole_experts
 from moe_serve.checkpoint.chain import broken
+from moe_serve.checkpoint.finite import all_finite
 from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import copied_entries
@@ -85,7 +86,7 @@ def _numbers(checkpoint: Checkpoint, found: Verification, progress: Progress) ->
     progress.start("check numbers", len(checkpoint.tensors))
     for name in checkpoint.tensors:
         tensor = checkpoint.read(name)
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+        if tensor.is_floating_point() and not all_finite(tensor.float()):
             found.problems.append(f"tensor {name} holds NaN or infinite values")
         progress.advance()
     found.checked.append(f"{len(checkpoint.tensors)} tensors are finite")
