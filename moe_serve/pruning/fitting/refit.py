@@ -162,9 +162,11 @@ def refit(
         for slots in groups:
             present_FD = torch.cat([downs[s.piece] for s in slots])
             start_FD = torch.cat([pieces[s.piece].down_DF.T for s in slots])
-            fit, held = _accumulate(routed, slots, residual, tokens)
+            # Once λ is chosen nothing has to be held out for it.
+            held_T = tokens.held_T if len(candidates) > 1 else torch.zeros_like(tokens.held_T)
+            fit, held = _accumulate(routed, slots, residual, tokens.omega_T, held_T)
             if scale is None:
-                scale = max(fit.mean_diagonal + held.mean_diagonal, _TINY)
+                scale = max(fit.mean_diagonal + (held.mean_diagonal if held else 0.0), _TINY)
             pull_FD = (start_FD - present_FD).double()
             ridge, change_FD = _best(fit, held, pull_FD, candidates, scale)
             candidates = (ridge,)
@@ -195,12 +197,17 @@ def side_of(settings: Refit, width: int) -> int:
 
 
 def _accumulate(
-    routed: Routed, slots: Sequence[_Slot], residual: States, tokens: FitTokens
-) -> tuple[_Normal, _Normal]:
+    routed: Routed,
+    slots: Sequence[_Slot],
+    residual: States,
+    omega_T: torch.Tensor,
+    held_T: torch.Tensor,
+) -> tuple[_Normal, _Normal | None]:
     """Normal equations of a group against what all pieces leave: of tokens that fit, and held."""
     neurons, hidden = slots[-1].columns.stop, routed.pieces[0].down_DF.shape[0]
     device = routed.pieces[0].down_DF.device
-    fit, held = (_Normal.empty(neurons, hidden, device) for _ in range(2))
+    fit = _Normal.empty(neurons, hidden, device)
+    held = _Normal.empty(neurons, hidden, device) if bool(held_T.any()) else None
     wanted = [slot.piece for slot in slots]
     for numbers in _chunks(routed.batches):
         parts: dict[bool, dict[int, list[Reached]]] = {False: {}, True: {}}
@@ -208,11 +215,11 @@ def _accumulate(
         for number in numbers:
             batch = routed.batches[number]
             e_TD = batch.load_flat(residual)
-            root_T = tokens.omega_T[batch.tokens].to(e_TD.device).sqrt()
-            held_T = tokens.held_T[batch.tokens].to(e_TD.device)
+            root_T = omega_T[batch.tokens].to(e_TD.device).sqrt()
+            apart_T = held_T[batch.tokens].to(e_TD.device)
             errors.append(e_TD * root_T[:, None])
             for piece, (index_t, p_tF) in routed.batch(number, wanted):
-                root_t, held_t = root_T[index_t], held_T[index_t]
+                root_t, held_t = root_T[index_t], apart_T[index_t]
                 for into, mask_t in ((False, ~held_t), (True, held_t)):
                     rows = torch.nonzero(mask_t & (root_t > 0.0)).squeeze(1)
                     if len(rows):
@@ -222,6 +229,8 @@ def _accumulate(
             ahead += len(e_TD)
         chunk_TD = torch.cat(errors)
         for normal, into in ((fit, False), (held, True)):
+            if normal is None:
+                continue
             reached = {
                 piece: Reached(
                     torch.cat([f.index_t for f in found]), torch.cat([f.p_tF for f in found])
@@ -230,7 +239,8 @@ def _accumulate(
             }
             normal.add(slots, reached, chunk_TD)
     for normal in (fit, held):
-        normal.mirror(slots)
+        if normal is not None:
+            normal.mirror(slots)
     return fit, held
 
 
@@ -249,13 +259,13 @@ def _chunks(batches: Sequence[Batch]) -> Iterator[list[int]]:
 
 
 def _best(
-    fit: _Normal, held: _Normal, pull_FD: torch.Tensor, ridges: Sequence[float], scale: float
+    fit: _Normal, held: _Normal | None, pull_FD: torch.Tensor, ridges: Sequence[float], scale: float
 ) -> tuple[float, torch.Tensor]:
     """λ with the least held-out error, and the change on all tokens with it.
 
     Args:
         fit: the tokens that fit; all of them on return.
-        held: the tokens that choose.
+        held: the tokens that choose, if any.
         pull_FD: W₀ less the present weights.
         ridges: candidates for λ.
         scale: s of all tokens.
@@ -263,12 +273,13 @@ def _best(
     try:
         if len(ridges) == 1:
             ridge = ridges[0]
-        elif bool(held.a_FF.any()):
+        elif held is not None and bool(held.a_FF.any()):
             ridge = _least(fit, held, pull_FD, ridges, scale)
         else:
             ridge = max(ridges)  # Nothing was held out: trust few tokens least.
-        fit.a_FF += held.a_FF
-        fit.b_FD += held.b_FD
+        if held is not None:
+            fit.a_FF += held.a_FF
+            fit.b_FD += held.b_FD
         return ridge, fit.solve(pull_FD, ridge * scale)
     except RuntimeError as exc:  # torch.linalg.LinAlgError is one
         raise CalibrationError(

@@ -20,7 +20,7 @@ import torch
 
 from moe_serve.pruning.device import CPU
 
-_FP64_WIDTH: Final = 1024
+FP64_WIDTH: Final = 1024
 """Wider experts are handled in FP32: half the memory, and λ bounds the condition number."""
 ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
@@ -32,8 +32,6 @@ WIDE: Final = 2
 _BATCH_BYTES: Final = 2**28
 """Experts that fit are handled side by side: of small ones a round's cost is mostly that of
 beginning it."""
-_CACHED_BYTES: Final = 2**25
-"""The same on a processor: every round touches all of it, so it should stay in the cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +74,7 @@ def removal_path(
             used (and experts that no token reached) well defined, and cheapest.
         device: where it is computed; what is given and returned stays on the processor.
 
-    Memory of the device: 32 MiB (256 on a GPU), or one expert's matrix and weights (or their inner
+    Memory of the device: 256 MiB, or one expert's matrix and weights (or their inner
     products), three times; FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
@@ -84,10 +82,10 @@ def removal_path(
     step = -(-width // ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
-    dtype = torch.float64 if width <= _FP64_WIDTH else torch.float32
+    dtype = torch.float64 if width <= FP64_WIDTH else torch.float32
     root_DD = root_DD if root_DD is None else root_DD.to(device)
     each = width * (width + (down_NDI.shape[1] if wide else width)) * dtype.itemsize
-    together = max(1, (_CACHED_BYTES if device.type == "cpu" else _BATCH_BYTES) // each)
+    together = max(1, _BATCH_BYTES // each)
     for first in range(0, experts, together):
         some = range(first, min(first + together, experts))
         inverse_nII = torch.stack(
@@ -118,7 +116,7 @@ def damped_inverse(
     normal_NII: torch.Tensor, expert: int, ridge: float, device: torch.device = CPU
 ) -> torch.Tensor:
     """(H + λI)⁻¹ [I, I] of one expert, λ a multiple of the layer's mean diagonal."""
-    dtype = torch.float64 if normal_NII.shape[1] <= _FP64_WIDTH else torch.float32
+    dtype = torch.float64 if normal_NII.shape[1] <= FP64_WIDTH else torch.float32
     mean = float(normal_NII.diagonal(dim1=1, dim2=2).double().mean())
     hessian = normal_NII[expert].to(device, dtype, copy=True)
     hessian.diagonal().add_(max(mean, torch.finfo(torch.float32).tiny) * ridge)
@@ -258,5 +256,8 @@ def peel_products(
 
 
 def _rows(matrix_nIX: torch.Tensor, index_nR: torch.Tensor) -> torch.Tensor:
-    """Some rows of each matrix of a batch, copied."""
-    return matrix_nIX.gather(1, index_nR[:, :, None].expand(-1, -1, matrix_nIX.shape[2]))
+    """Some rows of each matrix of a batch, copied whole."""
+    experts, width, columns = matrix_nIX.shape
+    first_n1 = torch.arange(0, experts * width, width, device=matrix_nIX.device)[:, None]
+    rows = matrix_nIX.reshape(experts * width, columns)
+    return rows.index_select(0, (first_n1 + index_nR).flatten()).view(experts, -1, columns)

@@ -66,13 +66,13 @@ def test_methods_that_feel_no_loss_spare_the_way_back() -> None:
 
 
 def test_arithmetic_of_inversions() -> None:
-    """3·6³ + 2·6·10·16 = 2,568 for each of 8 experts, and nothing for other methods."""
+    """2·(24·6³ + 2·6²·10) + 2·6·10² = 13,008 for each of 8 experts; nothing for others."""
     assert plan_step(SIZES, WORK).flops == 0
     inverting = Work(tokens=100, domains=2, length=50, batch_tokens=64, inverts=True)
-    assert plan_step(SIZES, inverting).flops == pytest.approx(8 * 2568)
-    # Of 6 neurons on vectors of 2, by the weights: 5/3·6³ + 2·6·2² + 6²·2 = 480.
+    assert plan_step(SIZES, inverting).flops == pytest.approx(8 * 13008)
+    # Of 6 neurons on vectors of 2, by the weights: 8·(5/3·6³ + 6²·2) + 2·6·2² = 3,504.
     wide = replace(SIZES, shape=replace(SIZES.shape, hidden=2))
-    assert plan_step(wide, inverting).flops == pytest.approx(8 * 480)
+    assert plan_step(wide, inverting).flops == pytest.approx(8 * 3504)
 
 
 def test_arithmetic_of_comparisons() -> None:
