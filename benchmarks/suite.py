@@ -103,8 +103,10 @@ SUITE: Final = {
     ),
     "memory": Benchmark(
         title="Memory of pruning",
-        about="Peak resident memory as models grow deeper at one size of layer.",
+        about="Peak resident memory as models grow deeper at one size of layer, and what the dry "
+        "run said of memory and time.",
         module="benchmarks.pruning.memory",
+        arguments=("--layers", "4", "12", "--method", "block-obs", "--tokens", "512"),
     ),
     "paper": Benchmark(
         title="Large models on paper",

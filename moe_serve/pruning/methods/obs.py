@@ -74,8 +74,8 @@ def removal_path(
             used (and experts that no token reached) well defined, and cheapest.
         device: where it is computed; what is given and returned stays on the processor.
 
-    Memory of the device: 256 MiB, or one expert's matrix and weights (or their inner
-    products), three times; FP64 up to an expert width of 1024.
+    Memory of the device: 256 MiB, or one expert's matrix and weights and their inner products,
+    three times; FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
     wide = width > WIDE * down_NDI.shape[1]
@@ -84,7 +84,7 @@ def removal_path(
     error_NI = torch.empty(experts, width, dtype=torch.float64)
     dtype = torch.float64 if width <= FP64_WIDTH else torch.float32
     root_DD = root_DD if root_DD is None else root_DD.to(device)
-    each = width * (width + (down_NDI.shape[1] if wide else width)) * dtype.itemsize
+    each = width * (width * (1 if wide else 2) + down_NDI.shape[1]) * dtype.itemsize
     together = max(1, _BATCH_BYTES // each)
     for first in range(0, experts, together):
         some = range(first, min(first + together, experts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -84,14 +85,22 @@ def test_every_neuron_goes_once_in_rounds_too() -> None:
     assert (first, second) == pytest.approx((third / 3, third * 2 / 3), rel=1e-14)
 
 
-def test_experts_that_do_not_fit_together_go_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five, two at a time: the same as all at once."""
+@pytest.mark.parametrize(("hidden", "each"), [(3, 12 * (12 + 3) * 8), (20, 12 * (24 + 20) * 8)])
+def test_experts_that_do_not_fit_together_go_in_turn(
+    hidden: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five, two at a time, by weights or by their products: the same as all at once."""
     torch.manual_seed(6)
     p = torch.randn(5, 40, 12)
-    normal, down = p.transpose(1, 2) @ p, torch.randn(5, 3, 12)
+    normal, down = p.transpose(1, 2) @ p, torch.randn(5, hidden, 12)
     whole = removal_path(normal, down)
-    monkeypatch.setattr(obs, "_BATCH_BYTES", 2 * 12 * 12 * 8)
+    peeled = [Mock(wraps=peel), Mock(wraps=peel_products)]
+    for name, mock in zip(("peel", "peel_products"), peeled, strict=True):
+        monkeypatch.setattr(obs, name, mock)
+    monkeypatch.setattr(obs, "_BATCH_BYTES", 2 * each)
     parts = removal_path(normal, down)
+    calls = [call for mock in peeled for call in mock.call_args_list]
+    assert [len(call.args[0]) for call in calls] == [2, 2, 1]
     assert parts.order_NI.tolist() == whole.order_NI.tolist()
     assert torch.allclose(parts.error_NI, whole.error_NI, rtol=1e-9)
 
