@@ -43,10 +43,12 @@ TESTED: Final = {
         "tests/rollout/test_decision.py",
         "tests/rollout/test_limits.py",
         "tests/rollout/test_quality.py",
+        "tests/rollout/test_waiting.py",
     ),
     "moe_serve/rollout/guards.py": (
         "tests/rollout/test_decision.py",
         "tests/rollout/test_quality.py",
+        "tests/rollout/test_waiting.py",
     ),
     "moe_serve/rollout/sequential.py": (
         "tests/rollout/test_published.py",

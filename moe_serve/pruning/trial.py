@@ -265,7 +265,7 @@ def _pick(
             return not bare[option.name] > _HOPELESS * bare[offered[0].name]
 
         fitted = walk.attempt(layer, mixture, option.plan, by, hopeful=hopeful)
-        if by is None:
+        if by is None:  # Nothing that a trial tries changes a layer after it is built, but re-fits.
             errors[option.name] = bare[option.name]
         elif fitted.record:
             errors[option.name] = ground.error(root_DD)

@@ -70,8 +70,8 @@ def judge(
         found += [
             share(name, guard, window, policy, step, explain=explain)
             for name, guard in guards.shares().items()
-            # A copy has no client who could go.
-            if COUNTED_BY[name] != "proxy" or step.weight
+            # A copy has no client who could go, or vote.
+            if COUNTED_BY[name] == "engine" or step.weight
         ]
     if isinstance(guards.quality, QualityGuard):
         found += quality(probed, guards.quality, policy, window.now)

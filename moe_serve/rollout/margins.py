@@ -18,7 +18,7 @@ COUNTED_BY: Final[Mapping[str, Literal["engine", "proxy", "people"]]] = {
     "feedback": "people",
 }
 """Who counts a share. Of answers, of requests or of votes it is accordingly; only an engine's
-counters begin anew with the engine, and what the proxy counts are clients, which copies lack."""
+counters begin anew with the engine, and copies have neither clients nor votes."""
 
 
 class ErrorGuard(Table):

@@ -17,11 +17,11 @@ from benchmarks.fixtures.train import Schedule, _balance, _nudge, train
 from moe_serve.checkpoint.source import open_checkpoint
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_each_architecture_trains_and_can_be_pruned(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_each_architecture_trains_and_is_read(kind: str, tmp_path: Path) -> None:
     """Three steps on a text that repeats itself: the loss falls, and the checkpoint is read."""
     torch.manual_seed(0)
-    architecture = ARCHITECTURES[name]
+    architecture = ARCHITECTURES[kind]
     model = AutoModelForCausalLM.from_config(
         architecture.config(), dtype=torch.float32, experts_implementation="grouped_mm"
     )
@@ -39,7 +39,14 @@ def test_each_architecture_trains_and_can_be_pruned(name: str, tmp_path: Path) -
     assert losses[1] < losses[0]
     tokenizer = Tokenizer.from_file(str(MODEL / "tokenizer.json"))
     save(model, tokenizer, tmp_path / "m", architecture.experts_key)
-    shape = open_checkpoint(tmp_path / "m").shape
+    checkpoint = open_checkpoint(tmp_path / "m")
+    biases = [n for n in checkpoint.tensors if n.endswith("e_score_correction_bias")]
+    assert bool(biases) is architecture.sigmoid
+    for name in biases:
+        bias = checkpoint.read(name)
+        assert bias.dtype == torch.float32
+        assert bool(bias.any())
+    shape = checkpoint.shape
     assert (shape.experts, shape.top_k) == ((24, 4) if architecture.sigmoid else (16, 4))
 
 

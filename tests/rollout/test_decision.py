@@ -47,14 +47,15 @@ def test_enough_good_traffic_advances() -> None:
     )
 
 
-def test_copies_have_no_clients_who_could_go() -> None:
+@pytest.mark.parametrize("name", ["abandoned", "feedback"])
+def test_copies_have_no_clients_who_could_go_or_vote(name: str) -> None:
     """Of a shadow step it is not asked; of users' requests it is."""
-    guards = Guards(quality="off", garbage="off", abandoned=ShareGuard(margin=0.05))
+    guards = Guards.model_validate({"quality": "off", name: ShareGuard(margin=0.05)})
     policy = Policy(steps=(Step(weight=0.0, shadow=50.0), Step(weight=50.0)), guards=guards)
     for step in policy.steps:
         window = Window(began=START, weight=step.weight, shadow=step.shadow)
         judged = d.judge(window, policy, step, None, explain=False)
-        assert ("abandoned" in {e.guard for e in judged}) is not bool(step.shadow)
+        assert (name in {e.guard for e in judged}) is not bool(step.shadow)
 
 
 def test_one_failure_of_few_requests_is_no_disaster() -> None:

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from moe_serve.rollout import decision as d
-from moe_serve.rollout import guards as g
 from moe_serve.rollout import state as s
 from moe_serve.rollout.policy import Policy, Step
 from tests.rollout.test_decision import HALF, POLICY, after
@@ -69,24 +68,6 @@ def test_what_a_guard_lacks_is_in_requests_and_time() -> None:
     assert words[-1] == "errors: about 800 more requests, 100 s at this rate"
 
 
-def test_too_few_requests_are_those_of_the_step() -> None:
-    """400 of 1,000: 600 more, by the step's own minimum; with no rate, no promise of time."""
-    few = replace_step(min_requests=1000)
-    traffic = Traffic(few)
-    traffic.warm()
-    for _ in traffic.steadily(8, (50, 0, 0), (50, 0, 0)):
-        pass
-    words = d._missing(traffic.window, few.steps[0], ())
-    assert words[-1] == d._more("", 600.0, 8.0)
-    assert words[-1] != d._more("errors", 600.0, 8.0)
-    assert d._more("", 600.0, 0.0) != d._more("errors", 600.0, 0.0)
-
-
-def replace_step(**changes: float) -> Policy:
-    """A policy whose only step differs."""
-    return Policy(steps=(HALF.model_copy(update=changes),), guards=UNPROBED)
-
-
 def test_a_step_of_copies_lacks_copies() -> None:
     """Not users' requests, which it does not want."""
     words = {}
@@ -110,20 +91,3 @@ def test_only_who_asks_is_told_how_much_more() -> None:
         judged = d.judge(traffic.window, POLICY, HALF, None, explain=explain)
         factors = {e.guard: e.factor is not None for e in judged if e.verdict == "open"}
         assert factors["truncated"] is factors["errors"] is explain
-
-
-def test_a_proof_says_what_it_rests_on() -> None:
-    """The test that proved it, in the same words as the evidence."""
-    found = after(120, pruned=(50, 1, 0))
-    assert found.evidence[0].basis in found.words
-
-
-def test_failures_that_are_all_the_pruned_variants_prove_harm_first() -> None:
-    """Before the interval of the difference does: all of 24 failures, half of the traffic."""
-    traffic = Traffic(POLICY)
-    traffic.warm()
-    for _ in traffic.steadily(24, (100, 0, 0), (100, 1, 0)):
-        pass
-    found = g.errors(traffic.window, POLICY, HALF, explain=False)
-    assert found.lower <= found.margin
-    assert found.verdict == "harm"

@@ -26,7 +26,7 @@ from moe_serve.pruning.forecasts.formulas import (
     streams,
 )
 from moe_serve.pruning.forecasts.work import Sizes, Work
-from moe_serve.pruning.methods.obs import FP64_WIDTH, WIDE
+from moe_serve.pruning.methods.obs import BATCH_BYTES, FP64_WIDTH, WIDE, bytes_of_one
 from moe_serve.pruning.plan import Refit
 from moe_serve.pruning.trial import TRIAL_TOKENS
 
@@ -72,7 +72,7 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
     shape = sizes.shape
     square = shape.experts * shape.width**2
     experts = sizes.expert_weights * shape.experts
-    flops = 0.0
+    flops, peeled = 0.0, 0
     if work.inverts:
         width, hidden = shape.width, shape.hidden
         if width > WIDE * hidden:
@@ -81,10 +81,13 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
             each = 2 * width**2 * hidden + 8 * 3 * width**3
         each *= 2 if width <= FP64_WIDTH else 1
         flops = sizes.sparse * shape.experts * (each + 2 * width * hidden**2)
+        one = bytes_of_one(width, hidden)
+        peeled = 2 * max(one, min(BATCH_BYTES, shape.experts * one))
     apart = sizes.sparse * work.alignments * 6.0 * shape.width**2 * shape.hidden
     outputs = 0
     if work.compares:
-        each = 2 * RESERVOIR * (sizes.expert_weights + RESERVOIR * (shape.hidden + shape.experts))
+        grams = 2 * RESERVOIR * (shape.hidden + shape.experts)
+        each = 2 * RESERVOIR * (sizes.expert_weights + grams)
         apart += sizes.sparse * shape.experts * each
         outputs = shape.experts * RESERVOIR * (shape.hidden * F32 + RESERVOIR * F64)
     return Step(
@@ -93,7 +96,7 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
         flops=flops,
         read=sizes.statistics_bytes(work.domains, gradients=work.reverse) + sizes.expert_bytes // 3,
         written=0,
-        memory=2 * square * F32 + experts * F32 + outputs,
+        memory=2 * square * F32 + experts * F32 + outputs + peeled,
         disk=0,
         processor_flops=apart,
     )

@@ -6,9 +6,9 @@ tr(W_Sᵀ ((H⁻¹)_SS)⁻¹ W_S), H = PᵀP + λI (Hassibi & Stork 1993, eq. 5,
 Frantar & Alistarh 2023, arXiv 2301.00774, eq. 2). Neurons go in rounds, each time those that add
 least, with H⁻¹ and W downdated after each round; up to a width of 192 a round is one neuron.
 
-Of W only the inner products G = W Wᵀ [I, I] matter: a neuron's error is G_jj / (H⁻¹)_jj. Unless
-experts are far wider than the model G is the smaller of the two, and like H⁻¹ it can be downdated
-some rounds later, at the speed of a product instead of the memory's.
+Of W only the inner products G = W Wᵀ [I, I] matter: a neuron's error is G_jj / (H⁻¹)_jj. Like
+H⁻¹ they can be downdated some rounds later, at the speed of a product instead of the memory's;
+experts that are far wider than the model are peeled by W, which is the smaller then.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DEFERRED: Final = 64
 """Neurons whose downdates are put off until they are worth a product of matrices."""
 WIDE: Final = 2
 """Experts so many times wider than the model are peeled by their weights."""
-_BATCH_BYTES: Final = 2**28
+BATCH_BYTES: Final = 2**28
 """Experts that fit are handled side by side: of small ones a round's cost is mostly that of
 beginning it."""
 
@@ -74,8 +74,8 @@ def removal_path(
             used (and experts that no token reached) well defined, and cheapest.
         device: where it is computed; what is given and returned stays on the processor.
 
-    Memory of the device: 256 MiB, or one expert's matrix and weights and their inner products,
-    three times; FP64 up to an expert width of 1024.
+    Memory of the device: 256 MiB, or one expert's matrix, weights and their inner products, three
+    times, and the root; FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
     wide = width > WIDE * down_NDI.shape[1]
@@ -84,8 +84,7 @@ def removal_path(
     error_NI = torch.empty(experts, width, dtype=torch.float64)
     dtype = torch.float64 if width <= FP64_WIDTH else torch.float32
     root_DD = root_DD if root_DD is None else root_DD.to(device)
-    each = width * (width * (1 if wide else 2) + down_NDI.shape[1]) * dtype.itemsize
-    together = max(1, _BATCH_BYTES // each)
+    together = max(1, BATCH_BYTES // bytes_of_one(width, down_NDI.shape[1]))
     for first in range(0, experts, together):
         some = range(first, min(first + together, experts))
         inverse_nII = torch.stack(
@@ -98,6 +97,12 @@ def removal_path(
             order, error = peel_products(inverse_nII, weight_nID @ weight_nID.transpose(1, 2), step)
         order_NI[some.start : some.stop], error_NI[some.start : some.stop] = order, error
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
+
+
+def bytes_of_one(width: int, hidden: int) -> int:
+    """Of an expert's matrix and weights, and of their inner products where they are taken."""
+    size = width * (width * (1 if width > WIDE * hidden else 2) + hidden)
+    return size * (8 if width <= FP64_WIDTH else 4)
 
 
 def in_metric(
@@ -164,7 +169,9 @@ def peel(
         pivot_nRR = torch.linalg.inv(block_nRR) if count > 1 else 1.0 / block_nRR
         lost_nRD = _rows(weight_nID, chosen_nR)
         update_nRD = pivot_nRR @ lost_nRD
-        added_n1 = (lost_nRD * update_nRD).sum(dim=(1, 2), dtype=torch.float64)[:, None]
+        added_n1 = (
+            (lost_nRD * update_nRD).sum(dim=(1, 2), dtype=torch.float64)[:, None].clamp(min=0)
+        )
         weight_nID.baddbmm_(rows_nRI.transpose(1, 2), update_nRD, alpha=-1.0)
         inverse_nII.baddbmm_(rows_nRI.transpose(1, 2), pivot_nRR @ rows_nRI, alpha=-1.0)
         gone_nI.scatter_(1, chosen_nR, value=True)
@@ -211,8 +218,8 @@ def peel_products(
     left = width
     while left:
         count, shrink = min(step, left), left < 0.8 * alive_nI.shape[1]
-        b_nKI, x_nKI, z_nKI = (m[:, :held] for m in put_off)
         if shrink or held + count > most:
+            b_nKI, x_nKI, z_nKI = (m[:, :held] for m in put_off)
             inverse_nII.baddbmm_(x_nKI.transpose(1, 2), b_nKI, alpha=-1.0)
             product_nII.baddbmm_(x_nKI.transpose(1, 2), z_nKI, alpha=-1.0)
             product_nII.baddbmm_(z_nKI.transpose(1, 2), x_nKI, alpha=-1.0)
@@ -226,7 +233,7 @@ def peel_products(
             alive_nI, inverse_nI, product_nI, gone_nI = (
                 m.gather(1, keep_nI) for m in (alive_nI, inverse_nI, product_nI, gone_nI)
             )
-            put_off = tuple(m[:, :, :left].contiguous() for m in put_off)
+            put_off = tuple(m.new_empty(experts, most, left) for m in put_off)
         b_nKI, x_nKI, z_nKI = (m[:, :held] for m in put_off)
         score_nI = (product_nI / inverse_nI).masked_fill(gone_nI, torch.inf)
         chosen_nR = torch.topk(score_nI, count, dim=1, largest=False, sorted=True).indices
@@ -238,9 +245,9 @@ def peel_products(
         pivot_nRR = torch.linalg.inv(block_nRR) if count > 1 else 1.0 / block_nRR
         x_nRI = pivot_nRR @ b_nRI
         z_nRI = g_nRI - 0.5 * (g_nRR @ x_nRI)
-        added_n1 = (pivot_nRR * g_nRR).sum(dim=(1, 2), dtype=torch.float64)[:, None]
-        inverse_nI -= (x_nRI * b_nRI).sum(dim=1)
         # Weights that others made up for vanish up to rounding, which must not count as a gain.
+        added_n1 = (pivot_nRR * g_nRR).sum(dim=(1, 2), dtype=torch.float64)[:, None].clamp(min=0)
+        inverse_nI -= (x_nRI * b_nRI).sum(dim=1)
         product_nI = (product_nI - 2.0 * (x_nRI * z_nRI).sum(dim=1)).clamp_(min=0.0)
         gone_nI = gone_nI.scatter(1, chosen_nR, value=True)
         inverse_nI.masked_fill_(gone_nI, 1.0)
@@ -249,8 +256,8 @@ def peel_products(
         held += count
         order.append(alive_nI.gather(1, chosen_nR))
         share_R = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
-        errors.append(total_n1 + added_n1.clamp(min=0.0) * share_R)
-        total_n1 = total_n1 + added_n1.clamp(min=0.0)
+        errors.append(total_n1 + added_n1 * share_R)
+        total_n1 = total_n1 + added_n1
         left -= count
     return torch.cat(order, dim=1), torch.cat(errors, dim=1)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from moe_serve.calibration.mixture import Mixture, Router, Unit
@@ -11,6 +13,7 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
 from moe_serve.checkpoint.quantisation.plain import Plain
 from moe_serve.families import Routing
+from moe_serve.pruning.fitting import refit as module
 from moe_serve.pruning.fitting.refit import FitTokens, refit, side_of
 from moe_serve.pruning.fitting.routed import Routed
 from moe_serve.pruning.plan import Refit
@@ -88,5 +91,24 @@ def test_block_descent_reaches_the_joint_solution(tmp_path: Path) -> None:
     """Groups solved in turn converge to what one system gives; units wider than a group split."""
     found, _, off = run(tmp_path, Refit(ridges=(0.1,), side=4, sweeps=200))
     joint, _, _ = run(tmp_path, Refit(ridges=(0.1,)))
+    assert float((found - joint).norm() / joint.norm()) < 1e-3
+    assert off < 1e-3
+
+
+def test_only_the_first_group_holds_tokens_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To choose λ; all groups are fitted to all tokens, which one system of all shows."""
+    known, held = module._accumulate, []
+
+    def watched(*arguments: Any) -> Any:
+        normals = known(*arguments)
+        held.append(normals[1] is not None)
+        return normals
+
+    monkeypatch.setattr(module, "_accumulate", watched)
+    found, joint, off = run(tmp_path, Refit(ridges=(0.01, 0.1, 10.0), side=4, sweeps=200))
+    assert held[0]
+    assert not any(held[1:])
     assert float((found - joint).norm() / joint.norm()) < 1e-3
     assert off < 1e-3

@@ -78,11 +78,12 @@ def test_arithmetic_of_inversions() -> None:
 def test_arithmetic_of_comparisons() -> None:
     """All experts on 1,024 tokens, their Gram matrices, and inner products of aligned neurons.
 
-    An expert on the reservoir 2·1024·180, its Gram matrix 2·1024²·10, that with 4 others 2·1024²·4;
+    An expert on the reservoir 2·1024·180; in FP64 its Gram matrix 4·1024²·10, that with 4 others
+    4·1024²·4;
     3 alignments in each of 2 layers, 6·6²·10 each.
     """
     comparing = replace(WORK, compares=True)
-    expected = 8 * (2 * 1024 * 180 + 2 * 1024**2 * 14)
+    expected = 8 * (2 * 1024 * 180 + 4 * 1024**2 * 14)
     assert plan_step(SIZES, comparing).processor_flops == pytest.approx(expected)
     more = plan_step(SIZES, comparing).memory - plan_step(SIZES, WORK).memory
     assert more == 4 * (1024 * 10 * 4 + 1024**2 * 8)

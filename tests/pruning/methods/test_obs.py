@@ -97,7 +97,7 @@ def test_experts_that_do_not_fit_together_go_in_turn(
     peeled = [Mock(wraps=peel), Mock(wraps=peel_products)]
     for name, mock in zip(("peel", "peel_products"), peeled, strict=True):
         monkeypatch.setattr(obs, name, mock)
-    monkeypatch.setattr(obs, "_BATCH_BYTES", 2 * each)
+    monkeypatch.setattr(obs, "BATCH_BYTES", 2 * each)
     parts = removal_path(normal, down)
     calls = [call for mock in peeled for call in mock.call_args_list]
     assert [len(call.args[0]) for call in calls] == [2, 2, 1]
