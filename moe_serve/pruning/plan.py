@@ -136,6 +136,12 @@ class LayerPlan(_Model):
         """Experts that are a constant."""
         return tuple(e for e, b in enumerate(self.experts) if b == ()) if self.constants else ()
 
+    @property
+    def reroutes(self) -> bool:
+        """Whether tokens reach other experts than in the original: some are gone or merged."""
+        listed = [block for blocks in self.experts for block in blocks or ()]
+        return None in self.experts or len(listed) > len(set(listed)) or self.split is not None
+
     def with_constants(self) -> LayerPlan:
         """The same with a constant for each expert that would never be selected."""
         return self.model_copy(

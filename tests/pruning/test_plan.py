@@ -120,6 +120,19 @@ def test_constants_stand_where_nothing_would() -> None:
     assert constants.replaced() == (1, 2)
 
 
+def test_tokens_go_elsewhere_where_experts_are_gone_or_merged() -> None:
+    """Not where they only got smaller, down to nothing."""
+    blocks = tuple(copies(0, [0, 1, 2, 3], 2))
+
+    def reroutes(*experts: tuple[int, ...] | None) -> bool:
+        return LayerPlan(width=2, blocks=blocks, experts=experts).reroutes
+
+    assert not reroutes((0,), (1,), ())
+    assert not reroutes((0, 1), ())
+    assert reroutes((0, 1), None)
+    assert reroutes((0,), (1, 0))
+
+
 def test_a_plan_has_to_leave_the_router_enough(tmp_path: Path) -> None:
     """By the routing of the checkpoint it is for; where the plan stands is named."""
     checkpoint = open_checkpoint(make_model(tmp_path / "m", "qwen3_moe"))

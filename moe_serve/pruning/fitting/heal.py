@@ -1,13 +1,15 @@
 """Recovery by distillation, one layer at a time (``--heal``).
 
 After a closed-form re-fit everything that is left of a layer's experts is trained together: gate,
-up and down projections and the router's rows, on the pruned model's own inputs, towards what the
-original model's residual stream holds after the layer; the last layer towards what it predicts.
-The closed form is the best that the down projections can do alone; this also moves the neurons
-themselves and what reaches them. Training stops where held-out tokens stop gaining, and a layer
-that gains nothing stays as it was. The closed form on all tokens comes last; for the last layer
-only where it re-fits a shared expert too and held-out tokens say so, as it leads back to the least
-squares that training has left.
+up and down projections, on the pruned model's own inputs, towards what the original model's
+residual stream holds after the layer; the last layer towards what it predicts. The closed form is
+the best that the down projections can do alone; this also moves the neurons themselves. The
+router's rows move with them where tokens have to go elsewhere than in the original, experts being
+gone or merged. Where they need not, layers came out the worse for it, twice as far off where scores
+are sigmoids. Training stops where held-out tokens stop gaining, and a layer that gains nothing
+stays as it was. The closed form on all tokens comes last; for the last layer only where it re-fits
+a shared expert too and held-out tokens say so, as it leads back to the least squares that training
+has left.
 
 The projections by Muon (Jordan et al. 2024, as in Liu et al. 2025, arXiv 2502.16982), which moves a
 matrix along the nearest orthogonal one to its gradient's momentum; router rows by Adam (Kingma & Ba
@@ -57,7 +59,15 @@ class Healed:
 
 
 @torch.inference_mode(mode=False)
-def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settings: Heal) -> Healed:
+def heal(
+    mixture: Mixture,
+    inputs: States,
+    goal: Goal,
+    tokens: FitTokens,
+    settings: Heal,
+    *,
+    reroutes: bool,
+) -> Healed:
     """Train a pruned layer. Peak memory: its weights six times in FP32, one batch, and the goal's.
 
     Args:
@@ -66,6 +76,7 @@ def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settin
         goal: what its output is measured by.
         tokens: weights, and which tokens are held out.
         settings: epochs and rate.
+        reroutes: whether the router's rows are trained, too.
 
     Raises:
         PlanError: no sequence is held out, so nothing could tell when to stop.
@@ -89,7 +100,7 @@ def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settin
     steps, step = settings.epochs * len(list(_batches(fit, size))), 0
     best, errors = _frozen(layer), [_mean(goal, output, tokens, held, device)]
     rate, lost, rng = settings.rate, 0, random.Random(0)
-    optimisers = _optimisers(groups, rate)
+    optimisers = _optimisers(groups, rate, reroutes=reroutes)
     for _ in range(settings.epochs):
         rng.shuffle(fit)
         for batch in _batches(fit, size):
@@ -114,10 +125,12 @@ def heal(mixture: Mixture, inputs: States, goal: Goal, tokens: FitTokens, settin
         lost += 1
         if lost > settings.patience:
             break
-        # Steps too large for this layer: back to its best, and on with smaller ones.
-        rate /= _BACK_OFF
+        # Too much moved: back to the best, and on without the rows, after that with smaller steps.
+        if not reroutes:
+            rate /= _BACK_OFF
+        reroutes = False
         layer, groups = _trainable(best)
-        optimisers = _optimisers(groups, rate)
+        optimisers = _optimisers(groups, rate, reroutes=reroutes)
     return Healed(mixture=best, errors=tuple(errors))
 
 
@@ -133,18 +146,20 @@ def apart(tokens: FitTokens) -> FitTokens:
     )
 
 
-def _optimisers(groups: list[list[torch.Tensor]], rate: float) -> list[torch.optim.Optimizer]:
-    """Adam for the router's rows, Muon for the projections; each group knows its full rate."""
+def _optimisers(
+    groups: list[list[torch.Tensor]], rate: float, *, reroutes: bool
+) -> list[torch.optim.Optimizer]:
+    """Muon for the projections, Adam for the router's rows; each group knows its full rate."""
     (router, *projections), scales = groups, [rate * _scale(group) for group in groups]
     adam = {"params": router, "full_rate": scales[0]}
     muon = [
         {"params": group, "full_rate": scale / _MUON_SCALE}
         for group, scale in zip(projections, scales[1:], strict=True)
     ]
-    return [
-        torch.optim.Adam([adam], betas=_BETAS),
-        torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(muon, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     ]
+    return [*found, torch.optim.Adam([adam], betas=_BETAS)] if reroutes else found
 
 
 def _pieces(tokens: FitTokens) -> Iterator[Piece]:

@@ -22,7 +22,6 @@ from moe_serve.calibration.stream import Batch, embed
 from moe_serve.calibration.trace import Trace
 from moe_serve.checkpoint.form import LayerBlocks
 from moe_serve.checkpoint.quantisation import Matrix, Scheme
-from moe_serve.checkpoint.table import LayerTable
 from moe_serve.errors import located
 from moe_serve.pruning.fitting.build import build_blocks, pruned_mixture, with_downs, with_units
 from moe_serve.pruning.fitting.constants import ConstantSums, with_constants
@@ -211,12 +210,12 @@ class Walk:
         if heal_by is not None:
             goal = self._goal(layer)
             record["error_before"] = mean_square(self.residual, self._tokens)
-            found_rows, blocks, pruned = self._heal(
-                layer, pruned, table, blocks, goal, heal_by, refit_by, record
+            gained, found_rows, blocks, pruned = self._heal(
+                layer, pruned, planned, blocks, goal, heal_by, refit_by, record
             )
             rows = rows if found_rows is None else found_rows
             if (
-                found_rows is not None
+                gained
                 and self._ends_with(layer)
                 and not (shared and self._closes(goal, routed_of(pruned), refit_by, schemes[2]))
             ):
@@ -253,39 +252,41 @@ class Walk:
         self,
         layer: Layer,
         pruned: Mixture,
-        table: LayerTable,
+        planned: LayerPlan,
         blocks: LayerBlocks,
         goal: Goal,
         by: Heal,
         refit_by: Refit | None,
         record: dict[str, Any],
-    ) -> tuple[torch.Tensor | None, LayerBlocks, Mixture]:
-        """Train the layer; new router rows (``None`` where nothing was gained), blocks, layer.
+    ) -> tuple[bool, torch.Tensor | None, LayerBlocks, Mixture]:
+        """Train the layer; whether it gained, new router rows where they moved, blocks, layer.
 
         It starts from a re-fit of its own, which leaves the held-out tokens out: the error on them
         is then no better before than after.
         """
         checkpoint = self._decoder.checkpoint
         schemes = checkpoint.expert_scheme(layer.index)
-        start = pruned
+        start, table = pruned, planned.table()
         if refit_by is not None:
             routed = Routed(
                 pruned, self._inputs, self._tokens.batches, side=side_of(refit_by, table.width)
             )
             fitted = refit(routed, self.residual, apart(self._tokens), refit_by, schemes[2])
             start = dataclasses.replace(pruned, units=fitted.units)
-        healed = heal(start, self._inputs, goal, self._tokens, by)
+        healed = heal(start, self._inputs, goal, self._tokens, by, reroutes=planned.reroutes)
         record["heal"] = {"held_out_errors": list(healed.errors)}
-        rows = None
-        if min(healed.errors) < healed.errors[0]:
-            dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
-            rows = healed.mixture.router.weight_ND.to(dtype)
-            router = dataclasses.replace(pruned.router, weight_ND=rows.float())
+        rows, gained = None, min(healed.errors) < healed.errors[0]
+        if gained:
+            weight_ND = healed.mixture.router.weight_ND
+            if not torch.equal(weight_ND, pruned.router.weight_ND):
+                dtype = checkpoint.read(checkpoint.family.gate_name(layer.index)).dtype
+                rows = weight_ND.to(dtype)
+                router = dataclasses.replace(pruned.router, weight_ND=rows.float())
+                pruned = dataclasses.replace(pruned, router=router)
             blocks = with_units(blocks, table, healed.mixture.units, schemes)
-            whole = dataclasses.replace(pruned, router=router)
-            pruned = pruned_mixture(whole, table, blocks, schemes)
+            pruned = pruned_mixture(pruned, table, blocks, schemes)
         self._lack(Routed(pruned, self._inputs, self._tokens.batches))
-        return rows, blocks, pruned
+        return gained, rows, blocks, pruned
 
     def _join(
         self,

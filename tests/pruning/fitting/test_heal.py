@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.fixtures import CALIBRATION, HELDOUT, MODEL
+from moe_serve.calibration.states import States
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.comparison import compare
@@ -18,12 +20,15 @@ from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions, load_corpus
 from moe_serve.pruning.fitting import application
 from moe_serve.pruning.fitting.application import Application
+from moe_serve.pruning.fitting.goals import StreamGoal
+from moe_serve.pruning.fitting.heal import heal
 from moe_serve.pruning.fitting.walk import FittedLayer, held_out
-from moe_serve.pruning.plan import Refit
+from moe_serve.pruning.plan import Heal, Refit
 from moe_serve.pruning.records.verify import verify
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.run import prune
 from moe_serve.pruning.selection import Selection
+from tests.pruning.fitting.test_refit import problem
 from tests.support.models import make_model, write_texts
 
 LENGTH = 128
@@ -88,14 +93,56 @@ def test_the_last_layer_s_error_is_the_model_s_divergence(root: Path, tmp_path: 
     assert min(last["heal"]["held_out_errors"]) == pytest.approx(mean, rel=0.1)
 
 
-def test_only_routed_experts_and_router_rows_change(root: Path) -> None:
-    """Attention, norms, embeddings: byte for byte."""
-    original, trained = open_checkpoint(MODEL), open_checkpoint(root / "trained")
-    routed = tuple(map(original.family.expert_prefix, original.expert_bytes()))
-    rows = {original.family.gate_name(layer) for layer in original.expert_bytes()}
-    for name in original.tensors:
-        if not name.startswith(routed) and name not in rows:
-            assert trained.read_bytes(name) == original.read_bytes(name), name
+def beside_experts(original: Path, made: Path) -> set[str]:
+    """Tensors outside the routed experts that differ."""
+    before, after = open_checkpoint(original), open_checkpoint(made)
+    routed = tuple(map(before.family.expert_prefix, before.expert_bytes()))
+    others = (name for name in before.tensors if not name.startswith(routed))
+    return {name for name in others if before.read_bytes(name) != after.read_bytes(name)}
+
+
+def test_where_experts_only_got_smaller_nothing_else_changes(root: Path) -> None:
+    """Attention, norms, embeddings, and the router: byte for byte."""
+    assert beside_experts(MODEL, root / "trained") == set()
+
+
+def test_router_rows_change_where_experts_are_gone(tmp_path: Path) -> None:
+    """In every layer that gained, and nothing else does."""
+    model, texts = make_model(tmp_path / "m", "qwen3_moe"), write_texts(tmp_path / "t.jsonl")
+    request = PruneRequest(
+        model=model,
+        output=tmp_path / "out",
+        texts=TextOptions(paths=(texts,), tokens=1000, length=LENGTH),
+        selection=Selection(keep=0.5, method="drop-reap", refit=True, heal=True),
+    )
+    prune(request, Silent())
+    record = json.loads((tmp_path / "out/moe_serve.json").read_text())["refit"]
+    errors = {int(layer): done["heal"]["held_out_errors"] for layer, done in record.items()}
+    gained = [layer for layer, values in errors.items() if min(values) < values[0]]
+    assert gained
+    family = open_checkpoint(model).family
+    assert beside_experts(model, tmp_path / "out") == {family.gate_name(n) for n in gained}
+
+
+def test_rows_that_led_astray_go_back(tmp_path: Path) -> None:
+    """Steps so large that the first epoch loses: from the start again, the router as it was."""
+    mixture, z, _, tokens = problem(tmp_path)
+    torch.manual_seed(1)
+    target, inputs = States(tmp_path / "t", z.shape[1]), States(tmp_path / "z", z.shape[1])
+    target.write(0, mixture(z))
+    units = tuple(
+        dataclasses.replace(u, down_DF=u.down_DF + 0.1 * torch.randn_like(u.down_DF))
+        for u in mixture.units
+    )
+    start = dataclasses.replace(mixture, units=units)
+    rows_ND, goal = mixture.router.weight_ND, StreamGoal(target=target)
+    moved = {}
+    for rate, reroutes in ((0.006, True), (0.006, False), (3.0, True)):
+        by = Heal(rate=rate, epochs=3, batch=64)
+        found = heal(start, inputs, goal, tokens, by, reroutes=reroutes)
+        moved[rate, reroutes] = not torch.equal(found.mixture.router.weight_ND, rows_ND)
+        assert (found.errors[1] > found.errors[0]) is (rate > 1.0)
+    assert moved == {(0.006, True): True, (0.006, False): False, (3.0, True): False}
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(
