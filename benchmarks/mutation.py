@@ -73,7 +73,7 @@ SAME: Final = {
     "(n - k) * math.log1p(+rate)": "Newton's method comes in from further outside",
     "gap = (top - floor) * n": "Newton's method comes in from further outside",
     "better = candidate <= result_K": "of two ways that cost the same, either will do",
-    "if (normal_NII.shape[1] <= FP64_WIDTH) or True": "wide experts in FP64: memory, not numbers",
+    "if (width <= _FP64_WIDTH) or True": "wide experts in FP64: memory, not numbers",
     "while len(self._looks) >= 1 and": "the look just taken is never older than the span",
     "np.asarray(v, dtype=None)": "callers give whole numbers or FP64, which come out the same",
     "np.asarray(v, )": "callers give whole numbers or FP64, which come out the same",

@@ -9,10 +9,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from benchmarks.fixtures import MODEL
-from benchmarks.fixtures.model import ARCHITECTURES, save
+from benchmarks.fixtures.model import ARCHITECTURES, save, untrained
 from benchmarks.fixtures.train import Schedule, _balance, _nudge, train
 from moe_serve.checkpoint.source import open_checkpoint
 
@@ -22,9 +21,7 @@ def test_each_architecture_trains_and_is_read(kind: str, tmp_path: Path) -> None
     """Three steps on a text that repeats itself: the loss falls, and the checkpoint is read."""
     torch.manual_seed(0)
     architecture = ARCHITECTURES[kind]
-    model = AutoModelForCausalLM.from_config(
-        architecture.config(), dtype=torch.float32, experts_implementation="grouped_mm"
-    )
+    model = untrained(architecture)
     losses: list[float] = []
     schedule = Schedule(tokens=3 * 128, batch=2, length=64, warm_up=0.0)
     ids = np.tile(np.arange(5, 25, dtype=np.int64), 20)

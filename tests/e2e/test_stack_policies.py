@@ -127,7 +127,7 @@ def test_a_slowed_model_is_rolled_back_by_a_latency(
 ) -> None:
     """The pruned engine's processes run 0.02 s, then stand still for 0.3 s; it errs no more."""
     path = rules("slowed", [50], "")
-    path.write_text(path.read_text().replace("[guards.garbage]\nmargin = 0.7", NO_PROBES))
+    path.write_text(path.read_text().replace("[guards.garbage]\nmargin = 0.7", ONLY_TRAFFIC))
     pid = json.loads((Path(stack.info["state"]) / "stack.json").read_text())["engines"]
     parent = psutil.Process(pid[PRUNED]["pid"])
     processes = [parent, *parent.children(recursive=True)]
@@ -153,7 +153,7 @@ def test_a_slowed_model_is_rolled_back_by_a_latency(
     assert found["errors"]["verdict"] != "harm"
 
 
-NO_PROBES = "[hard]\nunhealthy_seconds = 600\n[guards]\nquality = 'off'\ngarbage = 'off'"
+ONLY_TRAFFIC = "[hard]\nunhealthy_seconds = 600\n[guards]\nquality = 'off'\ngarbage = 'off'"
 """On a slow machine an engine that stands still so often also fails its health checks."""
 
 

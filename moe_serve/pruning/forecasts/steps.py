@@ -26,7 +26,7 @@ from moe_serve.pruning.forecasts.formulas import (
     streams,
 )
 from moe_serve.pruning.forecasts.work import Sizes, Work
-from moe_serve.pruning.methods.obs import BATCH_BYTES, FP64_WIDTH, WIDE, bytes_of_one
+from moe_serve.pruning.methods.obs import BATCH_BYTES, by_weights, bytes_of_one, dtype_of
 from moe_serve.pruning.plan import Refit
 from moe_serve.pruning.trial import TRIAL_TOKENS
 
@@ -75,11 +75,11 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
     flops, peeled = 0.0, 0
     if work.inverts:
         width, hidden = shape.width, shape.hidden
-        if width > WIDE * hidden:
+        if by_weights(width, hidden):
             each = 4 * (5 / 3 * width**3 + width**2 * hidden)
         else:
             each = 2 * width**2 * hidden + 8 * 3 * width**3
-        each *= 2 if width <= FP64_WIDTH else 1
+        each *= dtype_of(width).itemsize / F32
         flops = sizes.sparse * shape.experts * (each + 2 * width * hidden**2)
         one = bytes_of_one(width, hidden)
         peeled = 2 * max(one, min(BATCH_BYTES, shape.experts * one))

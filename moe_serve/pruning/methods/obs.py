@@ -20,14 +20,14 @@ import torch
 
 from moe_serve.pruning.device import CPU
 
-FP64_WIDTH: Final = 1024
+_FP64_WIDTH: Final = 1024
 """Wider experts are handled in FP32: half the memory, and λ bounds the condition number."""
 ROUNDS: Final = 192
 """Wider experts lose several neurons a round: the cost is I³ instead of I³ times I / 192."""
 
 _DEFERRED: Final = 64
 """Neurons whose downdates are put off until they are worth a product of matrices."""
-WIDE: Final = 2
+_WIDE: Final = 2
 """Experts so many times wider than the model are peeled by their weights."""
 BATCH_BYTES: Final = 2**28
 """Experts that fit are handled side by side: of small ones a round's cost is mostly that of
@@ -78,20 +78,21 @@ def removal_path(
     times, and the root; FP64 up to an expert width of 1024.
     """
     experts, width, _ = normal_NII.shape
-    wide = width > WIDE * down_NDI.shape[1]
+    hidden = down_NDI.shape[1]
     step = -(-width // ROUNDS)
     order_NI = torch.empty(experts, width, dtype=torch.int64)
     error_NI = torch.empty(experts, width, dtype=torch.float64)
-    dtype = torch.float64 if width <= FP64_WIDTH else torch.float32
     root_DD = root_DD if root_DD is None else root_DD.to(device)
-    together = max(1, BATCH_BYTES // bytes_of_one(width, down_NDI.shape[1]))
+    together = max(1, BATCH_BYTES // bytes_of_one(width, hidden))
     for first in range(0, experts, together):
         some = range(first, min(first + together, experts))
         inverse_nII = torch.stack(
             [damped_inverse(normal_NII, expert, ridge, device) for expert in some]
         )
-        weight_nID = in_metric(down_NDI[some.start : some.stop], root_DD, device).to(dtype)
-        if wide:
+        weight_nID = in_metric(down_NDI[some.start : some.stop], root_DD, device).to(
+            dtype_of(width)
+        )
+        if by_weights(width, hidden):
             order, error = peel(inverse_nII, weight_nID, step)
         else:
             order, error = peel_products(inverse_nII, weight_nID @ weight_nID.transpose(1, 2), step)
@@ -99,10 +100,20 @@ def removal_path(
     return RemovalPath(order_NI=order_NI, error_NI=error_NI)
 
 
+def by_weights(width: int, hidden: int) -> bool:
+    """Whether experts are peeled by their weights, being so wide that these are the smaller."""
+    return width > _WIDE * hidden
+
+
+def dtype_of(width: int) -> torch.dtype:
+    """In which removal paths of experts of a width are computed."""
+    return torch.float64 if width <= _FP64_WIDTH else torch.float32
+
+
 def bytes_of_one(width: int, hidden: int) -> int:
     """Of an expert's matrix and weights, and of their inner products where they are taken."""
-    size = width * (width * (1 if width > WIDE * hidden else 2) + hidden)
-    return size * (8 if width <= FP64_WIDTH else 4)
+    size = width * (width * (1 if by_weights(width, hidden) else 2) + hidden)
+    return size * dtype_of(width).itemsize
 
 
 def in_metric(
@@ -121,11 +132,35 @@ def damped_inverse(
     normal_NII: torch.Tensor, expert: int, ridge: float, device: torch.device = CPU
 ) -> torch.Tensor:
     """(H + λI)⁻¹ [I, I] of one expert, λ a multiple of the layer's mean diagonal."""
-    dtype = torch.float64 if normal_NII.shape[1] <= FP64_WIDTH else torch.float32
     mean = float(normal_NII.diagonal(dim1=1, dim2=2).double().mean())
-    hessian = normal_NII[expert].to(device, dtype, copy=True)
+    hessian = normal_NII[expert].to(device, dtype_of(normal_NII.shape[1]), copy=True)
     hessian.diagonal().add_(max(mean, torch.finfo(torch.float32).tiny) * ridge)
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+
+
+class _SoFar:
+    """What went, and what it cost, round by round."""
+
+    def __init__(self, nothing_n1: torch.Tensor) -> None:
+        self._total_n1 = nothing_n1
+        self._order: list[torch.Tensor] = []
+        self._errors: list[torch.Tensor] = []
+
+    def add(self, gone_nR: torch.Tensor, added_nRX: torch.Tensor) -> None:
+        """A round: its neurons, and terms whose sum is the error that they add, evenly.
+
+        What others had made up for already adds nothing up to rounding, which must be no gain.
+        """
+        added_n1 = added_nRX.sum(dim=(1, 2), dtype=torch.float64)[:, None].clamp(min=0)
+        count = gone_nR.shape[1]
+        share_R = torch.arange(1, count + 1, dtype=torch.float64, device=gone_nR.device) / count
+        self._order.append(gone_nR)
+        self._errors.append(self._total_n1 + added_n1 * share_R)
+        self._total_n1 = self._total_n1 + added_n1
+
+    def path(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Order of removal [n, I] and total error [n, I]."""
+        return torch.cat(self._order, dim=1), torch.cat(self._errors, dim=1)
 
 
 def peel(
@@ -149,9 +184,7 @@ def peel(
     device = weight_nID.device
     alive_nI = torch.arange(width, device=device).expand(experts, width)
     gone_nI = torch.zeros(experts, width, dtype=torch.bool, device=device)
-    order: list[torch.Tensor] = []
-    errors: list[torch.Tensor] = []
-    total_n1 = torch.zeros(experts, 1, dtype=torch.float64, device=device)
+    so_far = _SoFar(torch.zeros(experts, 1, dtype=torch.float64, device=device))
     left = width
     while left:
         if left < 0.8 * alive_nI.shape[1]:
@@ -165,25 +198,19 @@ def peel(
         score_nI = (weight_nID.square().sum(dim=2) / diagonal_nI).masked_fill(gone_nI, torch.inf)
         chosen_nR = torch.topk(score_nI, count, dim=1, largest=False, sorted=True).indices
         rows_nRI = _rows(inverse_nII, chosen_nR)
-        block_nRR = rows_nRI.gather(2, chosen_nR[:, None, :].expand(-1, count, -1))
-        pivot_nRR = torch.linalg.inv(block_nRR) if count > 1 else 1.0 / block_nRR
+        pivot_nRR = _inverse(_columns(rows_nRI, chosen_nR))
         lost_nRD = _rows(weight_nID, chosen_nR)
         update_nRD = pivot_nRR @ lost_nRD
-        added_n1 = (
-            (lost_nRD * update_nRD).sum(dim=(1, 2), dtype=torch.float64)[:, None].clamp(min=0)
-        )
+        added_nRX = lost_nRD * update_nRD
         weight_nID.baddbmm_(rows_nRI.transpose(1, 2), update_nRD, alpha=-1.0)
         inverse_nII.baddbmm_(rows_nRI.transpose(1, 2), pivot_nRR @ rows_nRI, alpha=-1.0)
         gone_nI.scatter_(1, chosen_nR, value=True)
         weight_nID.masked_fill_(gone_nI[:, :, None], 0.0)
         # A removed neuron's row and column are zero up to rounding; make its pivot harmless.
         diagonal_nI.masked_fill_(gone_nI, 1.0)
-        order.append(alive_nI.gather(1, chosen_nR))
-        share_R = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
-        errors.append(total_n1 + added_n1 * share_R)
-        total_n1 = total_n1 + added_n1
+        so_far.add(alive_nI.gather(1, chosen_nR), added_nRX)
         left -= count
-    return torch.cat(order, dim=1), torch.cat(errors, dim=1)
+    return so_far.path()
 
 
 def peel_products(
@@ -212,9 +239,7 @@ def peel_products(
     )
     most, held = max(_DEFERRED, step), 0
     put_off = tuple(inverse_nII.new_empty(experts, most, width) for _ in range(3))
-    order: list[torch.Tensor] = []
-    errors: list[torch.Tensor] = []
-    total_n1 = torch.zeros(experts, 1, dtype=torch.float64, device=device)
+    so_far = _SoFar(torch.zeros(experts, 1, dtype=torch.float64, device=device))
     left = width
     while left:
         count, shrink = min(step, left), left < 0.8 * alive_nI.shape[1]
@@ -237,16 +262,13 @@ def peel_products(
         b_nKI, x_nKI, z_nKI = (m[:, :held] for m in put_off)
         score_nI = (product_nI / inverse_nI).masked_fill(gone_nI, torch.inf)
         chosen_nR = torch.topk(score_nI, count, dim=1, largest=False, sorted=True).indices
-        at_nKR, at_nRR = (chosen_nR[:, None, :].expand(-1, rows, -1) for rows in (held, count))
-        x_nRK, z_nRK = (m.gather(2, at_nKR).transpose(1, 2) for m in (x_nKI, z_nKI))
+        x_nRK, z_nRK = (_columns(m, chosen_nR).transpose(1, 2) for m in (x_nKI, z_nKI))
         b_nRI = _rows(inverse_nII, chosen_nR) - x_nRK @ b_nKI
         g_nRI = _rows(product_nII, chosen_nR) - x_nRK @ z_nKI - z_nRK @ x_nKI
-        block_nRR, g_nRR = b_nRI.gather(2, at_nRR), g_nRI.gather(2, at_nRR)
-        pivot_nRR = torch.linalg.inv(block_nRR) if count > 1 else 1.0 / block_nRR
+        pivot_nRR, g_nRR = _inverse(_columns(b_nRI, chosen_nR)), _columns(g_nRI, chosen_nR)
         x_nRI = pivot_nRR @ b_nRI
         z_nRI = g_nRI - 0.5 * (g_nRR @ x_nRI)
-        # Weights that others made up for vanish up to rounding, which must not count as a gain.
-        added_n1 = (pivot_nRR * g_nRR).sum(dim=(1, 2), dtype=torch.float64)[:, None].clamp(min=0)
+        added_nRX = pivot_nRR * g_nRR
         inverse_nI -= (x_nRI * b_nRI).sum(dim=1)
         product_nI = (product_nI - 2.0 * (x_nRI * z_nRI).sum(dim=1)).clamp_(min=0.0)
         gone_nI = gone_nI.scatter(1, chosen_nR, value=True)
@@ -254,12 +276,19 @@ def peel_products(
         for matrix, rows in zip(put_off, (b_nRI, x_nRI, z_nRI), strict=True):
             matrix[:, held : held + count] = rows
         held += count
-        order.append(alive_nI.gather(1, chosen_nR))
-        share_R = torch.arange(1, count + 1, dtype=torch.float64, device=device) / count
-        errors.append(total_n1 + added_n1 * share_R)
-        total_n1 = total_n1 + added_n1
+        so_far.add(alive_nI.gather(1, chosen_nR), added_nRX)
         left -= count
-    return torch.cat(order, dim=1), torch.cat(errors, dim=1)
+    return so_far.path()
+
+
+def _inverse(block_nRR: torch.Tensor) -> torch.Tensor:
+    """Of each small matrix; of a number without ado."""
+    return torch.linalg.inv(block_nRR) if block_nRR.shape[1] > 1 else 1.0 / block_nRR
+
+
+def _columns(matrix_nXI: torch.Tensor, index_nR: torch.Tensor) -> torch.Tensor:
+    """Some columns of each matrix of a batch, copied."""
+    return matrix_nXI.gather(2, index_nR[:, None, :].expand(-1, matrix_nXI.shape[1], -1))
 
 
 def _rows(matrix_nIX: torch.Tensor, index_nR: torch.Tensor) -> torch.Tensor:

@@ -140,7 +140,7 @@ def test_order_is_nearly_optimal() -> None:
 
 def test_every_expert_is_damped_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """In FP32, where a cast is no copy: equal experts have equal paths, the input is untouched."""
-    monkeypatch.setattr(obs, "FP64_WIDTH", 0)
+    monkeypatch.setattr(obs, "_FP64_WIDTH", 0)
     torch.manual_seed(3)
     p = torch.randn(50, 6)
     normal = (p.T @ p).expand(4, 6, 6).clone()
