@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from moe_serve.calibration.gradients import tokens_felt
 from moe_serve.families import family_of
 from moe_serve.pruning.forecasts.forecast import Forecast, Rates
 from moe_serve.pruning.forecasts.steps import apply_step, calibrate_step, plan_step
@@ -51,7 +53,7 @@ def main() -> None:
         print(f"{machine}: {rates}")
     for name, model in json.loads(MODELS.read_text()).items():
         sizes = sizes_of(model["config"], model["weight_bytes"])
-        report(name, sizes, work)
+        report(name, sizes, replace(work, reverse=tokens_felt("metric", sizes.shape.hidden)))
 
 
 def report(name: str, sizes: Sizes, work: Work) -> None:

@@ -1,8 +1,10 @@
 """Every published rule beside ours at equal bytes: ``python -m benchmarks.quality.methods``.
 
-Each seed draws its calibration tokens once and gathers statistics once, for all contestants alike;
-all are measured on the same held-out tokens. The table goes to stdout, progress to stderr; with
-``--json`` all figures go to a file after every run, from which a stopped benchmark continues.
+Each seed draws its calibration tokens once, the same for all contestants; all are measured on the
+same held-out tokens. Statistics are gathered once for ours and once for published rules, which get
+the gradients of every token; our own runs ask for fewer. The table goes to stdout, progress to
+stderr; with ``--json`` all figures go to a file after every run, from which a stopped benchmark
+continues.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks.fixtures import CALIBRATION, HELDOUT, MODEL
-from benchmarks.quality.contestants import Contestant, contestants
+from benchmarks.quality.contestants import Contestant, Kind, contestants
 from benchmarks.quality.summary import Run, markdown, summarise, to_json
+from moe_serve.calibration.gradients import tokens_felt
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import MoeServeError
 from moe_serve.evaluation.comparison import compare
@@ -53,20 +56,34 @@ class Bench:
             paths=self.calibration, tokens=self.tokens, length=self.length, seed=seed
         )
 
-    def observed(self, seed: int) -> Path:
-        """The statistics of a seed, gathered where they are missing."""
-        folder = self.statistics / f"seed-{seed}-{self.tokens}x{self.length}"
+    def observed(self, seed: int, kind: Kind) -> Path:
+        """The statistics of a seed, gathered where they are missing.
+
+        Published rules get the gradients of all tokens, ours of those that its own run takes.
+        """
+        hidden, ours = open_checkpoint(self.model).shape.hidden, kind == "ours"
+        gradients = tokens_felt("metric", hidden) if ours else sys.maxsize
+        whose = "ours" if ours else "published"
+        folder = self.statistics / f"seed-{seed}-{self.tokens}x{self.length}-{whose}"
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             begin = time.monotonic()
             texts = self.texts(seed)
-            calibrate(self.model, folder, texts, self.device, DEFAULT_BATCH, Silent())
+            calibrate(
+                self.model,
+                folder,
+                texts,
+                self.device,
+                DEFAULT_BATCH,
+                Silent(),
+                gradients=gradients,
+            )
             _tell(f"seed {seed}: calibrated in {time.monotonic() - begin:.1f} s")
         return folder
 
     def run(self, contestant: Contestant, keep: float, seed: int) -> Run:
         """Prune and measure."""
-        statistics = self.observed(seed)
+        statistics = self.observed(seed, contestant.kind)
         begin = time.monotonic()
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             output = Path(folder) / "pruned"

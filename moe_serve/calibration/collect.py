@@ -107,7 +107,9 @@ def observe(
     writer = StatisticsWriter(folder, checkpoint, record) if group.rank == 0 else None
     decoder = Decoder(checkpoint, settings.device)
     hidden, layers = checkpoint.shape.hidden, decoder.layers
-    inputs = LayerInputs.of(sequences, numbers, staging, layers=layers, hidden=hidden)
+    inputs = LayerInputs.of(
+        sequences, numbers, staging, limit=record.gradients, layers=layers, hidden=hidden
+    )
     trace = (
         Trace.kept(staging.work, layers=layers, hidden=hidden, tokens=ours.total)
         if settings.keep_states

@@ -19,8 +19,6 @@ from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch, batches
 from moe_serve.checkpoint.staging import Staging
 
-GRADIENT_TOKENS: Final = 16_384
-"""Tokens that take part, spread over the domains: the metric settles long before the statistics."""
 _LOGITS: Final = 2**26
 """Logits in memory at once."""
 
@@ -49,7 +47,14 @@ class LayerInputs:
 
     @classmethod
     def of(
-        cls, corpus: Sequences, numbers: range, staging: Staging, *, layers: int, hidden: int
+        cls,
+        corpus: Sequences,
+        numbers: range,
+        staging: Staging,
+        *,
+        limit: int,
+        layers: int,
+        hidden: int,
     ) -> LayerInputs:
         """Choose the tokens among the whole corpus, keep ours; nothing is written yet.
 
@@ -57,10 +62,11 @@ class LayerInputs:
             corpus: all sequences.
             numbers: which of them this process observes.
             staging: its work folder holds the files.
+            limit: tokens of the whole corpus that take part at most.
             layers: decoder layers.
             hidden: D.
         """
-        chosen = share_of(corpus, GRADIENT_TOKENS)
+        chosen = share_of(corpus, limit)
         ours = [position for position, number in enumerate(chosen) if number in numbers]
         part = corpus.subset(chosen).share(ours)
         own_numbers = (numbers.index(chosen[position]) for position in ours)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from moe_serve.calibration.balance import quotas
-from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.calibration.gradients import GRADIENT_TOKENS, LayerGradients
 from moe_serve.calibration.passages import Known
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.share import WHOLE, Share
@@ -55,8 +55,8 @@ class CalibrationRecord:
     """Tokens of which whole vectors are kept, per layer."""
     share: Share = WHOLE
     """The part of the texts that was observed; the other fields describe the whole."""
-    gradients: bool = True
-    """Whether the reverse pass is taken."""
+    gradients: int = GRADIENT_TOKENS
+    """Tokens of which the reverse pass is taken at most; 0: it is not."""
     balance: tuple[float, ...] = ()
     """Each domain's part of the weight; empty where all weigh the same."""
     sample: tuple[int, ...] = ()
@@ -121,7 +121,9 @@ class CalibrationRecord:
             found["passages"] = self.passages.to_json()
         if self.purpose:
             found["purpose"] = self.purpose
-        return found if self.gradients else found | {"gradients": False}
+        if self.gradients != GRADIENT_TOKENS:
+            found["gradients"] = self.gradients
+        return found
 
 
 class StatisticsWriter:
@@ -230,7 +232,7 @@ class Statistics:
     @property
     def has_gradients(self) -> bool:
         """Whether the reverse pass was taken."""
-        return bool(self.record.get("gradients", True))
+        return bool(self.record.get("gradients", GRADIENT_TOKENS))
 
     @property
     def balance(self) -> dict[str, float] | None:

@@ -12,6 +12,7 @@ import torch
 
 from moe_serve.calibration.collect import Collection, collect, observe
 from moe_serve.calibration.governance import refuse_purpose
+from moe_serve.calibration.gradients import GRADIENT_TOKENS
 from moe_serve.calibration.group import joined, own_device
 from moe_serve.calibration.share import WHOLE, Share
 from moe_serve.calibration.store import Statistics
@@ -28,7 +29,7 @@ from moe_serve.pruning.corpus import (
     needed,
 )
 from moe_serve.pruning.device import CPU
-from moe_serve.pruning.methods.registry import method_named
+from moe_serve.pruning.methods.registry import gradient_tokens
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.selection import WORST
@@ -51,10 +52,12 @@ def calibrate(
     *,
     balance: Mapping[str, float] | None = None,
     traffic: Sequence[Path] = (),
+    gradients: int = GRADIENT_TOKENS,
 ) -> Statistics:
     """Gather statistics into a folder; resumes an unfinished one.
 
     ``traffic`` are saved ``/metrics`` pages: experts count as often as production selected them.
+    ``gradients`` are tokens of which the reverse pass is taken at most.
 
     Under ``torchrun`` every process takes its part, and all see the same ``output``: hidden states
     of the others lie in folders beside it until the end.
@@ -66,7 +69,7 @@ def calibrate(
     corpus = needed(load_corpus(checkpoint, texts))
     if balance is not None:
         corpus = corpus.weighed(balance)
-    record = corpus.record(checkpoint, texts.seed, share)
+    record = replace(corpus.record(checkpoint, texts.seed, share), gradients=gradients)
     if traffic:
         record = replace(record, traffic=read_traffic(traffic, checkpoint))
     device = own_device(device)
@@ -150,7 +153,10 @@ def calibrated(
     return collect(
         checkpoint,
         corpus.sequences,
-        replace(corpus.record(checkpoint, request.texts.seed), gradients=_feels_loss(request)),
+        replace(
+            corpus.record(checkpoint, request.texts.seed),
+            gradients=_gradient_tokens(request, checkpoint),
+        ),
         folder,
         staging,
         Collection(
@@ -187,6 +193,6 @@ def _keeps_states(
     return bool(found)
 
 
-def _feels_loss(request: PruneRequest) -> bool:
-    """Whether the method asks for gradients; statistics that are kept serve any method."""
-    return method_named(request.selection.method, texts=True).loss
+def _gradient_tokens(request: PruneRequest, checkpoint: Checkpoint) -> int:
+    """Those that the method asks for; statistics that are kept serve any method."""
+    return gradient_tokens(request.selection.method, checkpoint.shape.hidden)

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 import torch
 
 from moe_serve.calibration.decoder import Decoder, Layer, OutputHead
+from moe_serve.calibration.mixture import Mixture
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.calibration.states import States
 from moe_serve.checkpoint.staging import Staging
@@ -130,12 +131,22 @@ class Ground:
                 self.steps.finish(index, step(self.decoder.layer(index)))
             self.steps.progress.advance()
 
-    def error(self, root_DD: torch.Tensor) -> float:
-        """What the layer attempted last lacks on the measured tokens, in the loss's metric."""
+    def error(self, root_DD: torch.Tensor, pruned: Mixture | None = None) -> float:
+        """What a layer lacks on the measured tokens, in the loss's metric.
+
+        Args:
+            root_DD: of the metric.
+            pruned: the layer; ``None``: the one attempted last, as its fits have left it.
+        """
         found = []
         for batch in self.tokens.batches:
-            lacking_TD = batch.load_flat(self.walk.residual)[self.measured_T[batch.tokens]]
-            found.append((lacking_TD @ root_DD).square().sum(dim=1).double().cpu())
+            some_T = self.measured_T[batch.tokens]
+            lacking_tD = (
+                batch.load_flat(self.walk.residual)[some_T]
+                if pruned is None
+                else self.walk.lack(pruned, batch, some_T)
+            )
+            found.append((lacking_tD @ root_DD).square().sum(dim=1).double().cpu())
         return self.balanced(self.by_domain(torch.cat(found)))
 
 

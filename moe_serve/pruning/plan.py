@@ -157,7 +157,7 @@ class Refit(_Model):
     """Ridge re-fit of the down projections after selection."""
 
     ridges: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
-    """Candidates for λ as a multiple of the mean diagonal; held-out tokens choose."""
+    """Candidates for λ as a multiple of the diagonal; held-out tokens choose."""
     holdout: float = 0.2
     """Share of sequences on which λ is chosen; they join the final fit."""
     side: int = 3072

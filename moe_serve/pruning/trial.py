@@ -35,7 +35,7 @@ from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
 
 TRIAL_TOKENS: Final = 16_384
 """Tokens of a trial, those it is measured on included."""
-_MEASURED: Final = 0.25
+MEASURED: Final = 0.25
 """Share of a trial's sequences that measure."""
 _PIECES: Final = 8
 """Of each domain, at least."""
@@ -199,7 +199,7 @@ class Trial:
             hidden=shape.hidden,
             tokens=sequences.total,
         )
-        measured_T = held_out(sequences, _MEASURED)
+        measured_T = held_out(sequences, MEASURED)
         return self._ground(name, sequences, measured_T, changed, refit, trace)
 
     def _ground(
@@ -260,8 +260,8 @@ def _pick(
     def attempt(option: Option, by: Refit | None) -> float | None:
         """λ, where something was re-fitted."""
 
-        def hopeful() -> bool:
-            bare[option.name] = ground.error(root_DD)
+        def hopeful(pruned: Mixture) -> bool:
+            bare[option.name] = ground.error(root_DD, pruned)
             return not bare[option.name] > _HOPELESS * bare[offered[0].name]
 
         fitted = walk.attempt(layer, mixture, option.plan, by, hopeful=hopeful)

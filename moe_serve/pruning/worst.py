@@ -28,7 +28,7 @@ from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.progress import Progress, Silent
 from moe_serve.pruning.corpus import Corpus
 from moe_serve.pruning.ground import Measured
-from moe_serve.pruning.methods.registry import method_named
+from moe_serve.pruning.methods.registry import gradient_tokens
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Trial
@@ -117,7 +117,7 @@ class Game:
         fit = replace(self.corpus, sequences=sequences.subset(fitting))
         record = replace(
             fit.record(self.checkpoint, self.selection.seed),
-            gradients=method_named(self.selection.method, texts=True).loss,
+            gradients=gradient_tokens(self.selection.method, self.checkpoint.shape.hidden),
         )
         with tempfile.TemporaryDirectory(dir=self.staging.work, prefix="balance-") as name:
             folder = Path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moe_serve.calibration import reverse
 from moe_serve.calibration.collect import Collection, collect
-from moe_serve.calibration.gradients import GradientSums, LayerGradients, sketch
+from moe_serve.calibration.gradients import GRADIENT_TOKENS, GradientSums, LayerGradients, sketch
 from moe_serve.calibration.mixture import read_mixture
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.checkpoint.staging import staged
@@ -22,12 +23,14 @@ from tests.support.models import make_model, write_texts
 CPU = torch.device("cpu")
 
 
-def gradients(path: Path, texts: Path, out: Path, batch: int) -> list[LayerGradients]:
+def gradients(
+    path: Path, texts: Path, out: Path, batch: int, limit: int = GRADIENT_TOKENS
+) -> list[LayerGradients]:
     """Both layers' sums from a calibration run."""
     checkpoint = open_checkpoint(path)
     corpus = load_corpus(checkpoint, TextOptions(paths=(texts,), tokens=300, length=64))
     assert corpus is not None
-    record = corpus.record(checkpoint, 0)
+    record = replace(corpus.record(checkpoint, 0), gradients=limit)
     settings = Collection(device=CPU, batch_tokens=batch)
     with staged(out, {}) as staging:
         found = collect(
@@ -112,14 +115,11 @@ def test_written_out_chain_rule_equals_autograd(family: str, tmp_path: Path) -> 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_only_a_share_of_each_domain_takes_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_share_of_each_domain_takes_part(tmp_path: Path) -> None:
     """A limit keeps whole sequences of every domain; batch size changes nothing."""
-    monkeypatch.setattr(reverse, "GRADIENT_TOKENS", 200)
     path = make_model(tmp_path / "m", "mixtral")
     texts = write_texts(tmp_path / "t.jsonl")
-    small, large = (gradients(path, texts, tmp_path / f"s{b}", b)[0] for b in (64, 1000))
+    small, large = (gradients(path, texts, tmp_path / f"s{b}", b, 200)[0] for b in (64, 1000))
     assert float(small.weight) == pytest.approx(128.0)
     torch.testing.assert_close(small.metric_DD, large.metric_DD, rtol=1e-3, atol=1e-4)
     assert torch.equal(small.reached_N, large.reached_N)

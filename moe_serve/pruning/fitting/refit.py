@@ -1,11 +1,12 @@
 """Re-fitting the down projections of what is kept, so that it makes up for what is gone.
 
 With P the kept neurons' routed activations [T, F], E the target minus what they now add, the new
-down projection W minimises Σ_t ω_t ‖target - P W‖² + λ s ‖W - W₀‖², s the mean diagonal of the
-normal matrix and W₀ the present values: ridge regression towards what training found. λ is the
-candidate with the least error on held-out sequences. Where a layer keeps more neurons than one
-normal matrix should hold, groups of them are solved in turn against the others' residual
-(block-coordinate descent: its fixed point is the joint solution; the first group chooses λ).
+down projection W minimises Σ_t ω_t ‖target - P W‖² + λ Σ_f s_f ‖W_f - W₀_f‖², s_f the neuron's
+entry on the normal matrix's diagonal and W₀ the present values: ridge regression towards what
+training found, the same whatever a neuron's scale (Marquardt 1963). λ is the candidate with the
+least error on held-out sequences. Where a layer keeps more neurons than one normal matrix should
+hold, groups of them are solved in turn against the others' residual (block-coordinate descent: its
+fixed point is the joint solution; the first group chooses λ).
 
 Shape suffixes: T tokens, D hidden size, F neurons of a group.
 """
@@ -29,6 +30,8 @@ from moe_serve.pruning.fitting.routed import Reached, Routed
 from moe_serve.pruning.plan import Refit
 
 _TINY: Final = torch.finfo(torch.float32).tiny
+_FLOOR: Final = 1e-6
+"""s_f at least, of the mean: a neuron that no token used stays as it is."""
 CHUNK: Final = 16_384
 """Tokens whose products are summed in FP32; sums of these are FP64."""
 
@@ -80,10 +83,10 @@ class _Normal:
         """The same in FP32: enough to tell candidates for λ apart, at half the time."""
         return _Normal(self.a_FF.float(), self.b_FD.float())
 
-    @property
-    def mean_diagonal(self) -> float:
-        """Σ ω p² per neuron."""
-        return float(self.a_FF.diagonal().mean())
+    def penalty(self, ridge: float) -> torch.Tensor:
+        """λ s [F]."""
+        scale_F = self.a_FF.diagonal()
+        return ridge * scale_F.clamp(min=max(float(scale_F.mean()) * _FLOOR, _TINY))
 
     def add(
         self, slots: Sequence[_Slot], reached: Mapping[int, Reached], e_TD: torch.Tensor
@@ -115,12 +118,12 @@ class _Normal:
             after = slice(slot.columns.stop, None)
             self.a_FF[after, slot.columns] = self.a_FF[slot.columns, after].T
 
-    def solve(self, pull_FD: torch.Tensor, penalty: float) -> torch.Tensor:
-        """The change Δ that minimises Σ ω ‖e - p Δ‖² + penalty · ‖Δ - pull‖²."""
-        a_FF = self.a_FF.clone()
-        a_FF.diagonal().add_(penalty)
+    def solve(self, pull_FD: torch.Tensor, ridge: float) -> torch.Tensor:
+        """The change Δ that minimises Σ ω ‖e - p Δ‖² + λ Σ s_f ‖Δ_f - pull_f‖²."""
+        penalty_F, a_FF = self.penalty(ridge), self.a_FF.clone()
+        a_FF.diagonal().add_(penalty_F)
         torch.linalg.cholesky(a_FF, out=a_FF)
-        return torch.cholesky_solve(self.b_FD + penalty * pull_FD, a_FF)
+        return torch.cholesky_solve(self.b_FD + penalty_F[:, None] * pull_FD, a_FF)
 
     def error(self, change_FD: torch.Tensor) -> float:
         """Squared error with a change, up to what it is without."""
@@ -155,8 +158,6 @@ def refit(
     stored: dict[int, Matrix] = {}
     before = mean_square(residual, tokens)
     groups = list(_groups(pieces, settings.side))
-    # The only group's matrix has the diagonal; with several, a pass of its own is needed.
-    scale = _mean_diagonal(routed, tokens) if len(groups) > 1 else None
     candidates = settings.ridges
     for _ in range(settings.sweeps if len(groups) > 1 else 1):
         for slots in groups:
@@ -165,12 +166,10 @@ def refit(
             # Once λ is chosen nothing has to be held out for it.
             held_T = tokens.held_T if len(candidates) > 1 else torch.zeros_like(tokens.held_T)
             fit, held = _accumulate(routed, slots, residual, tokens.omega_T, held_T)
-            if scale is None:
-                scale = max(fit.mean_diagonal + (held.mean_diagonal if held else 0.0), _TINY)
             pull_FD = (start_FD - present_FD).double()
-            ridge, change_FD = _best(fit, held, pull_FD, candidates, scale)
+            ridge, change_FD = _best(fit, held, pull_FD, candidates)
             candidates = (ridge,)
-            fit.a_FF.diagonal().add_(ridge * scale)
+            fit.a_FF.diagonal().add_(fit.penalty(ridge))
             w_FD = (present_FD + change_FD).cpu()
             matrices = round_neurons(w_FD, fit.a_FF, scheme, [slot.columns for slot in slots])
             for slot, matrix in zip(slots, matrices, strict=True):
@@ -259,7 +258,7 @@ def _chunks(batches: Sequence[Batch]) -> Iterator[list[int]]:
 
 
 def _best(
-    fit: _Normal, held: _Normal | None, pull_FD: torch.Tensor, ridges: Sequence[float], scale: float
+    fit: _Normal, held: _Normal | None, pull_FD: torch.Tensor, ridges: Sequence[float]
 ) -> tuple[float, torch.Tensor]:
     """λ with the least held-out error, and the change on all tokens with it.
 
@@ -268,19 +267,18 @@ def _best(
         held: the tokens that choose, if any.
         pull_FD: W₀ less the present weights.
         ridges: candidates for λ.
-        scale: s of all tokens.
     """
     try:
         if len(ridges) == 1:
             ridge = ridges[0]
         elif held is not None and bool(held.a_FF.any()):
-            ridge = _least(fit, held, pull_FD, ridges, scale)
+            ridge = _least(fit, held, pull_FD, ridges)
         else:
             ridge = max(ridges)  # Nothing was held out: trust few tokens least.
         if held is not None:
             fit.a_FF += held.a_FF
             fit.b_FD += held.b_FD
-        return ridge, fit.solve(pull_FD, ridge * scale)
+        return ridge, fit.solve(pull_FD, ridge)
     except RuntimeError as exc:  # torch.linalg.LinAlgError is one
         raise CalibrationError(
             "the re-fit's normal equations are singular",
@@ -288,37 +286,22 @@ def _best(
         ) from exc
 
 
-def _least(
-    fit: _Normal, held: _Normal, pull_FD: torch.Tensor, ridges: Sequence[float], scale: float
-) -> float:
+def _least(fit: _Normal, held: _Normal, pull_FD: torch.Tensor, ridges: Sequence[float]) -> float:
     """λ of least held-out error, from the greatest down until the error grows again.
 
     Less λ is more trust in the tokens that fit: held-out error falls while that is earned.
     """
-    traces = [float(n.a_FF.diagonal().sum()) for n in (fit, held)]
-    part = scale * traces[0] / sum(traces)
     best, least = max(ridges), float("inf")
     rough_fit, rough_held, rough_FD = fit.rough(), held.rough(), pull_FD.float()
     for ridge in sorted(ridges, reverse=True):
         try:
-            error = rough_held.error(rough_fit.solve(rough_FD, ridge * part))
+            error = rough_held.error(rough_fit.solve(rough_FD, ridge))
         except RuntimeError:  # Too nearly singular for FP32.
-            error = held.error(fit.solve(pull_FD, ridge * part))
+            error = held.error(fit.solve(pull_FD, ridge))
         if error >= least:
             break
         best, least = ridge, error
     return best
-
-
-def _mean_diagonal(routed: Routed, tokens: FitTokens) -> float:
-    """Mean of Σ ω p² over all neurons of the layer: the scale of λ."""
-    total, neurons = 0.0, sum(piece.width for piece in routed.pieces)
-    for number, batch in enumerate(routed.batches):
-        omega_T = tokens.omega_T[batch.tokens]
-        for _, (index_t, p_tF) in routed.batch(number, range(len(routed.pieces))):
-            square_t = p_tF.square().sum(dim=1).double().cpu()
-            total += float(square_t @ omega_T[index_t.cpu()].double())
-    return max(total / neurons, _TINY)
 
 
 def _subtract(

@@ -163,7 +163,7 @@ class Walk:
         refit_by: Refit | None,
         router_by: RouterFit | None = None,
         heal_by: Heal | None = None,
-        hopeful: Callable[[], bool] = lambda: True,
+        hopeful: Callable[[Mixture], bool] = lambda _: True,
     ) -> FittedLayer:
         """Build the layer that :meth:`meet` brought the streams to, and re-fit what is asked for.
 
@@ -176,8 +176,8 @@ class Walk:
             refit_by: how what is kept is re-fitted.
             router_by: how the router is.
             heal_by: how the layer is trained.
-            hopeful: asked while :attr:`residual` is that of the layer as it was built; where it
-                says no, the layer stays so.
+            hopeful: asked about the layer as it was built, constants apart; where it says no, the
+                attempt ends there, and :attr:`residual` is void.
         """
         checkpoint = self._decoder.checkpoint
         schemes = checkpoint.expert_scheme(layer.index)
@@ -196,15 +196,15 @@ class Walk:
             whole = with_shared(mixture) if shared else mixture
             return Routed(whole, self._inputs, self._tokens.batches, side=side)
 
+        record: dict[str, Any] = {}
+        if not hopeful(pruned):
+            return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
         start, routed = pruned, routed_of(pruned)
         self._lack(routed)
         if planned.constants and self._constants is not None:
             blocks = blocks._replace(constants_RD=self._constants.result(schemes[2]))
             pruned = self._add_constants(pruned, self._constants.replaced, blocks.constants_RD)
-        record: dict[str, Any] = {}
         shared_matrix = None
-        if not hopeful():
-            return FittedLayer(blocks=blocks, rows_ND=rows, record=record)
         if planned.split is not None and planned.split.merges:
             pruned, rows = self._join(layer, mixture, pruned, planned, record)
         if heal_by is not None:
@@ -347,6 +347,11 @@ class Walk:
             return StreamGoal(target=self._target)
         final = self._trace.states[layer.index + 1]
         return PredictionGoal(head=self._decoder.head(), final=final, target=self._target)
+
+    def lack(self, pruned: Mixture, batch: Batch, some_T: torch.Tensor) -> torch.Tensor:
+        """What a layer's output lacks [t, D] on some tokens of a batch."""
+        z_tD, target_tD = (batch.load_flat(s)[some_T] for s in (self._inputs, self._target))
+        return target_tD - pruned(z_tD)
 
     def _lack(self, pruned: Routed) -> None:
         """The residual: what a layer's output lacks."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 
+from moe_serve.calibration.gradients import GRADIENT_TOKENS
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import free_bytes
 from moe_serve.families import Shape
@@ -18,7 +19,7 @@ from moe_serve.pruning.forecasts.probe import measure
 from moe_serve.pruning.forecasts.steps import apply_step, calibrate_step, plan_step, trial_step
 from moe_serve.pruning.forecasts.work import Sizes, Work
 from moe_serve.pruning.methods.neurons import block_obs
-from moe_serve.pruning.methods.registry import AUTO, Method
+from moe_serve.pruning.methods.registry import AUTO, Method, gradient_tokens
 from moe_serve.pruning.native import SHORTLIST
 from moe_serve.pruning.plan import Heal, Plan, Refit
 from moe_serve.pruning.request import PruneRequest
@@ -100,7 +101,11 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
         refit = Refit() if refits or budget.constants else None  # Both stream the texts again.
         work = replace(
             _work(request, corpus, keep=budget.keep, refit=refit),
-            reverse=method.loss or given or request.statistics is not None,
+            reverse=(
+                gradient_tokens(method.name, sizes.shape.hidden)
+                if request.statistics is None and texts
+                else GRADIENT_TOKENS
+            ),
             inverts=method.neurons is block_obs,
             compares=method.compares,
             alignments=_alignments(method, sizes.shape),

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from moe_serve.calibration.collect import RESERVOIR
-from moe_serve.calibration.reverse import GRADIENT_TOKENS
 from moe_serve.pruning.forecasts.forecast import Step
 from moe_serve.pruning.forecasts.formulas import (
     F32,
@@ -28,27 +27,27 @@ from moe_serve.pruning.forecasts.formulas import (
 from moe_serve.pruning.forecasts.work import Sizes, Work
 from moe_serve.pruning.methods.obs import BATCH_BYTES, by_weights, bytes_of_one, dtype_of
 from moe_serve.pruning.plan import Refit
-from moe_serve.pruning.trial import TRIAL_TOKENS
+from moe_serve.pruning.trial import MEASURED, TRIAL_TOKENS
 
 
 def calibrate_step(sizes: Sizes, work: Work) -> Step:
-    """Forward over all tokens; where the method asks for it, back over at most 16,384 of them."""
-    shape, some = sizes.shape, min(GRADIENT_TOKENS, work.tokens)
+    """Forward over all tokens; where the method asks for it, back over some of them."""
+    shape, some = sizes.shape, min(work.reverse, work.tokens)
     normal = work.tokens * shape.top_k * 2 * shape.width**2 * sizes.sparse
     # Attention forward again and backward: 3 forwards, 1 in the lowest mixture's layer, none below.
     # Experts: 5 products instead of 3.
     attended = (3 * (shape.layers - sizes.lowest) - 2) / shape.layers
     reverse = some * (attended * dense(sizes, work) + 5 / 3 * routed(sizes))
     reverse += some * (6 * shape.vocabulary * shape.hidden + 2 * shape.hidden**2 * sizes.sparse)
-    rows = original_rows(sizes, work) + ((shape.layers + 3) * some if work.reverse else 0)
-    statistics = sizes.statistics_bytes(work.domains, gradients=work.reverse)
-    passes = 2 if work.reverse else 1
+    rows = original_rows(sizes, work) + (shape.layers + 3) * some
+    statistics = sizes.statistics_bytes(work.domains, gradients=bool(some))
+    passes = 2 if some else 1
     read = passes * sizes.decoder_bytes + sizes.embedding_bytes + statistics
-    read += sizes.head_bytes - sizes.lower_bytes if work.reverse else 0
+    read += sizes.head_bytes - sizes.lower_bytes if some else 0
     return Step(
         name="calibrate",
         passes=passes,
-        flops=forward(sizes, work) + normal + (reverse if work.reverse else 0.0),
+        flops=forward(sizes, work) + normal + reverse,
         read=read,
         written=statistics,
         memory=layer_memory(sizes, work) + shape.experts * shape.width**2 * F32,
@@ -94,7 +93,8 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
         name="plan",
         passes=0,
         flops=flops,
-        read=sizes.statistics_bytes(work.domains, gradients=work.reverse) + sizes.expert_bytes // 3,
+        read=sizes.statistics_bytes(work.domains, gradients=bool(work.reverse))
+        + sizes.expert_bytes // 3,
         written=0,
         memory=2 * square * F32 + experts * F32 + outputs + peeled,
         disk=0,
@@ -134,7 +134,8 @@ def apply_step(sizes: Sizes, work: Work) -> Step:
 def trial_step(sizes: Sizes, work: Work) -> Step:
     """Plans tried in memory: the original's stream once, the pruned model's in every trial.
 
-    Each layer attempted costs a fit and a forward, one that has no hope the forward.
+    Each layer attempted costs a fit and a forward; one that has no hope, a forward of the tokens
+    that measure.
     """
     refit = work.refit or Refit(ridges=())
     some = replace(work, tokens=min(TRIAL_TOKENS, work.tokens))
@@ -149,7 +150,7 @@ def trial_step(sizes: Sizes, work: Work) -> Step:
         + forward(sizes, some)
         + work.attempts * (fits + kept)
         + work.screened * (given + kept)
-        + work.glanced * kept,
+        + (work.screened + work.glanced) * MEASURED * kept,
         read=work.trials * (sizes.decoder_bytes + sizes.embedding_bytes + sizes.head_bytes),
         written=0,
         memory=layer_memory(sizes, work)

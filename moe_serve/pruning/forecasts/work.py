@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moe_serve.calibration.collect import RESERVOIR
-from moe_serve.calibration.gradients import LayerGradients
+from moe_serve.calibration.gradients import GRADIENT_TOKENS, LayerGradients
 from moe_serve.calibration.statistics import LayerStatistics
 from moe_serve.checkpoint.dtypes import itemsize
 from moe_serve.checkpoint.source import Checkpoint
@@ -99,8 +99,8 @@ class Work:
     length: int
     batch_tokens: int
     keep: float = 1.0
-    reverse: bool = True
-    """Whether the method asks what the loss feels."""
+    reverse: int = GRADIENT_TOKENS
+    """Tokens of which the method asks what the loss feels, at most."""
     inverts: bool = False
     """Whether the method inverts the normal matrices."""
     compares: bool = False

@@ -12,6 +12,7 @@ from typing import Final
 
 import torch
 
+from moe_serve.calibration.gradients import Felt, tokens_felt
 from moe_serve.errors import UsageError
 from moe_serve.pruning.methods.drops import (
     constant_error,
@@ -70,8 +71,8 @@ class Method:
     """Whether the ladders of different layers measure the same thing."""
     needs_texts: bool = True
     """Whether it needs calibration statistics."""
-    loss: bool = True
-    """Whether it asks what the loss feels; else its own run leaves out the reverse pass."""
+    loss: Felt = "neurons"
+    """What it asks of the reverse pass, which its own run leaves out where it is nothing."""
     refit: bool = False
     """Whether what is kept is re-fitted unless the user says otherwise."""
 
@@ -79,39 +80,40 @@ class Method:
 METHODS: Final = {
     method.name: method
     for method in (
-        Method(name="block-obs", neurons=block_obs, comparable=True, refit=True),
+        Method(name="block-obs", neurons=block_obs, loss="metric", comparable=True, refit=True),
         Method(name="block-heapr", neurons=block_heapr, comparable=True),
         Method(name="block-taylor", neurons=block_taylor, comparable=True),
         Method(name="block-magnitude", neurons=block_magnitude, needs_texts=False),
-        Method(name="drop-naee", experts=drop_naee, loss=False, compares=True),
-        Method(name="drop-reap", experts=drop_reap, loss=False),
-        Method(name="drop-ean", experts=drop_ean, loss=False),
-        Method(name="drop-man", experts=drop_man, loss=False),
-        Method(name="drop-msan", experts=drop_msan, loss=False),
-        Method(name="drop-seer", experts=drop_seer, loss=False),
-        Method(name="drop-frequency", experts=drop_frequency, loss=False),
+        Method(name="drop-naee", experts=drop_naee, loss="nothing", compares=True),
+        Method(name="drop-reap", experts=drop_reap, loss="nothing"),
+        Method(name="drop-ean", experts=drop_ean, loss="nothing"),
+        Method(name="drop-man", experts=drop_man, loss="nothing"),
+        Method(name="drop-msan", experts=drop_msan, loss="nothing"),
+        Method(name="drop-seer", experts=drop_seer, loss="nothing"),
+        Method(name="drop-frequency", experts=drop_frequency, loss="nothing"),
         Method(name="drop-taylor", experts=drop_taylor),
         Method(name="drop-fisher", experts=drop_fisher),
         Method(
             name="drop-constant",
             experts=drop_constant,
+            loss="metric",
             worth=constant_error,
             refit=True,
         ),
         Method(name="drop-aimer", experts=drop_aimer, needs_texts=False),
         Method(name="drop-random", experts=drop_random, needs_texts=False),
-        Method(name="merge-cka", experts=merge_cka, loss=False, merges=True, compares=True),
+        Method(name="merge-cka", experts=merge_cka, loss="nothing", merges=True, compares=True),
         Method(name="merge-cka-weights", experts=merge_cka_weights, merges=True, needs_texts=False),
-        Method(name="merge-hc", experts=merge_hc, loss=False, merges=True, compares=True),
+        Method(name="merge-hc", experts=merge_hc, loss="nothing", merges=True, compares=True),
         Method(
             name="merge-msmoe",
             experts=merge_msmoe,
-            loss=False,
+            loss="nothing",
             merges=True,
             compares=True,
             worth=lambda view: view.observed().frequency(),
         ),
-        Method(name="merge-ream", experts=merge_ream, loss=False, merges=True, compares=True),
+        Method(name="merge-ream", experts=merge_ream, loss="nothing", merges=True, compares=True),
         Method(
             name="merge-weights",
             experts=merge_weights,
@@ -124,6 +126,11 @@ METHODS: Final = {
 }
 
 AUTO: Final = "auto"
+
+
+def gradient_tokens(name: str, hidden: int) -> int:
+    """Tokens of which a method's own run takes the reverse pass at most, with texts."""
+    return tokens_felt(method_named(name, texts=True).loss, hidden)
 
 
 def method_named(name: str, *, texts: bool) -> Method:

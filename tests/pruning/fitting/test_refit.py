@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def run(tmp_path: Path, settings: Refit) -> tuple[torch.Tensor, torch.Tensor, fl
     start = torch.cat([u.down_DF for u in mixture.units], dim=1).T.double()
     omega = tokens.omega_T.double()[:, None]
     normal = p.T @ (omega * p)
-    ridge = fitted.ridge * normal.diagonal().mean() * torch.eye(len(normal)).double()
+    ridge = fitted.ridge * normal.diagonal().diag()
     expected = torch.linalg.solve(normal + ridge, p.T @ (omega * target.double()) + ridge @ start)
     left = States(tmp_path / "e", HIDDEN).read(0, TOKENS)
     off = float((left - (target.double() - p @ found)).abs().max())
@@ -85,6 +86,43 @@ def test_joint_refit_is_the_ridge_solution(tmp_path: Path) -> None:
     found, expected, off = run(tmp_path, Refit(ridges=(0.1,)))
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     assert off < 1e-4
+
+
+def test_the_fit_is_the_same_whatever_a_neuron_s_scale(tmp_path: Path) -> None:
+    """A neuron scaled up and its column down by as much: the same function, the same fit."""
+    mixture, z, target, tokens = problem(tmp_path)
+    scale = torch.tensor([1.0, 4.0, 0.25, 16.0, 1.0, 1.0])
+    scaled = replace(
+        mixture,
+        units=tuple(
+            replace(u, up_FD=u.up_FD * scale[:, None], down_DF=u.down_DF / scale)
+            for u in mixture.units
+        ),
+    )
+    outputs = []
+    for layer in (mixture, scaled):
+        States(tmp_path / "e", HIDDEN).write(0, target - layer(z))
+        routed = Routed(layer, States(tmp_path / "z", HIDDEN), tokens.batches)
+        residual = States(tmp_path / "e", HIDDEN)
+        refit(routed, residual, tokens, Refit(ridges=(0.1,)), Plain(dtype="F32"))
+        outputs.append(residual.read(0, TOKENS))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-4)
+
+
+def test_a_neuron_that_no_token_used_stays(tmp_path: Path) -> None:
+    """Its column, bit for bit up to the solver's rounding."""
+    mixture, z, target, tokens = problem(tmp_path)
+    first = mixture.units[0]
+    dead = replace(first, up_FD=first.up_FD * torch.tensor([1.0, 1, 1, 0, 1, 1])[:, None])
+    layer = replace(mixture, units=(dead, *mixture.units[1:]))
+    States(tmp_path / "e", HIDDEN).write(0, target - layer(z))
+    routed = Routed(layer, States(tmp_path / "z", HIDDEN), tokens.batches)
+    fitted = refit(
+        routed, States(tmp_path / "e", HIDDEN), tokens, Refit(ridges=(0.1,)), Plain(dtype="F32")
+    )
+    found_DF = fitted.units[0].down_DF
+    torch.testing.assert_close(found_DF[:, 3], first.down_DF[:, 3], rtol=1e-6, atol=1e-6)
+    assert float((found_DF[:, 2] - first.down_DF[:, 2]).norm()) > 0.01
 
 
 def test_block_descent_reaches_the_joint_solution(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_arithmetic_of_a_calibration() -> None:
 
 def test_methods_that_feel_no_loss_spare_the_way_back() -> None:
     """One pass, no output matrix, fewer files."""
-    work = Work(tokens=100, domains=2, length=50, batch_tokens=64, reverse=False)
+    work = Work(tokens=100, domains=2, length=50, batch_tokens=64, reverse=0)
     step = calibrate_step(SIZES, work)
     assert step.passes == 1
     assert step.flops == pytest.approx(100 * (3000 + 1440 + 288))

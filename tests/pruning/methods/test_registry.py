@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_serve.calibration.gradients import GRADIENT_TOKENS
 from moe_serve.calibration.store import Statistics
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.errors import UsageError
@@ -17,7 +18,7 @@ from moe_serve.progress import Silent
 from moe_serve.pruning.methods.drops import drop_aimer, drop_man, drop_seer, drop_taylor
 from moe_serve.pruning.methods.naee import _Search, drop_naee
 from moe_serve.pruning.methods.neurons import block_heapr, block_obs
-from moe_serve.pruning.methods.registry import METHODS
+from moe_serve.pruning.methods.registry import METHODS, gradient_tokens
 from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.plan import LayerPlan
 from moe_serve.pruning.planner import make_plan
@@ -172,6 +173,13 @@ def test_layers_get_what_the_loss_needs(checkpoint: Checkpoint, statistics: Stat
     assert error(across) <= error(each) * (1 + 1e-9)
     sizes = [sum(p.neurons_kept() for p in layers.values()) for layers in (across, each)]
     assert sizes[0] == sizes[1]
+
+
+def test_a_run_takes_as_many_gradients_as_its_method_asks_for() -> None:
+    """None, enough for a metric of the model's width, or enough to rank every neuron."""
+    assert gradient_tokens("drop-reap", 128) == 0
+    assert [gradient_tokens("auto", width) for width in (128, 2048, 7168)] == [4096, 4096, 14_336]
+    assert gradient_tokens("block-heapr", 128) == GRADIENT_TOKENS
 
 
 def test_gradients_without_texts_are_refused(checkpoint: Checkpoint) -> None:
