@@ -19,6 +19,7 @@ from moe_serve.pruning.forecasts.dryrun import dry_run
 from moe_serve.pruning.forecasts.gpus import wanted_memory
 from moe_serve.pruning.forecasts.sizing import DEFAULT_KV_TOKENS
 from moe_serve.pruning.methods.registry import AUTO
+from moe_serve.pruning.plan import HEAL_ROUNDS
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.run import PruneResult, prune
@@ -42,6 +43,7 @@ def prune_command(
     refit: options.RefitFlag = None,
     router_refit: options.RouterRefitFlag = False,
     heal: options.HealFlag = False,
+    heal_rounds: options.HealRounds = HEAL_ROUNDS,
     objective: options.ObjectiveName = MEAN,
     across_layers: options.AcrossLayers = True,
     coefficients: options.CoefficientsName = None,
@@ -87,6 +89,7 @@ def prune_command(
             refit=refit,
             router_refit=router_refit,
             heal=heal,
+            heal_rounds=heal_rounds,
             uniform=form == "native",
             constants=form == "substitution",
             across_layers=across_layers,
@@ -144,6 +147,7 @@ def plan_command(
     refit: options.RefitFlag = None,
     router_refit: options.RouterRefitFlag = False,
     heal: options.HealFlag = False,
+    heal_rounds: options.HealRounds = HEAL_ROUNDS,
     across_layers: options.AcrossLayers = True,
     coefficients: options.CoefficientsName = None,
     drop_when_better: options.DropWhenBetter = None,
@@ -170,6 +174,7 @@ def plan_command(
         refit=refit,
         router_refit=router_refit,
         heal=heal,
+        heal_rounds=heal_rounds,
         uniform=form == "native",
         constants=form == "substitution",
         across_layers=across_layers,

@@ -195,10 +195,13 @@ class RouterFit(_Model):
     """Share of the held-out error by which it must fall for new rows to be taken."""
 
 
+HEAL_ROUNDS: Final = 4
+
+
 class Heal(_Model):
     """Training of what is kept, after the re-fits."""
 
-    rounds: int = 4
+    rounds: int = HEAL_ROUNDS
     """Passes in which the original predicts every token of each calibration sequence anew."""
     drafts: int = 3
     """Drafts that each of them draws of a sequence, to train on beside it."""

@@ -25,7 +25,7 @@ from moe_serve.pruning.methods.registry import AUTO, METHODS, Method
 from moe_serve.pruning.methods.view import Budget, LayerView
 from moe_serve.pruning.native import choose, weigh
 from moe_serve.pruning.numbers import number_format
-from moe_serve.pruning.plan import Heal, LayerPlan, Plan, Refit, RouterFit
+from moe_serve.pruning.plan import LayerPlan, Plan, Refit, RouterFit
 from moe_serve.pruning.selection import Selection
 from moe_serve.pruning.trial import Trial
 
@@ -110,7 +110,7 @@ def make_plan(
         keep=budget.keep,
         refit=by if planned else None,
         router=router,
-        heal=Heal() if selection.heal and planned else None,
+        heal=selection.training if planned else None,
         balance=statistics.balance if statistics is not None else None,
         layers=planned,
         numbers=number_format(checkpoint, planned, refit=refit),

@@ -177,7 +177,7 @@ def _fingerprint(
         "block_width": selection.block_width,
         "refit": selection.refit,
         "router_refit": selection.router_refit,
-        "heal": selection.heal,
+        "heal": selection.training.model_dump() if selection.training else None,
         "across_layers": selection.across_layers,
         "merging": [selection.coefficients, selection.drop_when_better],
         "requantise": selection.requantise,

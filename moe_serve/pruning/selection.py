@@ -14,6 +14,7 @@ from moe_serve.pruning.methods.coefficients import coefficients_named
 from moe_serve.pruning.methods.registry import AUTO, Method, method_named
 from moe_serve.pruning.methods.view import Budget
 from moe_serve.pruning.numbers import removal_unit, tile_width
+from moe_serve.pruning.plan import HEAL_ROUNDS, Heal
 
 MEAN: Final = "mean"
 
@@ -48,6 +49,8 @@ class Selection:
     """Whether the router's rows are re-fitted where that helps."""
     heal: bool = False
     """Whether what is kept is trained towards the original, layer by layer."""
+    heal_rounds: int = HEAL_ROUNDS
+    """Times that the original writes the texts anew for that; 0: the texts alone."""
     uniform: bool = False
     """Whether all layers get one number of experts of one width, as stock formats need."""
     constants: bool = False
@@ -65,6 +68,11 @@ class Selection:
     """What the balance over domains is for: the mean over them, or the worst one."""
     seed: int = 0
     """Equal seeds give equal bytes."""
+
+    @property
+    def training(self) -> Heal | None:
+        """How what is kept is trained."""
+        return Heal(rounds=self.heal_rounds) if self.heal else None
 
     def resolve(self, checkpoint: Checkpoint, *, texts: bool) -> tuple[Method, Budget, bool]:
         """Method, budget and whether to re-fit, with every impossible wish refused.

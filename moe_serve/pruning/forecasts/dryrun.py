@@ -21,7 +21,7 @@ from moe_serve.pruning.forecasts.work import Sizes, Work
 from moe_serve.pruning.methods.neurons import block_obs
 from moe_serve.pruning.methods.registry import AUTO, Method, gradient_tokens
 from moe_serve.pruning.native import SHORTLIST
-from moe_serve.pruning.plan import Heal, Plan, Refit
+from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.pruning.selection import WORST
 from moe_serve.pruning.worst import ROUNDS, TOKENS
@@ -109,7 +109,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
             inverts=method.neurons is block_obs,
             compares=method.compares,
             alignments=_alignments(method, sizes.shape),
-            heal=Heal() if request.selection.heal else None,
+            heal=request.selection.training,
             keeps=request.statistics is None and not request.selection.heal,
         )
         if corpus is not None and not given:
