@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import getpass
 import time
 from pathlib import Path
 
 from moe_serve.errors import RolloutError, UsageError
+from moe_serve.rollout.person import printable, whoami
 from moe_serve.rollout.policy import Policy
 from moe_serve.rollout.probes import load_probes
 from moe_serve.rollout.record import Saved
@@ -20,7 +20,7 @@ from moe_serve.serving.state import StackState
 def start_rollout(
     state: Path, policy: Policy, *, reason: str, actor: str = "", force: bool = False
 ) -> Moved:
-    """Begin with the policy's first step.
+    """Begin with the policy's first step; a dry run moves no user.
 
     Args:
         state: the stack's state directory.
@@ -58,11 +58,15 @@ def start_rollout(
             where=str(state),
         )
     policy = _pinned(policy)
-    event = {"actor": actor or getpass.getuser(), "reason": reason, "digest": policy.digest}
+    event = {"actor": actor or whoami(), "reason": printable(reason), "digest": policy.digest}
     text = policy.model_dump_json()
     store.note("policy", {**event, "policy": text}, policy=text, revision=saved.revision)
     becomes = begin(policy, now)
     percent, shadow = becomes.target(policy)
+    if policy.dry_run:
+        # Users stay where they are; copies of their requests are all that it may ask for.
+        percent = routing_of(state).read().percent
+        shadow = shadow if percent == 0.0 else 0.0
     return move(
         state,
         percent,
@@ -116,7 +120,7 @@ def pause_rollout(state: Path, *, reason: str, actor: str = "") -> None:
         RolloutError: there is none under way.
     """
     store, saved = _under_way(state)
-    who = actor or getpass.getuser()
+    who, reason = actor or whoami(), printable(reason)
     becomes = pause(saved.state, f"{reason or 'by hand'} ({who})")
     event = {"actor": who, "reason": reason}
     store.note("paused", event, state=becomes, revision=saved.revision)
@@ -156,7 +160,7 @@ def resume_rollout(state: Path, *, reason: str, actor: str = "") -> Moved | None
             shadow=shadow,
             basis=basis,
         )
-    event = {"actor": actor or getpass.getuser(), "reason": reason}
+    event = {"actor": actor or whoami(), "reason": printable(reason)}
     store.note("resumed", event, state=becomes, revision=saved.revision)
     return None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import gc
 import signal
 import sys
@@ -203,7 +204,8 @@ def main() -> None:
 
 
 def _log(line: str) -> None:
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
+    with contextlib.suppress(OSError):  # A full disk takes no line; guards go on.
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
 
 if __name__ == "__main__":

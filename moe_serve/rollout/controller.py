@@ -7,12 +7,13 @@ and it reads again. It acts only while it holds the lease.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -73,11 +74,11 @@ class Controller:
         self._installed = installed or Installed()
         self._votes = votes or Votes()
         self._prober: Prober | None = None
-        self._folder, self._tell = state, tell
+        self._folder, self._tell = state, _heard_or_not(tell)
         self._make = sources or (lambda policy: sources_of(policy, StackState.load(state)))
         self._store = Store(state)
         self._trace = Trace(state)
-        self._people = People(state, tell)
+        self._people = People(state, self._tell)
         self._users = Users(path=users_file(state))
         self._holder = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._policy: tuple[str, Policy, Sources] | None = None
@@ -308,6 +309,16 @@ class Controller:
             self._tell(line)
 
 
+def _heard_or_not(tell: Tell) -> Tell:
+    """A log that can't be written, as on a full disk, keeps no guard from its work."""
+
+    def told(line: str) -> None:
+        with suppress(OSError):
+            tell(line)
+
+    return told
+
+
 def _deed(decision: Decision) -> list[str]:
     """What tells one decision of a dry run from the next."""
     return [decision.kind, decision.reason]
@@ -325,7 +336,16 @@ def start(
     """Run a controller in a thread of this process; set the event to end it."""
     stop = threading.Event()
     controller = Controller(state, tell, votes=votes, installed=installed)
-    thread = threading.Thread(target=controller.run, args=(stop,), daemon=True, name="controller")
+
+    def run() -> None:
+        try:
+            controller.run(stop)
+        finally:
+            if not stop.is_set():
+                # A process that looks alive and guards nothing: who watches it begins another.
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=run, daemon=True, name="controller")
     thread.start()
     return thread, stop
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -31,17 +32,19 @@ class Feed:
         """Of one state directory."""
         self.listeners = 0
         self._state, self._lock = state, threading.Lock()
-        self._seen: tuple[float, schema.Status | None] = (0.0, None)
+        self._seen: tuple[float, schema.Status | None] = (-POLL, None)
+        self._gate = asyncio.Lock()
+        """One stream looks; the others wait here and not in a thread each."""
 
     def status(self) -> schema.Status | None:
         """At most :data:`POLL` old; ``None`` while it can't be read."""
         with self._lock:
-            now = time.monotonic()
-            if now - self._seen[0] >= 0.8 * POLL:
-                try:
-                    self._seen = (now, view.look(self._state))
-                except MoeServeError:
-                    self._seen = (now, None)
+            if time.monotonic() - self._seen[0] >= 0.8 * POLL:
+                found = None
+                with suppress(MoeServeError):
+                    found = view.look(self._state)
+                # Of the end: a look at a proxy that hangs takes seconds, and would be old at once.
+                self._seen = (time.monotonic(), found)
             return self._seen[1]
 
     def _log(self, after: int | None) -> tuple[int, list[schema.LogEntry]]:
@@ -68,7 +71,8 @@ class Feed:
                 except MoeServeError:
                     lines = []
                 news = [_event("log", line.model_dump_json(), line.id) for line in lines]
-                status = await run_in_threadpool(self.status)
+                async with self._gate:
+                    status = await run_in_threadpool(self.status)
                 if status is not None:
                     content = status.model_dump_json(exclude={"at", "step_seconds"})
                     if content != told:

@@ -129,6 +129,9 @@ def errors(window: Window, policy: Policy, step: Step, *, explain: bool) -> Evid
     # Half of the level for each of two tests.
     back = policy.alpha / policy.tests / 2.0
     exposure, evidence = _exposure(window), 0.0
+    if split_mismatch(window, policy):
+        # Clients that choose for themselves count as well: by what was seen, not by what was asked.
+        exposure = max(exposure, scaled[PRUNED][1] / (scaled[PRUNED][1] + scaled[ORIGINAL][1]))
     if 0.0 < exposure < 1.0:
         failed, all_failed = scaled[PRUNED][0], scaled[PRUNED][0] + scaled[ORIGINAL][0]
         most = null_share(exposure, guard.ratio)

@@ -218,7 +218,7 @@ class Policy(Table):
     """Of the freeze windows."""
     hooks: Hooks = Hooks()
     dry_run: bool = False
-    """Record what would have been done, and do nothing."""
+    """Record what would have been done, and move no user; a first step may copy requests."""
 
     @field_validator("timezone")
     @classmethod

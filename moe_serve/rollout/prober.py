@@ -104,7 +104,7 @@ class Prober:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._flight = threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True, name="prober")
-        self._client = httpx.Client(timeout=_PATIENCE)
+        self._client = httpx.Client(timeout=_PATIENCE, trust_env=False)
 
     def start(self) -> None:
         """Begin in a thread."""

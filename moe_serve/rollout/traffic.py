@@ -7,7 +7,6 @@ full. Then the traffic still moves and the gap in the record is said.
 from __future__ import annotations
 
 import fcntl
-import getpass
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from moe_serve.errors import OutputError, Overtaken, RolloutError
+from moe_serve.rollout.person import printable, whoami
 from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Store
 from moe_serve.serving.routes import STICKY, TOTAL, Split, new_split
@@ -120,7 +120,7 @@ def move(
         _wake(stack, split, warnings)
         before = None if present is None else present.percent
         store, change = None, 0
-        who = actor or getpass.getuser()
+        who, reason = actor or whoami(), printable(reason)
         try:
             store = Store(state)
             change = _intend(store, routing, split, before, decision, reason, who, basis)
@@ -131,6 +131,10 @@ def move(
             if basis is not None and decision != "rollback":
                 raise
             warnings.append(f"not recorded: {exc}")
+        except Exception as exc:
+            if decision != "rollback":
+                raise
+            warnings.append(f"not recorded: {type(exc).__name__}: {exc}")
         try:
             # A rollback is never too late.
             steps = basis is not None and decision != "rollback"

@@ -148,7 +148,7 @@ def _row(url: str, prompt: list[int]) -> Row:
         "return_token_ids": True,
     }
     try:
-        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=300.0)
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=300.0, trust_env=False)
         reply.raise_for_status()
         choice: dict[str, Any] = reply.json()["choices"][0]
         known = choice["prompt_logprobs"][1:]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -182,6 +185,50 @@ def test_evidence_of_one_checkpoint_lets_no_other_on(proxy: Proxied, variant: st
         controller.tick()
         assert phase(proxy) == ("rolled_back", 0, 0)
         assert Store(proxy.state).history()[0].reason.startswith(f"{variant}: another checkpoint")
+
+
+def test_a_log_that_cannot_be_written_stops_no_guard(proxy: Proxied) -> None:
+    """The disk is full: neither line nor record, and harm is rolled back all the same."""
+
+    def full(_line: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    proxy.pruned.fail_every = 2
+    with begun(proxy) as first:
+        Store(proxy.state).release(first._holder)
+        controller = Controller(proxy.state, full)
+        for _ in range(20):
+            ask(proxy, 100)
+            time.sleep(0.1)
+            controller.tick()
+            if phase(proxy)[0] == "rolled_back":
+                break
+        assert phase(proxy) == ("rolled_back", 0, 0)
+
+
+def test_a_controller_that_dies_takes_its_process_along(tmp_path: Path) -> None:
+    """A process that looks alive and guards nothing would not be begun anew."""
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from moe_serve.rollout import controller\n"
+        "def run(self, stop): raise SystemExit\n"
+        "controller.Controller.run = run\n"
+        "controller.start(Path(sys.argv[1]), print)\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=50, check=False)
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_a_dry_run_leaves_users_where_they_are(proxy: Proxied) -> None:
+    """A policy whose first step has users: they stay, and what is seen is judged all the same."""
+    steps = (Step(weight=50, **QUICK),)
+    with begun(proxy, POLICY.model_copy(update={"dry_run": True, "steps": steps})) as controller:
+        assert phase(proxy) == ("canary", 0, 0)
+        ask(proxy, 50)
+        controller.tick()
+        assert phase(proxy) == ("canary", 0, 0)
 
 
 def test_a_dry_run_moves_nothing(proxy: Proxied) -> None:

@@ -40,6 +40,16 @@ PROBED = POLICY.model_copy(
 )
 
 
+def test_probes_pass_no_proxy(proxy: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their texts are a company's own: they go to the engines and nowhere else."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    prober = prober_of(PROBED, StackState.load(proxy.state), print, None)
+    prober.step()
+    assert prober.quality().trouble == ""
+
+
 def until(proxy: Proxied, controller: Controller, wanted: str) -> None:
     """Tick until that phase, without any request of a user."""
     end = time.monotonic() + 30

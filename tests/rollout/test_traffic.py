@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,41 @@ def test_traffic_moves_on_disk_while_envoy_is_away(tmp_path: Path) -> None:
     assert status(tmp_path)["in_force"] is None
     last = Store(tmp_path).history()[0]
     assert (last.decision, last.reason, last.confirmed_at) == ("rollback", "fire", None)
+
+
+def test_a_rollback_needs_no_name_and_no_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container without this user, and a reason typed in another encoding than the terminal's."""
+
+    def unknown() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    fake_stack(tmp_path)
+    write_split(tmp_path, 40)
+    move(tmp_path, 0, decision="rollback", reason="slow \udc8e")
+    assert read_split(tmp_path).percent == 0
+    last = Store(tmp_path).history()[0]
+    assert (last.actor, last.reason) == (f"uid {os.getuid()}", "slow ?")
+
+
+def test_whatever_fails_in_the_record_a_rollback_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step forward does not: it needs its record."""
+
+    def broken(*_: object, **__: object) -> int:
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(Store, "intend", broken)
+    fake_stack(tmp_path)
+    write_split(tmp_path, 40)
+    with pytest.raises(ValueError, match="no such thing"):
+        move(tmp_path, 50, decision="set", reason="")
+    moved = move(tmp_path, 0, decision="rollback", reason="")
+    assert read_split(tmp_path).percent == 0
+    assert any("not recorded: ValueError" in warning for warning in moved.warnings)
 
 
 def test_a_damaged_route_file_does_not_stop_a_rollback(tmp_path: Path) -> None:

@@ -153,6 +153,18 @@ def test_a_split_by_users_is_checked_by_users() -> None:
     assert not split_mismatch(window, Policy())
 
 
+def test_clients_who_choose_for_themselves_are_no_regression() -> None:
+    """At 1 % of 20 requests a second one more each second asks for pruned by name.
+
+    As many of each side's requests fail, so pruned's share of all failures is no sign of harm.
+    """
+    window = Window(began=0.0, weight=1.0)
+    window.failures = {ORIGINAL: [495.0, 99_000.0], PRUNED: [30.0, 6_000.0]}
+    assert errors(window, Policy(), Step(weight=1.0), explain=False).verdict != "harm"
+    window.failures[PRUNED][0] = 600.0
+    assert errors(window, Policy(), Step(weight=1.0), explain=False).verdict == "harm"
+
+
 def test_users_who_differ_are_no_regression() -> None:
     """500 users, few on pruned at first, who fail and are cut short more or less than others.
 
