@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import threading
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,20 +107,49 @@ def writing(path: Path) -> Iterator[None]:
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """Write a file so that a reader sees the old or the new content, never a part.
 
-    ``mode`` is what the umask leaves of it; 0o600 keeps others out from the first byte on.
+    Of several that write it at the same time the last one's content stays, whole. ``mode`` is what
+    the umask leaves of it; 0o600 keeps others out from the first byte on.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # The number of a thread is no other's, in any process, while it runs; so what bears another
+    # number is either being written or was left behind, and which of the two can be told.
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
 
     def private(name: str, flags: int) -> int:
         return os.open(name, flags, mode)
 
     with writing(path):
         temporary.unlink(missing_ok=True)
-        with open(temporary, "wb", opener=private) as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _remove_left(path)
+        try:
+            with open(temporary, "xb", opener=private) as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            # On a full disk the part that did fit would take the room of what comes next.
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what writers of ``path`` left behind that were killed."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        number = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if number.isdecimal() and not _runs(int(number)):
+            with suppress(OSError):
+                left.unlink()
+
+
+def _runs(thread: int) -> bool:
+    try:
+        os.kill(thread, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 from pydantic import BaseModel
@@ -44,6 +50,47 @@ def test_a_file_is_replaced_whole_and_kept_from_others(tmp_path: Path) -> None:
     assert (tmp_path / "secret").read_bytes() == b"new"
     assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600
     assert [path.name for path in tmp_path.iterdir()] == ["secret"]
+
+
+def test_two_may_write_a_file_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both get through, with neither's content in the other's: one of the two stays, whole."""
+    both = Barrier(2)
+    monkeypatch.setattr(os, "fsync", lambda _: both.wait(10))
+    contents = [b"a" * 1000, b"b" * 2000]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda content: write_atomic(tmp_path / "file", content), contents))
+    assert (tmp_path / "file").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
+    """Not what a running one is writing, nor another file's."""
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom moe_serve.files import write_atomic\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), 9)\nwrite_atomic(Path(sys.argv[1]), b'x')"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "file")], check=False)
+        assert len(list(tmp_path.iterdir())) == 1
+    kept = {f".file.{os.getppid()}.tmp", ".file.other.1.tmp", ".file.tmp"}
+    for name in kept:
+        (tmp_path / name).touch()
+    write_atomic(tmp_path / "file", b"new")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", *kept}
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk its part would take the room of what comes next."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        write_atomic(tmp_path / "file", b"x")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"\xff", None])

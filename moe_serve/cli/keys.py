@@ -13,7 +13,8 @@ from moe_serve.cli.output import err, out, print_json
 from moe_serve.errors import RolloutError, UsageError
 from moe_serve.serving.envoy import Admin
 from moe_serve.serving.keys import load_keys, new_key, remove_key
-from moe_serve.serving.listener import put_listener
+from moe_serve.serving.listener import listener_version, put_listener
+from moe_serve.serving.locks import is_up
 from moe_serve.serving.state import STACK, StackState
 from moe_serve.serving.variants import VARIANTS
 
@@ -40,7 +41,7 @@ def add_command(
     requests_per_minute: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Make a key and print it, once; only its hash is kept."""
+    """Make a key and print it, once; only its hash is kept. Exit 1 where it is not in force yet."""
     if variant not in {"", *VARIANTS}:
         raise UsageError(
             f"{variant!r} is no variant",
@@ -48,20 +49,23 @@ def add_command(
             remedy="give original or pruned, or leave it out",
         )
     secret = new_key(state, name, variant=variant, pin=pin, requests_per_minute=requests_per_minute)
-    _put_in_force(state)
+    in_force = _put_in_force(state)
     if as_json:
         print_json({"name": name, "key": secret})
     else:
         # Alone on stdout, so that it can be piped into a store of secrets.
         print(secret, flush=True)
         err.print("keep it now: only its hash is stored", markup=False)
+    if not in_force:
+        raise typer.Exit(1)
 
 
 @keys.command("remove")
 def remove_command(name: Name, state: State = Path("moe-serve-state")) -> None:
-    """Forget a key: requests that come with it are refused from now on."""
+    """Forget a key: requests with it are refused from now on. Exit 1 where they are not yet."""
     remove_key(state, name)
-    _put_in_force(state)
+    if not _put_in_force(state):
+        raise typer.Exit(1)
 
 
 @keys.command("list")
@@ -82,15 +86,23 @@ def list_command(state: State = Path("moe-serve-state"), as_json: Json = False) 
     out.print(table)
 
 
-def _put_in_force(state: Path) -> None:
-    """Hand the keys to a proxy that runs; one that starts later reads them."""
+def _put_in_force(state: Path) -> bool:
+    """Hand the keys to a proxy that runs; one that starts later reads them.
+
+    Whether none runs that still goes by the keys before.
+    """
     if not (state / STACK).exists():
-        return
+        return True
     stack = StackState.load(state)
     if stack.edge is None:
-        return
-    version = put_listener(state, stack.edge)
+        return True
+    put_listener(state, stack.edge)
     try:
-        Admin(stack.admin).confirm_listener(version)
+        Admin(stack.admin).confirm_listener(lambda: listener_version(state))
     except RolloutError as exc:
+        if isinstance(exc.__cause__, ConnectionRefusedError) and not is_up(state):
+            err.print("saved; no proxy runs, the next one reads it", markup=False)
+            return True
         err.print(f"saved; not in force yet: {exc}", markup=False)
+        return False
+    return True

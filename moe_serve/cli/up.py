@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moe_serve.cli import options
-from moe_serve.cli.output import err, out, print_json
+from moe_serve.cli.output import print_json
 from moe_serve.errors import RolloutError, ServingError
 from moe_serve.rollout.policy import load_policy
 from moe_serve.rollout.probes import load_probes
@@ -99,7 +101,9 @@ def up_command(
     except _Stopped:
         raise typer.Exit(130) from None
     try:
-        _announce(stack, as_json=as_json)
+        # Where nobody can read it, it serves all the same.
+        with suppress(OSError):
+            _announce(stack, as_json=as_json)
         _watch(stack)
     except _Stopped:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -140,8 +144,8 @@ def _announce(stack: Stack, *, as_json: bool) -> None:
     if state.policy is not None:
         told.append(f"automatic        moe-serve rollout start --state {stack.folder}")
     told.append(f"roll back        moe-serve rollout rollback --state {stack.folder}")
-    # A command that is broken over lines can't be copied.
-    out.print("\n".join(told), soft_wrap=True, markup=False)
+    # Not by rich: a command that is broken over lines can't be copied.
+    print("\n".join(told), flush=True)
 
 
 def _watch(stack: Stack) -> None:
@@ -177,4 +181,8 @@ def _tend(rest: Rest, told: set[str]) -> None:
 
 
 def _tell(text: str) -> None:
-    err.print(text, markup=False)
+    """Say it if that can be done: neither a full disk nor a reader that is gone ends serving."""
+    # Not by rich, which ends the process at a broken pipe and keeps whatever it could not write.
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(text, file=sys.stderr, flush=True)

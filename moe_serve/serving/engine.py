@@ -15,6 +15,8 @@ from moe_serve.serving.envoy import KEEP_ALIVE_SECONDS
 from moe_serve.serving.process import Child, start
 
 _SERVER: Final = "vllm.entrypoints.openai.api_server"
+_UNLOGGED: Final = "/health,/metrics,/is_sleeping"
+"""What proxy, controller and ``up`` ask all the time: a line for each would fill the disk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +52,7 @@ class EngineSpec:
             *("--served-model-name", self.served_model),
             *("--host", "127.0.0.1"),
             *("--port", str(self.port)),
+            *("--disable-access-log-for-endpoints", _UNLOGGED),
             *_for_checkpoint(config),
             *(() if gpu else _for_cpu(config)),
             *(sharing.ARGUMENTS if self.sleeps else ()),

@@ -242,16 +242,16 @@ class Admin:
         Raises:
             RolloutError: they did not come into force in time.
         """
-        return self._wait(version, self.route_version, timeout)
+        return self._wait(lambda: self.route_version() == version, timeout)
 
-    def confirm_listener(self, version: str, timeout: float = 5.0) -> float:
-        """The same for the listener."""
-        return self._wait(version, self.listener_version, timeout)
+    def confirm_listener(self, written: Callable[[], str], timeout: float = 5.0) -> float:
+        """The same for the listener that ``written`` names, which may be another meanwhile."""
+        return self._wait(lambda: self.listener_version() == written(), timeout)
 
-    def _wait(self, version: str, present: Callable[[], str | None], timeout: float) -> float:
+    def _wait(self, in_force: Callable[[], bool], timeout: float) -> float:
         began = time.monotonic()
         while time.monotonic() - began < timeout:
-            if present() == version:
+            if in_force():
                 return time.monotonic() - began
             time.sleep(0.005)
         raise RolloutError(

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from moe_serve.errors import UsageError
 from moe_serve.files import read_json, write_atomic
+from moe_serve.serving.locks import keys_lock
 from moe_serve.serving.variants import HEADER, VARIANTS
 
 FILE: Final = "keys.json"
@@ -102,13 +103,6 @@ def new_key(
             remedy="use small letters, digits, dot, dash and underscore",
             where="moe-serve keys",
         )
-    keys = load_keys(state) or []
-    if any(key.name == name for key in keys):
-        raise UsageError(
-            f"there is a key {name!r} already",
-            remedy=f"moe-serve keys remove {name}, or rename",
-            where=str(state),
-        )
     secret = f"ms-{secrets.token_urlsafe(32)}"
     key = Key(
         name=name,
@@ -117,7 +111,15 @@ def new_key(
         pin=pin,
         requests_per_minute=requests_per_minute,
     )
-    save_keys(state, [*keys, key])
+    with keys_lock(state):
+        keys = load_keys(state) or []
+        if any(key.name == name for key in keys):
+            raise UsageError(
+                f"there is a key {name!r} already",
+                remedy=f"moe-serve keys remove {name}, or rename",
+                where=str(state),
+            )
+        save_keys(state, [*keys, key])
     return secret
 
 
@@ -127,13 +129,14 @@ def remove_key(state: Path, name: str) -> None:
     Raises:
         UsageError: there is none of this name.
     """
-    keys = load_keys(state) or []
-    left = [key for key in keys if key.name != name]
-    if len(left) == len(keys):
-        raise UsageError(
-            f"there is no key {name!r}", remedy="moe-serve keys list", where=str(state)
-        )
-    save_keys(state, left)
+    with keys_lock(state):
+        keys = load_keys(state) or []
+        left = [key for key in keys if key.name != name]
+        if len(left) == len(keys):
+            raise UsageError(
+                f"there is no key {name!r}", remedy="moe-serve keys list", where=str(state)
+            )
+        save_keys(state, left)
 
 
 def filters(

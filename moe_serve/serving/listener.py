@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.files import reading, write_atomic
+from moe_serve.files import read_json, reading, write_atomic
 from moe_serve.serving.keys import KEY_HEADER, filters, load_keys
+from moe_serve.serving.locks import keys_lock
 from moe_serve.serving.routes import ANSWERED_BY, NAME, route_file
 from moe_serve.serving.variants import HEADER
 
@@ -69,7 +70,8 @@ def trim_users(state: Path) -> None:
 def put_listener(state: Path, edge: Edge) -> str:
     """Write the listener with the keys that there are; Envoy takes it from the rename.
 
-    Connections of the listener before finish what they do. Returns its version.
+    Connections of the listener before finish what they do. Returns its version. Of several at the
+    same time each reads the keys anew, so that the last one's file holds all that were saved.
 
     Raises:
         UsageError: the file of keys is damaged.
@@ -81,15 +83,25 @@ def put_listener(state: Path, edge: Edge) -> str:
     users_file(state).touch(mode=0o600)
     if edge.certificate:
         write_atomic(path.with_name("tls.json"), json.dumps(_secret(edge), indent=1).encode())
-    listener = {
-        "@type": "type.googleapis.com/envoy.config.listener.v3.Listener",
-        **_listener(state, edge),
-    }
-    version = f"{time.time_ns()}"
-    discovery = {"version_info": version, "resources": [listener]}
-    # It holds the hashes of keys.
-    write_atomic(path, json.dumps(discovery, indent=1).encode(), mode=0o600)
+    with keys_lock(state):
+        listener = {
+            "@type": "type.googleapis.com/envoy.config.listener.v3.Listener",
+            **_listener(state, edge),
+        }
+        version = f"{time.time_ns()}"
+        discovery = {"version_info": version, "resources": [listener]}
+        # It holds the hashes of keys.
+        write_atomic(path, json.dumps(discovery, indent=1).encode(), mode=0o600)
     return version
+
+
+def listener_version(state: Path) -> str:
+    """The version that was written last, by whomever.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    return str(read_json(listener_file(state)).get("version_info", ""))
 
 
 def address(host: str, port: int) -> dict[str, Any]:

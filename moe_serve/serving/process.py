@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Final
 
 _TAIL: Final = 12
+_TAIL_BYTES: Final = 64 * 1024
+"""The most that is read for it: logs of a stack that runs for months are larger than memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +37,10 @@ class Child:
 
     def tail(self) -> str:
         """The last lines of its log."""
-        with suppress(OSError):
-            return "\n".join(self.log.read_text(errors="replace").splitlines()[-_TAIL:])
+        with suppress(OSError), self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            end = log.read(_TAIL_BYTES).decode(errors="replace")
+            return "\n".join(end.splitlines()[-_TAIL:])
         return ""
 
     def stop(self, grace: float) -> None:

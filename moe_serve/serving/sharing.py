@@ -23,7 +23,9 @@ from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 
 ARGUMENTS: Final = ("--enable-sleep-mode",)
-ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1"}
+ENVIRONMENT: Final = {"VLLM_SERVER_DEV_MODE": "1", "MOE_SERVE_EXPERT_SELECTIONS": "0"}
+"""Sleep mode, and no counting of experts: its counters lie in memory that an engine gives up when
+it falls asleep, and the thread that reads them does not stop for that."""
 UTILIZATION: Final = "--gpu-memory-utilization"
 WAKE_SECONDS: Final = 120.0
 """Weights come back at gigabytes per second; longer means that something is wrong."""

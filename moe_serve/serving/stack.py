@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from moe_serve.errors import RolloutError, ServingError
 from moe_serve.files import write_atomic
@@ -20,6 +20,7 @@ from moe_serve.serving.config import StackConfig
 from moe_serve.serving.engine import EngineSpec, has_gpu, is_ready, require_servable
 from moe_serve.serving.identity import identity
 from moe_serve.serving.listener import put_listener
+from moe_serve.serving.locks import hold_stack
 from moe_serve.serving.ports import free_port, port_is_free
 from moe_serve.serving.process import Child, start
 from moe_serve.serving.routes import (
@@ -53,6 +54,8 @@ class Stack:
     folder: Path
     state: StackState | None = None
     children: list[Child] = field(default_factory=list)
+    lock: IO[str] | None = None
+    """Open as long as the state directory is this one's."""
     _revived: float = -math.inf
 
     @property
@@ -76,8 +79,15 @@ class Stack:
         if ended is None or now - self._revived < _REVIVAL_PAUSE:
             return False
         self._revived = now
-        tell(f"control ended with exit code {ended.exit_code}; started again (log {ended.log})")
-        self.children[self.children.index(ended)] = start("control", _command(self), ended.log)
+        told = f"control ended with exit code {ended.exit_code}"
+        try:
+            again = start("control", _command(self), ended.log)
+        except OSError as exc:
+            # Out of memory, of files or of processes: serving goes on, and this passes.
+            tell(f"{told}; cannot be started ({exc}); tried again in {_REVIVAL_PAUSE:g} s")
+            return False
+        self.children[self.children.index(ended)] = again
+        tell(f"{told}; started again (log {ended.log})")
         return True
 
     def drain(self, tell: Tell) -> int:
@@ -97,34 +107,28 @@ class Stack:
         return left
 
     def stop(self) -> None:
-        """End all children, the proxy first."""
+        """End all children, the proxy first, then leave the state directory to others."""
         order = sorted(self.children, key=lambda c: c.name != "envoy")
         for child in order:
             child.stop(_STOP_GRACE)
         self.children.clear()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def bring_up(config: StackConfig, tell: Tell) -> Stack:
     """Start engines, Envoy and the control process, and wait until all serve.
 
     Raises:
-        ServingError: a part did not start; it is named, with its last log lines, and all others
-            are stopped.
+        ServingError: another stack has the state directory, or a part did not start; it is named,
+            with its last log lines, and all others are stopped.
     """
     folder = config.state.absolute()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
-    ports = [("--control-port", config.control_host, config.control_port)]
-    if config.http_route is None:
-        ports.insert(0, ("--port", config.host, config.port))
-    for name, host, port in ports:
-        if not port_is_free(host, port):
-            raise ServingError(
-                f"port {port} is taken on {host}",
-                where=name,
-                remedy=f"end what listens there, or give another {name}",
-            )
-    stack = Stack(config=config, folder=folder)
+    # Before anything in there is written: a running proxy would take it for its own.
+    stack = Stack(config=config, folder=folder, lock=hold_stack(folder))
     try:
+        _require_ports(config)
         engines = _engines(stack, tell)
         make_token(folder)
         stack.state = StackState(
@@ -142,6 +146,19 @@ def bring_up(config: StackConfig, tell: Tell) -> Stack:
         stack.stop()
         raise
     return stack
+
+
+def _require_ports(config: StackConfig) -> None:
+    ports = [("--control-port", config.control_host, config.control_port)]
+    if config.http_route is None:
+        ports.insert(0, ("--port", config.host, config.port))
+    for name, host, port in ports:
+        if not port_is_free(host, port):
+            raise ServingError(
+                f"port {port} is taken on {host}",
+                where=name,
+                remedy=f"end what listens there, or give another {name}",
+            )
 
 
 def _engines(stack: Stack, tell: Tell) -> dict[str, EngineState]:

@@ -41,6 +41,42 @@ def test_the_wrong_rotary_kernel_is_left_out(family: str, tmp_path: Path) -> Non
     assert not {ROTARY, "CPU_MLA"} & set(on_gpu)
 
 
+def test_what_is_asked_all_the_time_is_not_logged(tmp_path: Path) -> None:
+    """By an option that this vLLM has, and that the user's own comes after."""
+    (tmp_path / "config.json").write_text("{}")
+    option, mine = "--disable-access-log-for-endpoints", ("--disable-access-log-for-endpoints", "/")
+    spec = EngineSpec(
+        variant="pruned", model=tmp_path, served_model="m", port=1, log=tmp_path, arguments=mine
+    )
+    found = spec.command(gpu=True)
+    unlogged = found[found.index(option) + 1].split(",")
+    assert {"/health", "/metrics"} <= set(unlogged)
+    assert tuple(found[-2:]) == mine
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    assert hasattr(FrontendArgs, option.removeprefix("--").replace("-", "_"))
+
+
+def test_an_engine_that_sleeps_counts_no_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was exported: its counters would be read while their memory is given up."""
+    found: list[dict[str, str]] = []
+    monkeypatch.setattr(engine, "start", lambda _n, _c, _l, given, **_: found.append(given))
+    (tmp_path / "config.json").write_text("{}")
+    for sleeps in (True, False):
+        EngineSpec(
+            variant="original",
+            model=tmp_path,
+            served_model="m",
+            port=1,
+            log=tmp_path,
+            sleeps=sleeps,
+        ).launch(gpu=True)
+    counted = [given.get("MOE_SERVE_EXPERT_SELECTIONS") for given in found]
+    assert counted == ["0", None]
+
+
 def test_compact_checkpoints_are_loaded_by_the_plugin(tmp_path: Path) -> None:
     """Others by vLLM's own loader."""
     assert "moe_serve" in command(tmp_path, {"compact_experts": {}}, gpu=True)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from moe_serve.demo.clients import Load
-from moe_serve.errors import ServingError
+from moe_serve.errors import RolloutError, ServingError
 from moe_serve.metrics.sources import Endpoints
 from moe_serve.rollout.traffic import move, status
 from moe_serve.serving import envoy
@@ -318,3 +318,14 @@ def test_a_machine_without_envoy_is_told_where_it_comes_from(
         folder.mkdir(exist_ok=True)
         (folder / "envoy").touch(mode=0o755)
         assert envoy.binary() == str(folder / "envoy")
+
+
+def test_a_listener_that_is_written_over_is_confirmed_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever wrote the next one read all that the first had saved."""
+    written = iter(("1", "1", "2"))
+    monkeypatch.setattr(envoy.Admin, "listener_version", lambda _: "2")
+    assert envoy.Admin("127.0.0.1:1").confirm_listener(lambda: next(written)) < 5.0
+    with pytest.raises(RolloutError, match="has not taken"):
+        envoy.Admin("127.0.0.1:1").confirm_listener(lambda: "3", timeout=0.05)

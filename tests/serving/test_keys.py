@@ -6,6 +6,8 @@ import json
 import stat
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -14,13 +16,19 @@ import pytest
 from typer.testing import CliRunner
 
 from moe_serve.cli.keys import keys as command
-from moe_serve.errors import UsageError
+from moe_serve.errors import RolloutError, UsageError
 from moe_serve.rollout.policy import Sticky
 from moe_serve.rollout.traffic import move
-from moe_serve.serving.keys import FILE, KEY_HEADER, load_keys, new_key
+from moe_serve.serving import keys as module
+from moe_serve.serving.envoy import Admin
+from moe_serve.serving.keys import FILE, KEY_HEADER, load_keys, new_key, remove_key
+from moe_serve.serving.listener import Edge, listener_file, put_listener
+from moe_serve.serving.locks import hold_stack
 from moe_serve.serving.routes import STICKY
+from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import HEADER, ORIGINAL, PRUNED
 from tests.support.proxy import Proxied, proxied
+from tests.support.stacks import fake_stack
 
 BODY = {"model": "m", "prompt": "x"}
 RUN = CliRunner()
@@ -149,6 +157,70 @@ def test_keys_are_neither_kept_nor_logged(proxy: Proxied) -> None:
     assert stat.S_IMODE((proxy.state / FILE).stat().st_mode) == 0o600
     assert line["path"] == "/v1/completions"
     assert line["status"] == 200
+
+
+def test_keys_may_be_changed_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None is lost, none comes back, and the listener that was written last has them all."""
+    load = module.load_keys
+
+    def slowly(state: Path) -> list[module.Key] | None:
+        found = load(state)
+        time.sleep(0.05)
+        return found
+
+    def change(number: int) -> None:
+        if number % 2:
+            new_key(tmp_path, f"new-{number}")
+        else:
+            remove_key(tmp_path, f"old-{number}")
+        put_listener(tmp_path, Edge(port=1))
+
+    for number in range(0, 6, 2):
+        new_key(tmp_path, f"old-{number}")
+    monkeypatch.setattr(module, "load_keys", slowly)
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(change, range(6)))
+    left = {key.name: key.sha256 for key in load(tmp_path) or ()}
+    assert set(left) == {"new-1", "new-3", "new-5"}
+    listener = listener_file(tmp_path).read_text()
+    assert all(sha256 in listener for sha256 in left.values())
+    assert "old-" not in listener
+
+
+@pytest.mark.parametrize("words", [("add", "b"), ("remove", "a")])
+def test_a_change_that_is_not_in_force_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """The proxy does not take it: what is to be kept is saved nonetheless, and a new key told."""
+    fake_stack(tmp_path)
+    replace(StackState.load(tmp_path), edge=Edge(port=1)).save(tmp_path)
+    new_key(tmp_path, "a")
+    line = [*words, "--state", str(tmp_path)]
+
+    def silent(*_: object) -> None:
+        raise RolloutError("has not taken it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Admin, "confirm_listener", silent)
+        done = RUN.invoke(command, line)
+    assert (done.exit_code, "saved; not in force yet" in done.stderr) == (1, True)
+    left = {key.name for key in load_keys(tmp_path) or ()}
+    assert left == ({"a", "b"} if words[0] == "add" else set())
+    assert done.stdout.startswith("ms-") == (words[0] == "add")
+
+
+def test_without_a_proxy_a_change_is_in_force_with_the_next(tmp_path: Path) -> None:
+    """Where none answers, though ``up`` runs, nobody knows."""
+    fake_stack(tmp_path)
+    replace(StackState.load(tmp_path), edge=Edge(port=1)).save(tmp_path)
+    line = ["--state", str(tmp_path)]
+    done = RUN.invoke(command, ["add", "a", *line])
+    assert (done.exit_code, "no proxy runs" in done.stderr) == (0, True)
+    with hold_stack(tmp_path):
+        done = RUN.invoke(command, ["remove", "a", *line])
+    assert (done.exit_code, "saved; not in force yet" in done.stderr) == (1, True)
 
 
 @pytest.mark.parametrize("name", ["", "A", "a b", 'x"y', "../x", "a" * 64])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import psutil
@@ -55,6 +56,28 @@ def test_a_stubborn_child_is_killed_after_its_grace(tmp_path: Path) -> None:
     child = started(tmp_path / "log", command)
     child.stop(0.3)
     assert child.exit_code == -signal.SIGKILL
+
+
+def test_the_end_of_a_large_log_takes_little_memory(tmp_path: Path) -> None:
+    """Twelve lines, fewer where they are long, and nothing where there is no log."""
+    child = started(tmp_path / "log")
+    try:
+        with child.log.open("r+b") as log:
+            log.truncate(64 * 1024**2)
+            log.seek(0, os.SEEK_END)
+            log.write(b"\n" + b"\n".join(b"line %d" % i for i in range(20)) + b"\n")
+        tracemalloc.start()
+        found = child.tail()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert found.splitlines() == [f"line {i}" for i in range(8, 20)]
+        assert peak < 1024**2
+        child.log.write_bytes(b"short \xff")
+        assert child.tail() == "short \ufffd"
+        child.log.unlink()
+        assert child.tail() == ""
+    finally:
+        child.stop(5)
 
 
 STUBBORN = "import signal; signal.signal(15, signal.SIG_IGN); "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import signal
 import time
@@ -13,8 +15,13 @@ import httpx
 import pytest
 
 from benchmarks.fixtures import MODEL
+from moe_serve.errors import ServingError
+from moe_serve.serving import stack as module
 from moe_serve.serving.config import StackConfig
+from moe_serve.serving.listener import listener_file
+from moe_serve.serving.locks import hold_stack
 from moe_serve.serving.ports import free_port
+from moe_serve.serving.process import start
 from moe_serve.serving.stack import Stack, bring_up
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.upstream import Upstream
@@ -63,3 +70,51 @@ def test_a_control_process_that_ended_is_started_again(stack: Stack) -> None:
     os.kill(again.pid, signal.SIGKILL)
     again.process.wait(10)
     assert not stack.revive(told.append)
+
+
+def test_a_second_stack_in_the_same_directory_is_refused(stack: Stack) -> None:
+    """Before it writes anything: the first one's proxy stays on its port."""
+    watched = [listener_file(stack.folder), *(stack.folder / "logs").iterdir()]
+    before = {path: path.stat().st_ino for path in watched}
+    other = stack.config.model_copy(update={"port": free_port(), "control_port": free_port()})
+    with pytest.raises(ServingError, match=rf"another moe-serve up \(process {os.getpid()}\) runs"):
+        bring_up(other, lambda _text: None)
+    assert {path: path.stat().st_ino for path in watched} == before
+    health = f"http://127.0.0.1:{stack.config.port}/health"
+    assert httpx.get(health).status_code == 200
+    stack.stop()
+    hold_stack(stack.folder).close()
+
+
+def test_a_stack_that_did_not_start_leaves_the_directory_free(tmp_path: Path) -> None:
+    """Its port is taken, say."""
+    port = free_port()
+    config = StackConfig(original=MODEL, pruned=MODEL, state=tmp_path, port=port, control_port=port)
+    with Upstream(ORIGINAL, port), pytest.raises(ServingError, match="is taken"):
+        bring_up(config, lambda _text: None)
+    hold_stack(tmp_path).close()
+
+
+def test_what_passes_does_not_end_serving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file or process is to be had: that is said, and tried again after the pause."""
+    log = tmp_path / "control.log"
+    ended = start("control", ["false"], log)
+    ended.process.wait(20)
+    config = StackConfig(original=MODEL, pruned=MODEL, state=tmp_path)
+    stack = Stack(config=config, folder=tmp_path, children=[ended])
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    told: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "start", refused)
+        for _ in range(2):
+            assert not stack.revive(told.append)
+    assert len(told) == 1
+    assert "Too many open files); tried again in 10 s" in told[0]
+    monkeypatch.setattr(module, "_command", lambda _: ["true"])
+    stack._revived = -math.inf
+    assert stack.revive(told.append)
+    assert "started again" in told[1]
+    stack.stop()
