@@ -55,25 +55,39 @@ class Router:
 
     def __call__(self, z_TD: torch.Tensor) -> torch.Tensor:
         """Weights [T, N] given to each expert, zero where it is not selected."""
-        rule, logits_TN = self.rule, self.logits(z_TD)
-        if rule.score == "softmax":
-            scores_TN = torch.softmax(logits_TN, dim=-1)
-        else:
-            scores_TN = torch.sigmoid(logits_TN)
-        chosen_TK = torch.topk(self._choice(scores_TN), rule.top_k, dim=-1).indices
+        never_N = None
+        if self.dropped:
+            never_N = torch.zeros(len(self.weight_ND), dtype=torch.bool, device=z_TD.device)
+            never_N[list(self.dropped)] = True
+        return self.weigh(self.logits(z_TD), never_N)
+
+    def weigh(self, logits_TN: torch.Tensor, never: torch.Tensor | None = None) -> torch.Tensor:
+        """The same from logits.
+
+        Args:
+            logits_TN: minus infinity where an expert is never selected.
+            never: where that is, [N] or [T, N].
+        """
+        rule, scores_TN = self.rule, self.scores(logits_TN)
+        chosen_TK = torch.topk(self._choice(scores_TN, never), rule.top_k, dim=-1).indices
         values_TK = scores_TN.gather(1, chosen_TK)
         if rule.renormalise:
             values_TK = values_TK / values_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         values_TK = values_TK * rule.scale
         return torch.zeros_like(scores_TN).scatter(1, chosen_TK, values_TK)
 
-    def _choice(self, scores_TN: torch.Tensor) -> torch.Tensor:
+    def scores(self, logits_TN: torch.Tensor) -> torch.Tensor:
+        """What logits become before anything is selected, [T, N]."""
+        if self.rule.score == "softmax":
+            return torch.softmax(logits_TN, dim=-1)
+        return torch.sigmoid(logits_TN)
+
+    def _choice(self, scores_TN: torch.Tensor, never: torch.Tensor | None) -> torch.Tensor:
         """What selection ranks by."""
         rule = self.rule
         choice_TN = scores_TN if self.bias_N is None else scores_TN + self.bias_N
-        if self.dropped:
-            choice_TN = choice_TN.clone()
-            choice_TN[:, list(self.dropped)] = -torch.inf
+        if never is not None:
+            choice_TN = choice_TN.masked_fill(never, -torch.inf)
         if rule.groups == 1:
             return choice_TN
         grouped_TGn = choice_TN.view(len(choice_TN), rule.groups, -1)

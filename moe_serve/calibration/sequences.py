@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from moe_serve.calibration.texts import Document, Texts
+from moe_serve.checkpoint.vocabulary import load_tokenizer
 from moe_serve.errors import CalibrationError
 
 _EXCERPT: Final = 128
@@ -251,13 +252,12 @@ def tokenizer(model: Path) -> tuple[Callable[[str], list[int]], int | None]:
     Raises:
         CalibrationError: there is none.
     """
-    from transformers import AutoTokenizer
-
     try:
-        found = AutoTokenizer.from_pretrained(str(model), trust_remote_code=False)
-    except (OSError, ValueError) as exc:
+        found = load_tokenizer(model)
+    except Exception as exc:  # transformers and tokenizers raise what they like
+        said = str(exc).splitlines() or [type(exc).__name__]
         raise CalibrationError(
-            f"no usable tokenizer ({str(exc).splitlines()[0]})",
+            f"no usable tokenizer ({said[0]})",
             where=str(model),
             remedy="copy tokenizer.json and tokenizer_config.json beside config.json",
         ) from exc

@@ -240,6 +240,11 @@ class Statistics:
         found: dict[str, float] | None = self.record.get("balance")
         return found
 
+    @property
+    def weights_sha256(self) -> str | None:
+        """Identifies what the sums are weighed by when they are read: balance and traffic."""
+        return seal(chained({key: self.record.get(key) for key in ("balance", "traffic")}))
+
     def layer(self, layer: int) -> LayerStatistics:
         """Read one layer, its sums per domain as the balance weighs them. Memory: N matrices."""
         fields = LayerStatistics.__slots__

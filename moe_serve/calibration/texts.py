@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from moe_serve.calibration.governance import Declaration, Declared, Use, refuse
 from moe_serve.errors import CalibrationError, UsageError
 
 DEFAULT_DOMAIN: Final = "general"
+_HALF: Final = re.compile("[\ud800-\udfff]")
+"""A surrogate; json joins those that come in pairs."""
 _FIX: Final = 'each line is one JSON object with "text" and optionally "domain" and "licence"'
 
 
@@ -188,5 +191,16 @@ def _parse_line(line: str, folder: str | None, *, where: str) -> Document:
             domain = row.get("domain", folder or DEFAULT_DOMAIN)
             licence = row.get("licence")
             if isinstance(domain, str) and domain and isinstance(licence, str | None):
+                _refuse_half(f"{text}{domain}{licence or ''}", where)
                 return Document(domain=domain, text=text, licence=licence)
     raise CalibrationError("has no usable text or domain", where=where, remedy=_FIX)
+
+
+def _refuse_half(words: str, where: str) -> None:
+    """JSON may name half a pair by its escape, which no tokenizer and no file takes."""
+    if half := _HALF.search(words):
+        raise CalibrationError(
+            f"holds half of a character, \\u{ord(half[0]):04x}",
+            where=where,
+            remedy="leave that out, or write the character whole, as UTF-8",
+        )

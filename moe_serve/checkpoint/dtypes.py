@@ -21,6 +21,14 @@ TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool,
 }
 
+UNREAD: Final = frozenset(
+    {
+        *("U16", "U32", "U64", "C64"),
+        *("F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"),
+    }
+)
+"""Element types that safetensors files have too; none of the number formats read here uses them."""
+
 DTYPE_NAMES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 FLOATING: Final = frozenset({"F64", "F32", "F16", "BF16"})

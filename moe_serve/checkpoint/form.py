@@ -33,7 +33,8 @@ from moe_serve.errors import PlanError
 
 ROUTER_MASK: Final = "router_mask.safetensors"
 _SILENCE: Final = -1e30
-"""A correction bias under which no expert is selected; finite in BF16 and FP32."""
+"""A correction bias under which no expert is selected; finite in BF16 and FP32. F16 takes the least
+number that it has, which is far below any score too."""
 
 
 class LayerBlocks(NamedTuple):
@@ -123,7 +124,8 @@ class Form:
             of_expert = -1 if name == self.checkpoint.family.bias_name(layer) else 0
             return weight.index_select(of_expert, torch.tensor(self.rows[layer]))
         weight = weight.clone()
-        weight[..., list(self.silenced[layer])] = _SILENCE
+        silence = max(_SILENCE, torch.finfo(weight.dtype).min)
+        weight[..., list(self.silenced[layer])] = silence
         return weight
 
     def write_layer(self, writer: ShardWriter, layer: int, blocks: LayerBlocks) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from moe_serve.checkpoint.dtypes import TORCH_DTYPES, itemsize
+from moe_serve.checkpoint.dtypes import TORCH_DTYPES, UNREAD, itemsize
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
 from moe_serve.files import REFETCH as _REFETCH
 from moe_serve.files import reading
@@ -17,6 +17,10 @@ from moe_serve.files import reading
 _LENGTH: Final = struct.Struct("<Q")
 _MAX_HEADER: Final = 100_000_000
 """The format's own limit; a longer one is a damaged length field."""
+_OTHER_FORMAT: Final = (
+    "start from the BF16 checkpoint, or from one in FP16, FP32, FP8, compressed-tensors or GPTQ "
+    "at 4 or 8 bits, or AWQ"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,6 +88,12 @@ def _entry(path: Path, name: str, spec: Any, data: int) -> TensorEntry:
                     start=data + begin,
                     size=size,
                 )
+        case {"dtype": str(dtype)} if dtype in UNREAD:
+            raise CheckpointError(
+                f"tensor {name!r}: element type {dtype} is not read here",
+                where=str(path),
+                remedy=_OTHER_FORMAT,
+            )
     raise CheckpointError(
         f"tensor {name!r} has an impossible header entry", where=str(path), remedy=_REFETCH
     )

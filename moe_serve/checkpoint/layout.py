@@ -13,6 +13,7 @@ from moe_serve.checkpoint.shards import Run, TensorSpec
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.substitution import KEY, constant_name, retained, to_config
 from moe_serve.checkpoint.table import CompactTable
+from moe_serve.checkpoint.vocabulary import name_class
 from moe_serve.families import Family, Projections
 from moe_serve.files import write_json, writing
 
@@ -222,7 +223,8 @@ def carry_over(checkpoint: Checkpoint, target: Path) -> list[str]:
     """Copy tokenizer, chat template, generation config and licence files; name what was copied.
 
     Weights, scripts and what this program writes itself are left behind: code from a checkpoint
-    is neither executed nor passed on.
+    is neither executed nor passed on. The target's config is written already: by it transformers
+    chooses a tokenizer's class, which may have to be another.
     """
     copied = []
     for file in sorted(checkpoint.path.iterdir()):
@@ -238,6 +240,7 @@ def carry_over(checkpoint: Checkpoint, target: Path) -> list[str]:
             with writing(target / file.name):
                 shutil.copyfile(file, target / file.name)
             copied.append(file.name)
+    name_class(target)
     return copied
 
 

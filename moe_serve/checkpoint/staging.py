@@ -16,6 +16,7 @@ from moe_serve.files import write_json, writing
 _SUFFIX: Final = ".partial"
 _JOURNAL: Final = "journal.json"
 _LOCK: Final = "lock"
+_TRASH: Final = "trash"
 WORK: Final = "work"
 """Sub-folder of the staging directory for what the finished output does not keep."""
 
@@ -90,8 +91,14 @@ def staged(target: Path, fingerprint: Mapping[str, Any]) -> Iterator[Staging]:
             other settings is in the way, or the disk is full.
     """
     target = target.absolute()
-    _refuse_existing(target)
     partial = target.with_name(target.name + _SUFFIX)
+    trash = target.with_name(f".{target.name}.{_TRASH}")
+    try:
+        _refuse_existing(target)
+    except OutputError:
+        if not partial.exists():
+            shutil.rmtree(trash, ignore_errors=True)
+        raise
     with writing(partial):
         partial.mkdir(parents=True, exist_ok=True)
     # The lock lies beside the folder, not in it: the folder is renamed while it is held.
@@ -110,14 +117,33 @@ def staged(target: Path, fingerprint: Mapping[str, Any]) -> Iterator[Staging]:
         except OutputError:
             partial.rmdir()
             raise
+        with writing(partial):
+            _settle(partial, trash)
         staging = Staging(partial, fingerprint)
         yield staging
         with writing(target):
-            shutil.rmtree(staging.work)
+            # Deleting takes long and may be cut short: what the journal tells has to hold until the
+            # output has its name.
+            staging.work.replace(trash)
             if target.is_dir():
                 target.rmdir()
             partial.replace(target)
+            shutil.rmtree(trash, ignore_errors=True)
             lock_path.unlink(missing_ok=True)
+
+
+def _settle(partial: Path, trash: Path) -> None:
+    """What a process left that was killed at its very end: work that is still asked for goes back.
+
+    That is the work of an output which lacks no more than its name; one that is only beginning has
+    nothing in it.
+    """
+    if not trash.exists():
+        return
+    if any(partial.iterdir()) and not (partial / WORK).exists():
+        trash.replace(partial / WORK)
+    else:
+        shutil.rmtree(trash)
 
 
 def _refuse_existing(target: Path) -> None:

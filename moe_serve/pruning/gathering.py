@@ -20,7 +20,7 @@ from moe_serve.calibration.trace import KEPT_BYTES
 from moe_serve.calibration.traffic import read_traffic
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import Staging, free_bytes, staged
-from moe_serve.errors import UsageError
+from moe_serve.errors import OutputError, UsageError
 from moe_serve.progress import SILENT, Progress
 from moe_serve.pruning.corpus import (
     Corpus,
@@ -39,6 +39,7 @@ _STATISTICS: Final = "statistics"
 
 
 _STATES: Final = "keep-states"
+_USED: Final = "statistics-used"
 
 
 def calibrate(
@@ -175,6 +176,28 @@ def at_hand(request: PruneRequest, checkpoint: Checkpoint) -> Statistics | None:
     found = Statistics(request.statistics)
     found.check(checkpoint)
     return found
+
+
+def hold_to(used: Statistics | None, request: PruneRequest, staging: Staging) -> None:
+    """Record what an output rests on; only it can go on with what it was begun with.
+
+    Raises:
+        OutputError: an unfinished run began with other statistics, or with none.
+    """
+    now = {
+        "sha256": used.sha256 if used else None,
+        "weights": used.weights_sha256 if used else None,
+    }
+    before = staging.done(_USED)
+    if before is None:
+        staging.finish(_USED, now)
+    elif before != now:
+        theirs = f"those with SHA-256 {before['sha256']}" if before["sha256"] else "none"
+        raise OutputError(
+            f"an unfinished run at {staging.path} rests on other statistics: {theirs}",
+            where=f"--statistics {request.statistics}" if request.statistics else "--statistics",
+            remedy="repeat that run's command to finish it, or delete its folder",
+        )
 
 
 def _keeps_states(

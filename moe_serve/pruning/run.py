@@ -24,7 +24,7 @@ from moe_serve.errors import PlanError, UsageError
 from moe_serve.progress import SILENT, Progress
 from moe_serve.pruning.corpus import Corpus, load_corpus
 from moe_serve.pruning.fitting.application import Application, apply_plan
-from moe_serve.pruning.gathering import at_hand, balanced, calibrated
+from moe_serve.pruning.gathering import at_hand, balanced, calibrated, hold_to
 from moe_serve.pruning.plan import Plan
 from moe_serve.pruning.planner import make_plan
 from moe_serve.pruning.records.evidence import Evidence
@@ -119,12 +119,14 @@ def prune(request: PruneRequest, progress: Progress = SILENT) -> PruneResult:
         with clock("calibrate"):
             corpus, rounds = balanced(request, checkpoint, corpus, given, staging, progress)
             statistics = calibrated(request, checkpoint, corpus, given, staging, progress)
+            used = statistics or at_hand(request, checkpoint)
+            hold_to(used, request, staging)
         with clock("plan"):
             plan = given or _planned(
                 request, checkpoint, statistics, corpus, rounds, staging, progress
             )
             plan.save(staging.path / PLAN)
-            Evidence.of(checkpoint, statistics or at_hand(request, checkpoint)).save(staging.path)
+            Evidence.of(checkpoint, used).save(staging.path)
         if plan.needs_texts and corpus is None:
             raise UsageError(
                 "this plan re-fits what is kept and needs calibration texts",

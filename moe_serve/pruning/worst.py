@@ -14,8 +14,9 @@ multiplicative weights, 1999). Losses are divided by the greatest, so that η ha
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,7 @@ from moe_serve.calibration.sequences import Sequences
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging, staged
 from moe_serve.errors import CalibrationError, UsageError
+from moe_serve.files import writing
 from moe_serve.progress import Progress, Silent
 from moe_serve.pruning.corpus import Corpus
 from moe_serve.pruning.ground import Measured
@@ -43,6 +45,7 @@ RATE: Final = 1.0
 MARGIN: Final = 0.02
 """Share of the worst domain's KL by which even parts must be beaten."""
 _MEASURED: Final = 0.25
+_FOLDER: Final = "balance"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,8 +122,7 @@ class Game:
             fit.record(self.checkpoint, self.selection.seed),
             gradients=gradient_tokens(self.selection.method, self.checkpoint.shape.hidden),
         )
-        with tempfile.TemporaryDirectory(dir=self.staging.work, prefix="balance-") as name:
-            folder = Path(name)
+        with _emptied(self.staging.work / _FOLDER) as folder:
             with staged(folder / "statistics", {}) as staging:
                 statistics = collect(
                     self.checkpoint,
@@ -149,6 +151,19 @@ class Game:
             chosen = sequences.subset([*fitting, *measuring])
             measured_T = chosen.mask(range(len(fitting), len(chosen.tokens)))
             return trial.compare(chosen, measured_T, plan.layers, plan.refit)
+
+
+@contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder for a while, without what a process killed in it left there."""
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def best(rounds: Sequence[Round]) -> Round:

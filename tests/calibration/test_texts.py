@@ -46,6 +46,12 @@ def test_domains_come_from_rows_files_and_folders(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x", "domain": 3}', r"line 1: has no usable text or domain"),
         ("a.jsonl", b'{"text": "x", "licence": []}', r"line 1: has no usable text or domain"),
         ("a.jsonl", b'["x"]', r"line 1: has no usable text"),
+        (
+            "a.jsonl",
+            b'{"text": "\\ud83d\\ude00"}\n{"text": "so \\ud83d"}',
+            r"a\.jsonl, line 2: holds half of a character, \\ud83d; leave that out",
+        ),
+        ("a.jsonl", b'{"text": "x", "domain": "\\udE00"}', r"line 1: holds half of a character"),
     ],
 )
 def test_what_is_no_text_is_refused(name: str, content: bytes, words: str, tmp_path: Path) -> None:

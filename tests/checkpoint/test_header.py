@@ -53,6 +53,14 @@ def test_each_lie_has_its_words(header: Any, data: int, words: str, tmp_path: Pa
         read_header(file_of(tmp_path / "w", header, data))
 
 
+@pytest.mark.parametrize("dtype", ["U32", "U16", "F8_E8M0", "F4"])
+def test_an_element_type_of_other_formats_is_no_damage(dtype: str, tmp_path: Path) -> None:
+    """Fetching it again would change nothing; the formats that are read are named."""
+    words = rf"w: tensor 'a': element type {dtype} is not read here; start from the BF16 .* AWQ$"
+    with pytest.raises(CheckpointError, match=words):
+        read_header(file_of(tmp_path / "w", {"a": entry(0, 8, dtype=dtype)}, 8))
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from moe_serve.checkpoint.staging import require_space, staged
+from moe_serve.checkpoint.staging import WORK, require_space, staged
 from moe_serve.errors import OutputError
 
 
@@ -30,6 +32,63 @@ def test_a_run_that_died_goes_on(tmp_path: Path) -> None:
     assert (target / "made").read_text() == "1"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in target.iterdir()] == ["made"]
+
+
+def killed_at_its_end(target: Path, monkeypatch: pytest.MonkeyPatch, call: str, at: int) -> None:
+    """A run that dies in the ``at``-th call of a function that tidies or names its output."""
+    owner = shutil if call == "rmtree" else Path
+    real, calls = getattr(owner, call), itertools.count(1)
+
+    def dying(path: Path, *args: object, **options: object) -> object:
+        if (path.parent == target.parent or path.name == WORK) and next(calls) == at:
+            if call == "rmtree":
+                min(path.iterdir()).unlink()
+            raise KeyboardInterrupt
+        return real(path, *args, **options)
+
+    with staged(target, {}) as staging:
+        (staging.path / "made").write_text("1")
+        (staging.work / "zeros").touch()
+        staging.finish("made", 7)
+        monkeypatch.setattr(owner, call, dying)
+
+
+@pytest.mark.parametrize(("call", "at"), [("replace", 1), ("replace", 2), ("rmtree", 1)])
+def test_a_kill_while_the_finished_output_is_tidied(
+    call: str, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it has its name the same run ends it, with all that was done; after, it is whole."""
+    target = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        killed_at_its_end(target, monkeypatch, call, at)
+    monkeypatch.undo()
+    if call == "replace":
+        assert not target.exists()
+        with staged(target, {}) as staging:
+            assert staging.done("made") == 7
+            assert (staging.work / "zeros").exists()
+    else:
+        with pytest.raises(OutputError, match="exists already"), staged(target, {}):
+            raise AssertionError
+        (tmp_path / ".out.lock").unlink()
+    assert (target / "made").read_text() == "1"
+    assert [path.name for path in target.iterdir()] == ["made"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_output_made_again_takes_nothing_from_what_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The finished one was deleted by hand, its work was not."""
+    target = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        killed_at_its_end(target, monkeypatch, "rmtree", 1)
+    monkeypatch.undo()
+    shutil.rmtree(target)
+    with staged(target, {}) as staging:
+        assert not staging.resumed
+        assert [path.name for path in staging.work.iterdir()] == ["journal.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_run_is_told_what_differs(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from moe_serve.calibration.sequences import Sequences
 from moe_serve.checkpoint.manifest import Manifest
+from moe_serve.checkpoint.staging import WORK
 from moe_serve.errors import CalibrationError, UsageError
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
@@ -112,6 +114,28 @@ def test_carrying_out_the_plan_gives_the_same_weights(
     files = prune(again, Silent()).manifest.files
     first = Manifest.load(request_.output).files
     assert files["model.safetensors"] == first["model.safetensors"]
+
+
+def test_a_killed_round_leaves_one_folder(
+    request_: PruneRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often it is killed, and each time it begins in an empty one."""
+    out = replace(request_, output=tmp_path / "out")
+    work = tmp_path / "out.partial" / WORK
+
+    def killed(*_: object, **__: object) -> None:
+        assert not list(work.glob("balance*/left"))
+        # As by SIGKILL: nothing is tidied up any more.
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr("moe_serve.pruning.worst.make_plan", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune(out, Silent())
+        monkeypatch.undo()
+        (folder,) = work.glob("balance*")
+        (folder / "left").touch()
 
 
 def test_the_dry_run_counts_the_rounds(request_: PruneRequest, tmp_path: Path) -> None:

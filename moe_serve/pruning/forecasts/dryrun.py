@@ -19,7 +19,7 @@ from moe_serve.pruning.forecasts.probe import measure
 from moe_serve.pruning.forecasts.steps import apply_step, calibrate_step, plan_step, trial_step
 from moe_serve.pruning.forecasts.work import Sizes, Work
 from moe_serve.pruning.methods.neurons import block_obs
-from moe_serve.pruning.methods.registry import AUTO, Method, gradient_tokens
+from moe_serve.pruning.methods.registry import AUTO, METHODS, Method, gradient_tokens
 from moe_serve.pruning.native import SHORTLIST
 from moe_serve.pruning.plan import Plan, Refit
 from moe_serve.pruning.request import PruneRequest
@@ -107,7 +107,7 @@ def _whole(request: PruneRequest, checkpoint: Checkpoint, corpus: Corpus | None)
                 else GRADIENT_TOKENS
             ),
             inverts=method.neurons is block_obs,
-            compares=method.compares,
+            compares=int(method.compares),
             alignments=_alignments(method, sizes.shape),
             heal=request.selection.training,
             keeps=request.statistics is None and not request.selection.heal,
@@ -174,8 +174,15 @@ def _with_trials(work: Work, request: PruneRequest, shape: Shape) -> Work:
         trials += SHORTLIST
     elif request.selection.method == AUTO:
         trials += len(auto.LEADERS)
-        others, rivals = len(auto.LEADERS) - 1, len(auto.rivals(shape))
-        work = replace(work, screened=others, glanced=rivals)
+        others, rivals = len(auto.LEADERS) - 1, auto.rivals(shape)
+        methods = [METHODS[name] for name in rivals]
+        work = replace(
+            work,
+            screened=others,
+            glanced=len(rivals),
+            compares=sum(method.compares for method in methods),
+            alignments=sum(_alignments(method, shape) for method in methods),
+        )
     return replace(work, trials=trials, attempts=trials)
 
 

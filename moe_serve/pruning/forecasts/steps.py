@@ -82,12 +82,9 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
         flops = sizes.sparse * shape.experts * (each + 2 * width * hidden**2)
         one = bytes_of_one(width, hidden)
         peeled = 2 * max(one, min(BATCH_BYTES, shape.experts * one))
-    apart = sizes.sparse * work.alignments * 6.0 * shape.width**2 * shape.hidden
+    apart = sizes.sparse * (_aligned(sizes, work.alignments) + _compared(sizes, work.compares))
     outputs = 0
     if work.compares:
-        grams = 2 * RESERVOIR * (shape.hidden + shape.experts)
-        each = 2 * RESERVOIR * (sizes.expert_weights + grams)
-        apart += sizes.sparse * shape.experts * each
         outputs = shape.experts * RESERVOIR * (shape.hidden * F32 + RESERVOIR * F64)
     return Step(
         name="plan",
@@ -100,6 +97,18 @@ def plan_step(sizes: Sizes, work: Work) -> Step:
         disk=0,
         processor_flops=apart,
     )
+
+
+def _aligned(sizes: Sizes, pairs: int) -> float:
+    """Inner products of all neurons of so many pairs of experts."""
+    return pairs * 6.0 * sizes.shape.width**2 * sizes.shape.hidden
+
+
+def _compared(sizes: Sizes, times: int) -> float:
+    """All experts of a layer on the reservoir, and their Gram matrices, so often."""
+    shape = sizes.shape
+    grams = 2 * RESERVOIR * (shape.hidden + shape.experts)
+    return times * shape.experts * 2.0 * RESERVOIR * (sizes.expert_weights + grams)
 
 
 def apply_step(sizes: Sizes, work: Work) -> Step:
@@ -135,7 +144,7 @@ def trial_step(sizes: Sizes, work: Work) -> Step:
     """Plans tried in memory: the original's stream once, the pruned model's in every trial.
 
     Each layer attempted costs a fit and a forward; one that has no hope, a forward of the tokens
-    that measure.
+    that measure. Rivals that compare or align experts do so on the processor.
     """
     refit = work.refit or Refit(ridges=())
     some = replace(work, tokens=min(TRIAL_TOKENS, work.tokens))
@@ -158,4 +167,6 @@ def trial_step(sizes: Sizes, work: Work) -> Step:
         + 4 * side * (side + sizes.shape.hidden) * F64
         + activations(sizes, some),
         disk=(sizes.shape.layers + 2 + WALK_STATES) * some.tokens * sizes.shape.hidden * F32,
+        processor_flops=sizes.sparse
+        * (_aligned(sizes, work.alignments) + _compared(sizes, work.compares)),
     )

@@ -103,8 +103,8 @@ class Work:
     """Tokens of which the method asks what the loss feels, at most."""
     inverts: bool = False
     """Whether the method inverts the normal matrices."""
-    compares: bool = False
-    """Whether the method runs every expert on the reservoir."""
+    compares: int = 0
+    """Times that every expert runs on the reservoir."""
     alignments: int = 0
     """Pairs of experts in a layer whose neurons are matched."""
     refit: Refit | None = None

@@ -5,7 +5,6 @@ Shape suffixes: S reservoir tokens, N experts, D hidden size.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Iterable
@@ -23,6 +22,10 @@ from moe_serve.pruning.plan import LayerPlan
 _ENUMERATE: Final = 2000
 """At most this many subsets are all tried; the paper's Mixtral 8 → 4 has 70."""
 _CHUNK: Final = 64
+_ROWS: Final = 2**14
+"""Tokens that are routed anew at once."""
+_SWAPPED: Final = 32
+"""Of more experts none is swapped: tries grow with their number cubed, half a minute at 64."""
 
 
 def drop_naee(view: LayerView, budget: Budget) -> LayerPlan:
@@ -30,12 +33,12 @@ def drop_naee(view: LayerView, budget: Budget) -> LayerPlan:
 
     Source: arXiv 2402.14800, eq. 5: all subsets are tried where that is feasible, by the Frobenius
     norm of the change over all tokens at once (its code adds the norms of its batches). Where it
-    is not, experts go one by one, each time the one whose loss costs least, and are then swapped
-    against dropped ones as long as that helps (the paper stops at eight experts).
+    is not, experts go one by one, each time the one whose loss costs least, and up to 32 of them
+    are then swapped against dropped ones as long as that helps (the paper stops at eight).
     """
     count = checked_count(view, budget)
     search = _Search.of(view.mixture(), view.observed().reservoir_SD)
-    rule, experts = search.logits_router.rule, range(view.shape.experts)
+    rule, experts = search.router.rule, range(view.shape.experts)
     if math.comb(len(experts), count) <= _ENUMERATE:
         subsets = itertools.combinations(experts, count)
         sound = (s for s in subsets if not rule.selection_defects(s, len(experts)))
@@ -51,10 +54,14 @@ def drop_naee(view: LayerView, budget: Budget) -> LayerPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Search:
-    """Layer output error of any subset, from the Gram matrix of all experts' outputs."""
+    """Layer output error of any subset, from the Gram matrix of all experts' outputs.
 
-    logits_router: Router
-    z_SD: torch.Tensor
+    A change of the weights has as many entries as selections before and after, so a token's error
+    is a sum over their squares, whatever the number of experts.
+    """
+
+    router: Router
+    logits_SN: torch.Tensor
     weights_SN: torch.Tensor
     gram_SNN: torch.Tensor
 
@@ -67,38 +74,102 @@ class _Search:
             )
             grams.append(f_sND @ f_sND.transpose(1, 2))
         return cls(
-            logits_router=mixture.router,
-            z_SD=z_SD,
+            router=mixture.router,
+            logits_SN=mixture.router.logits(z_SD),
             weights_SN=mixture.router(z_SD),
             gram_SNN=torch.cat(grams),
         )
 
+    @property
+    def experts(self) -> int:
+        """N."""
+        return self.gram_SNN.shape[1]
+
     def error(self, kept: Iterable[int]) -> float:
         """Mean squared change of the layer's output when only ``kept`` can be selected."""
-        dropped = sorted(set(range(self.gram_SNN.shape[1])) - set(kept))
-        fewer = dataclasses.replace(self.logits_router, dropped=tuple(dropped))
-        change_SN = fewer(self.z_SD) - self.weights_SN
-        square_S = (torch.bmm(self.gram_SNN, change_SN[:, :, None])[:, :, 0] * change_SN).sum(1)
-        return float(square_S.mean())
+        _, error_S = self._state(self._all_but(kept))
+        return float(error_S.mean())
 
     def single(self) -> list[float]:
         """The error of dropping each expert alone."""
-        every = range(self.gram_SNN.shape[1])
-        return [self.error(e for e in every if e != gone) for gone in every]
+        found: list[float] = self._one_more(self._all_but(range(self.experts))).tolist()
+        return found
 
     def greedy(self, count: int) -> tuple[int, ...]:
-        """Backward elimination, then swaps while one helps."""
-        kept = list(range(self.gram_SNN.shape[1]))
-        while len(kept) > count:
-            kept.remove(min(kept, key=lambda e: self.error(k for k in kept if k != e)))
-        best = self.error(kept)
-        improved = True
+        """Backward elimination, then, of few experts, swaps while one helps."""
+        gone_N = self._all_but(range(self.experts))
+        for _ in range(self.experts - count):
+            gone_N[int(self._one_more(gone_N).argmin())] = True
+        kept = torch.nonzero(~gone_N).squeeze(1).tolist()
+        best, improved = self.error(kept), self.experts <= _SWAPPED
         while improved:
             improved = False
             for out in tuple(kept):
-                spare = sorted(set(range(self.gram_SNN.shape[1])) - set(kept))
-                trials = {new: self.error([k for k in kept if k != out] + [new]) for new in spare}
-                new = min(trials, key=lambda e: trials[e], default=out)
-                if new != out and trials[new] < best * (1 - 1e-6):
-                    kept[kept.index(out)], best, improved = new, trials[new], True
+                others = [k for k in kept if k != out]
+                error_N = self._one_back(self._all_but(others), out)
+                new = int(error_N.argmin())
+                if float(error_N[new]) < best * (1 - 1e-6):
+                    kept[kept.index(out)], best, improved = new, float(error_N[new]), True
         return tuple(kept)
+
+    def _all_but(self, kept: Iterable[int]) -> torch.Tensor:
+        gone_N = torch.ones(self.experts, dtype=torch.bool)
+        gone_N[list(kept)] = False
+        return gone_N
+
+    def _one_more(self, gone_N: torch.Tensor) -> torch.Tensor:
+        """The error [N] where one expert more is gone; infinite for those that are."""
+        weights_SN, error_S = self._state(gone_N)
+        felt_SN = self._feels(weights_SN, gone_N) & ~gone_N
+        error_N = torch.full((self.experts,), torch.inf, dtype=torch.float64)
+        error_N[~gone_N] = error_S.sum()
+        for pair_P2 in torch.nonzero(felt_SN).split(_ROWS):
+            token_P, expert_P = pair_P2.unbind(1)
+            gone_PN = gone_N.expand(len(token_P), -1).clone()
+            gone_PN[torch.arange(len(token_P)), expert_P] = True
+            _, changed_P = self._state(gone_PN, token_P)
+            error_N.index_add_(0, expert_P, changed_P - error_S[token_P])
+        return error_N / len(self.logits_SN)
+
+    def _feels(self, weights_SN: torch.Tensor, gone_N: torch.Tensor) -> torch.Tensor:
+        """Which tokens' weights may change with each expert [S, N]."""
+        rule = self.router.rule
+        if rule.score == "softmax" and not rule.renormalise:
+            return torch.ones_like(weights_SN, dtype=torch.bool)  # Everyone else's share grows.
+        felt_SN = weights_SN > 0
+        if rule.groups > 1:  # Those that a group is ranked by, too.
+            choice_SN = self.router.scores(self.logits_SN.masked_fill(gone_N, -torch.inf))
+            if self.router.bias_N is not None:
+                choice_SN = (choice_SN + self.router.bias_N).masked_fill(gone_N, -torch.inf)
+            grouped_SGn = choice_SN.view(len(choice_SN), rule.groups, -1)
+            best_SGb = grouped_SGn.topk(rule.group_best, dim=-1).indices
+            ranks_SGn = torch.zeros_like(grouped_SGn, dtype=torch.bool).scatter_(
+                2, best_SGb, value=True
+            )
+            felt_SN = felt_SN | ranks_SGn.flatten(1)
+        return felt_SN
+
+    def _one_back(self, gone_N: torch.Tensor, out: int) -> torch.Tensor:
+        """The error [N] where one of those gone, but ``out``, comes back; infinite for others."""
+        error_N = torch.full((self.experts,), torch.inf, dtype=torch.float64)
+        for new in torch.nonzero(gone_N).squeeze(1).tolist():
+            if new != out:
+                back_N = gone_N.clone()
+                back_N[new] = False
+                error_N[new] = self._state(back_N)[1].mean()
+        return error_N
+
+    def _state(
+        self, gone: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights [s, N] and squared error [s] (F64) of some tokens without the experts gone."""
+        logits_sN = self.logits_SN[tokens].masked_fill(gone, -torch.inf)
+        weights_sN = self.router.weigh(logits_sN, gone)
+        change_sN = weights_sN - self.weights_SN[tokens]
+        most = min(2 * self.router.rule.top_k, self.experts)
+        index_sK = change_sN.abs().topk(most, dim=1).indices
+        change_sK = change_sN.gather(1, index_sK)
+        place_s = torch.arange(len(self.logits_SN))[tokens]
+        gram_sKK = self.gram_SNN[place_s[:, None, None], index_sK[:, :, None], index_sK[:, None, :]]
+        square_s = (torch.bmm(gram_sKK, change_sK[:, :, None])[:, :, 0] * change_sK).sum(dim=1)
+        return weights_sN, square_s.double()

@@ -82,7 +82,7 @@ def test_arithmetic_of_comparisons() -> None:
     4·1024²·4;
     3 alignments in each of 2 layers, 6·6²·10 each.
     """
-    comparing = replace(WORK, compares=True)
+    comparing = replace(WORK, compares=1)
     expected = 8 * (2 * 1024 * 180 + 4 * 1024**2 * 14)
     assert plan_step(SIZES, comparing).processor_flops == pytest.approx(expected)
     more = plan_step(SIZES, comparing).memory - plan_step(SIZES, WORK).memory
