@@ -160,7 +160,9 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def require_space(path: Path, needed: int) -> None:
+def require_space(
+    path: Path, needed: int, *, remedy: str = "free some space or choose another output"
+) -> None:
     """Refuse early.
 
     Raises:
@@ -171,5 +173,5 @@ def require_space(path: Path, needed: int) -> None:
         raise OutputError(
             f"needs {needed / 1e9:.2f} GB on disk, {free / 1e9:.2f} GB are free",
             where=str(path),
-            remedy="free some space or choose another output",
+            remedy=remedy,
         )

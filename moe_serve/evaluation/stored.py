@@ -16,6 +16,7 @@ from moe_serve.calibration.sequences import Sequences, tokenizer
 from moe_serve.calibration.states import States
 from moe_serve.calibration.stream import Batch
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
+from moe_serve.checkpoint.staging import require_space
 from moe_serve.errors import UsageError
 from moe_serve.evaluation.divergence import LOGIT_TOKENS, final_states, require_numbers
 from moe_serve.evaluation.forks import Fork, Tokens, visible
@@ -85,6 +86,11 @@ class StoredModel:
         starts = dict(zip(order, sequences.offsets, strict=True))
         numbers = iter(range(len(parts)))
         with tempfile.TemporaryDirectory(prefix="moe-serve-compare-") as work:
+            require_space(
+                Path(work),
+                2 * sequences.total * self.checkpoint.shape.hidden * 4,
+                remedy="set TMPDIR to a folder on a larger disk, or ask for fewer items",
+            )
             plain = [parts[n].plain for n in order]
             states, head = self._computed(sequences, rows, plain, Path(work), progress)
             for fork in forks:

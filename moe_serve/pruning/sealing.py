@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_serve.calibration.store import Statistics
+from moe_serve.checkpoint.card import model_card
 from moe_serve.checkpoint.form import Form
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import carry_over, write_config
@@ -22,7 +23,6 @@ from moe_serve.progress import Progress
 from moe_serve.pruning.corpus import Corpus
 from moe_serve.pruning.gathering import at_hand
 from moe_serve.pruning.plan import Plan
-from moe_serve.pruning.records.card import model_card
 from moe_serve.pruning.request import PruneRequest
 from moe_serve.version import __version__
 

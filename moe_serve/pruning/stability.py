@@ -9,6 +9,7 @@ nothing, about as one over the number of tokens.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,16 +125,23 @@ def calibrate_until_stable(
     count = max(1, -(-texts.tokens // FIRST))
     with staged(output, fingerprint) as staging:
         while True:
-            folder = staging.work / f"tokens-{count}"
-            done = (folder / RECORD).exists()
-            found = Statistics(folder) if done else gather(folder, replace(texts, tokens=count))
-            newer = make_plan(checkpoint, found, selection, SILENT, device=device)
-            changed = None if older is None else regret(checkpoint, found, older, newer)
-            observed = sum(found.record["tokens"].values())
-            steps.append(Calibrated(tokens=count, observed=observed, regret=changed))
+            key = f"tokens-{count}"
+            folder, kept = staging.work / key, staging.work / f"{key}.plan.json"
+            if (row := staging.done(key)) is None:
+                done = (folder / RECORD).exists()
+                found = Statistics(folder) if done else gather(folder, replace(texts, tokens=count))
+                newer = make_plan(checkpoint, found, selection, SILENT, device=device)
+                newer.save(kept)
+                changed = None if older is None else regret(checkpoint, found, older, newer)
+                row = {"observed": sum(found.record["tokens"].values()), "regret": changed}
+                staging.finish(key, row)
+            steps.append(Calibrated(tokens=count, **row))
+            changed = steps[-1].regret
             if count >= texts.tokens or (changed is not None and changed <= tolerance):
                 break
-            older, count = newer, min(2 * count, texts.tokens)
+            # Its plan is all that the next step asks for; statistics of large models fill disks.
+            shutil.rmtree(folder, ignore_errors=True)
+            older, count = Plan.load(kept), min(2 * count, texts.tokens)
         for name in (TENSORS, RECORD):
             (folder / name).replace(staging.path / name)
     return Stable(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe_serve.errors import UsageError
+from moe_serve.checkpoint import staging
+from moe_serve.errors import OutputError, UsageError
 from moe_serve.evaluation.comparison import compare
 from moe_serve.evaluation.measure import Wanted, measure
 from moe_serve.evaluation.stored import StoredModel
@@ -67,6 +68,17 @@ def test_places_are_transformers_own(original: Path) -> None:
             assert place.listed[token] == pytest.approx(float(row[token]), abs=1e-4)
             assert place.first == int(row.argmax())
             assert place.least == pytest.approx(float(row.topk(3).values[-1]), abs=1e-4)
+
+
+def test_rows_that_no_disk_holds_are_refused_first(
+    original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice 64 tokens (41, filled up) of 64 numbers of four bytes; what to do is said."""
+    monkeypatch.setattr(staging, "free_bytes", lambda _path: 20_000)
+    with pytest.raises(OutputError, match="set TMPDIR to a folder on a larger disk, or ask"):
+        list(StoredModel.at(original, CPU, 64).expect([list(range(1, 42))], 3, SILENT))
+    monkeypatch.setattr(staging, "free_bytes", lambda _path: 33_000)
+    assert list(StoredModel.at(original, CPU, 64).expect([list(range(1, 42))], 3, SILENT))
 
 
 def test_a_directory_against_an_engine(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_serve.checkpoint.export import export
+from moe_serve.checkpoint.manifest import Manifest
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import CheckpointError, IncompleteCheckpoint
 from moe_serve.progress import Silent
@@ -121,6 +122,9 @@ def test_shards_make_no_difference(model: Path, tmp_path: Path) -> None:
         assert one.read_bytes(name) == three.read_bytes(name)
     assert not list(sharded.glob("model-*-of-00003*"))
     export(sharded, tmp_path / "tied", "tied", Silent())
+    card = (tmp_path / "tied/README.md").read_text()
+    assert "(format `tied`)" in card
+    assert "README.md" in Manifest.load(tmp_path / "tied").files
     ids = torch.arange(1, 30)[None]
     torch.testing.assert_close(
         our_logits(sharded, ids), reference_logits(tmp_path / "tied", ids, {}), rtol=1e-5, atol=1e-4

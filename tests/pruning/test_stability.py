@@ -70,6 +70,8 @@ def stop(root: Path, output: Path, tolerance: float) -> tuple[Stable, list[int]]
 
     def gather(folder: Path, options: TextOptions) -> Statistics:
         taken.append(options.tokens)
+        # Statistics of large models fill disks: those of the steps before are gone.
+        assert not list(folder.parent.glob(f"tokens-*/{TENSORS}"))
         return calibrate(root / "m", folder, options)
 
     found = calibrate_until_stable(root / "m", output, texts(root, 1024), 0.5, tolerance, gather)

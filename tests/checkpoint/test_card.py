@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
+from moe_serve.checkpoint.card import model_card
 from moe_serve.checkpoint.manifest import ExpertBytes, LayerCounts, Manifest, Original
-from moe_serve.pruning.records.card import model_card
 
 
 def manifest(name: str, calibration: dict[str, Any] | None = None) -> Manifest:
