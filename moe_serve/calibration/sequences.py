@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,6 +130,23 @@ class Sequences:
             digest.update(f"{domain} {len(tokens)}\n".encode())
             digest.update(tokens.tobytes())
         return digest.hexdigest()
+
+    def held_out(self, share: float) -> torch.Tensor:
+        """A share of each domain's sequences, evenly spaced, as a mask over tokens [T].
+
+        At least one of every domain that has two; the last of a domain is among them, for
+        neighbours may come from one document.
+        """
+        count = Counter(self.domain)
+        held = {d: min(max(round(share * n), 1), n - 1) for d, n in count.items()}
+        seen: Counter[int] = Counter()
+        parts = []
+        for tokens, domain in zip(self.tokens, self.domain, strict=True):
+            before = seen[domain] * held[domain] // count[domain]
+            seen[domain] += 1
+            apart = seen[domain] * held[domain] // count[domain] > before
+            parts.append(torch.full((len(tokens),), apart))
+        return torch.cat(parts)
 
 
 def tokenize(

@@ -28,7 +28,7 @@ from moe_serve.checkpoint.staging import Staging
 from moe_serve.errors import CalibrationError
 from moe_serve.progress import Progress, Silent
 from moe_serve.pruning.fitting.refit import FitTokens
-from moe_serve.pruning.fitting.walk import Walk, held_out
+from moe_serve.pruning.fitting.walk import Walk
 from moe_serve.pruning.ground import Ground, Measured, Steps
 from moe_serve.pruning.methods.neurons import loss_root
 from moe_serve.pruning.plan import LayerPlan, Refit, RouterFit
@@ -199,7 +199,7 @@ class Trial:
             hidden=shape.hidden,
             tokens=sequences.total,
         )
-        measured_T = held_out(sequences, MEASURED)
+        measured_T = sequences.held_out(MEASURED)
         return self._ground(name, sequences, measured_T, changed, refit, trace)
 
     def _ground(
@@ -225,7 +225,7 @@ class Trial:
         tokens = FitTokens(
             batches=tuple(batches(sequences, self.batch_tokens, self.device)),
             omega_T=sequences.weights().masked_fill(measured_T, 0.0),
-            held_T=held_out(sequences, (refit or Refit()).holdout) & ~measured_T,
+            held_T=sequences.held_out((refit or Refit()).holdout) & ~measured_T,
         )
         decoder = Decoder(self.checkpoint, self.device)
         place, hidden = self.folder / f"trial-{name}", self.checkpoint.shape.hidden

@@ -17,7 +17,6 @@ from moe_serve.families import Shape
 from moe_serve.families.routing import Routing
 from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions, load_corpus
-from moe_serve.pruning.fitting.walk import held_out
 from moe_serve.pruning.ground import Measured
 from moe_serve.pruning.methods.neurons import Ladder
 from moe_serve.pruning.methods.obs import RemovalPath
@@ -212,7 +211,7 @@ def test_a_trial_says_what_a_comparison_of_the_files_says(root: Path, tmp_path: 
     )
     prune(request, Silent())
     sequences = trial_share(corpus.sequences)
-    measured_T = held_out(sequences, 0.25)
+    measured_T = sequences.held_out(0.25)
     chosen = [
         number
         for number, start in enumerate(sequences.offsets)

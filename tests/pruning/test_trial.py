@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from moe_serve.calibration.sequences import Sequences
-from moe_serve.pruning.fitting.walk import held_out
 from moe_serve.pruning.trial import trial_share
 
 
@@ -24,7 +23,7 @@ def test_long_sequences_are_cut_so_that_every_domain_measures() -> None:
     share = trial_share(sequences(7, 8, 1024))
     assert max(map(len, share.tokens)) == 292
     assert 0.8 * 16_384 < share.total < 1.5 * 16_384
-    measured_T = held_out(share, 0.25)
+    measured_T = share.held_out(0.25)
     assert set(share.token_domains()[measured_T].tolist()) == set(range(7))
     whole = np.concatenate(share.tokens)
     assert len(np.unique(whole)) == len(whole)
@@ -42,7 +41,7 @@ def test_every_domain_with_two_sequences_has_one_held_out() -> None:
     """A fifth of 1, 2, 4, 5, 8 and 10: none, then 1, 1, 1, 2, 2, always the last among them."""
     for each, held in ((1, 0), (2, 1), (4, 1), (5, 1), (8, 2), (10, 2)):
         given = sequences(2, each, 3)
-        mask = held_out(given, 0.2).view(2, each, 3)
+        mask = given.held_out(0.2).view(2, each, 3)
         assert mask[:, :, 0].sum(dim=1).tolist() == [held, held]
         assert bool((mask == mask[:, :, :1]).all())
         assert not held or mask[:, -1].all()

@@ -20,7 +20,7 @@ from moe_serve.progress import Progress
 from moe_serve.pruning.fitting.build import build_blocks
 from moe_serve.pruning.fitting.drafts import with_drafts, write_drafts
 from moe_serve.pruning.fitting.refit import FitTokens
-from moe_serve.pruning.fitting.walk import FittedLayer, Walk, held_out
+from moe_serve.pruning.fitting.walk import FittedLayer, Walk
 from moe_serve.pruning.plan import Heal, Plan, Refit
 
 _COPY = "apply/copy"
@@ -113,7 +113,7 @@ def _drafted(
 
 def _stream(app: Application, plan: Plan, sequences: Sequences) -> dict[str, Any]:
     decoder = Decoder(app.checkpoint, app.device)
-    held_T = held_out(sequences, (plan.refit or Refit()).holdout)
+    held_T = sequences.held_out((plan.refit or Refit()).holdout)
     if plan.heal is not None:
         sequences = _drafted(app, decoder, sequences, held_T, plan.heal)
         drafts = sequences.total - len(held_T)

@@ -6,7 +6,6 @@ Shape suffixes: B sequences, L tokens each, D hidden size, T tokens.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,21 +383,3 @@ class Walk:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         r_BLD = layer.attend(batch.load(before), self._decoder.rotary(*batch.shape))
         return r_BLD, layer.normed(r_BLD)
-
-
-def held_out(sequences: Sequences, share: float) -> torch.Tensor:
-    """A share of each domain's sequences, evenly spaced, as a mask over tokens.
-
-    At least one of every domain that has two; the last of a domain is among them, for neighbours
-    may come from one document.
-    """
-    count = Counter(sequences.domain)
-    held = {d: min(max(round(share * n), 1), n - 1) for d, n in count.items()}
-    seen: Counter[int] = Counter()
-    parts = []
-    for tokens, domain in zip(sequences.tokens, sequences.domain, strict=True):
-        before = seen[domain] * held[domain] // count[domain]
-        seen[domain] += 1
-        apart = seen[domain] * held[domain] // count[domain] > before
-        parts.append(torch.full((len(tokens),), apart))
-    return torch.cat(parts)

@@ -22,7 +22,7 @@ from moe_serve.pruning.fitting import application
 from moe_serve.pruning.fitting.application import Application
 from moe_serve.pruning.fitting.goals import StreamGoal
 from moe_serve.pruning.fitting.heal import heal
-from moe_serve.pruning.fitting.walk import FittedLayer, held_out
+from moe_serve.pruning.fitting.walk import FittedLayer
 from moe_serve.pruning.plan import Heal, Plan, Refit
 from moe_serve.pruning.records.verify import verify
 from moe_serve.pruning.request import PruneRequest
@@ -100,7 +100,7 @@ def test_the_last_layer_s_error_is_the_model_s_divergence(root: Path, tmp_path: 
     texts = TextOptions(paths=(CALIBRATION,), tokens=512, length=LENGTH)
     corpus = load_corpus(original, texts)
     assert corpus is not None
-    held_T, offsets = held_out(corpus.sequences, Refit().holdout), corpus.sequences.offsets
+    held_T, offsets = corpus.sequences.held_out(Refit().holdout), corpus.sequences.offsets
     held = corpus.sequences.subset([n for n, start in enumerate(offsets) if held_T[start]])
     found = divergence(original, trained, held, tmp_path, torch.device("cpu"), 4096, Silent())
     mean = float(np.mean([values[:, 0].mean() for values in found]))
