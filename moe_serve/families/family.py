@@ -95,6 +95,9 @@ class Family:
     """Queries are rotated in part: what vLLM's rotary kernel for CPUs gets wrong."""
     cpu_obstacle: str | None = None
     """Why vLLM 0.32 serves it wrongly on a processor, or not at all."""
+    vllm_keys: tuple[tuple[str, str], ...] = ()
+    """What vLLM reads from ``config.json`` where transformers takes it for granted; without it the
+    layers are others."""
     served: bool = False
     """The vLLM plugin has a row for the compact form; others go as ``tied`` or ``native``."""
 

@@ -24,6 +24,7 @@ _SIGMOID: Final = RoutingRule(
 
 _DEEPSEEK_V3: Final = Family(
     model_type="deepseek_v3",
+    vllm_keys=(("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")),
     architecture="DeepseekV3ForCausalLM",
     count_keys=_DEEPSEEK_COUNT,
     top_k_key="num_experts_per_tok",
@@ -167,10 +168,16 @@ FAMILIES: Final[tuple[Family, ...]] = (
     replace(_DEEPSEEK_V3, model_type="kimi_k2", skeleton="deepseek_v3"),
     _DEEPSEEK_V32,
     # GLM-5: the same, but layers without an indexer take the choice of the last that has one.
-    replace(_DEEPSEEK_V32, model_type="glm_moe_dsa", architecture="GlmMoeDsaForCausalLM"),
+    replace(
+        _DEEPSEEK_V32,
+        model_type="glm_moe_dsa",
+        architecture="GlmMoeDsaForCausalLM",
+        vllm_keys=(),
+    ),
     replace(
         _DEEPSEEK_V3,
         model_type="glm4_moe",
+        vllm_keys=(),
         architecture="Glm4MoeForCausalLM",
         frequency_key=None,
         latent_attention=False,
@@ -178,6 +185,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     replace(
         _DEEPSEEK_V3,
         model_type="glm4_moe_lite",
+        vllm_keys=(),
         architecture="Glm4MoeLiteForCausalLM",
         frequency_key=None,
         kinds_key="mlp_layer_types",
@@ -185,6 +193,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     replace(
         _DEEPSEEK_V3,
         model_type="dots1",
+        vllm_keys=(),
         architecture="Dots1ForCausalLM",
         frequency_key=None,
         extra_layers_key=None,
@@ -195,6 +204,7 @@ FAMILIES: Final[tuple[Family, ...]] = (
     replace(
         _DEEPSEEK_V3,
         model_type="solar_open",
+        vllm_keys=(),
         architecture="SolarOpenForCausalLM",
         first_sparse_key=None,
         frequency_key=None,
@@ -338,6 +348,10 @@ def serving_obstacle(config: Config, *, gpu: bool) -> tuple[str, str] | None:
             f"vLLM 0.32 on a processor {family.cpu_obstacle} ({family.model_type})",
             "serve it on a GPU; compare and verify without --engine need no vLLM",
         )
+    if unsaid := [f'"{key}": "{value}"' for key, value in family.vllm_keys if key not in config]:
+        said = " and ".join(unsaid)
+        told = f"config.json does not say {said}, and without that vLLM builds other layers"
+        return f"{told} ({family.model_type})", "add that to config.json"
     if "compact_experts" in config and not family.served:
         return (
             f"the vLLM plugin has no row for the compact form of {family.model_type}",

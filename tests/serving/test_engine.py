@@ -86,7 +86,8 @@ def test_compact_checkpoints_are_loaded_by_the_plugin(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", [row.model_type for row in FAMILIES])
 def test_what_the_cpu_gets_wrong_needs_a_gpu(family: str, tmp_path: Path) -> None:
     """With the reason; the compact form needs a row of the plugin's besides, wherever it runs."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    keys = {row.model_type: dict(row.vllm_keys) for row in FAMILIES}[family]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family} | keys))
     require_servable(tmp_path, gpu=True)
     wrong = {"ernie4_5_moe": "bias", "minimax_m2": "router", "deepseek_v32": "sparse attention"}
     wrong["glm_moe_dsa"] = wrong["deepseek_v32"]
@@ -101,6 +102,15 @@ def test_what_the_cpu_gets_wrong_needs_a_gpu(family: str, tmp_path: Path) -> Non
     else:
         with pytest.raises(ServingError, match="no row for the compact form"):
             require_servable(tmp_path, gpu=True)
+
+
+def test_what_vllm_would_build_otherwise_is_refused(tmp_path: Path) -> None:
+    """A DeepSeek-V3 that transformers has saved: softmax and no bias where it scores by sigmoid."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "deepseek_v3"}))
+    with pytest.raises(ServingError, match=r'say "topk_method": "noaux_tc" and .*; add that'):
+        require_servable(tmp_path, gpu=False)
+    change_config(tmp_path, topk_method="noaux_tc", scoring_func="sigmoid")
+    require_servable(tmp_path, gpu=False)
 
 
 def test_a_checkpoint_of_a_model_without_a_row_is_left_to_vllm(tmp_path: Path) -> None:
