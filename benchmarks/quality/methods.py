@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.fixtures import CALIBRATION, HELDOUT, MODEL
-from benchmarks.quality.contestants import Contestant, Kind, contestants
+from benchmarks.quality.contestants import Contestant, contestants
 from benchmarks.quality.summary import Run, markdown, summarise, to_json
-from moe_serve.calibration.gradients import tokens_felt
 from moe_serve.checkpoint.source import open_checkpoint
 from moe_serve.errors import MoeServeError
 from moe_serve.evaluation.comparison import compare
@@ -32,6 +31,7 @@ from moe_serve.progress import Silent
 from moe_serve.pruning.corpus import TextOptions
 from moe_serve.pruning.device import device_named
 from moe_serve.pruning.gathering import calibrate
+from moe_serve.pruning.methods.registry import gradient_tokens
 from moe_serve.pruning.request import DEFAULT_BATCH, PruneRequest
 from moe_serve.pruning.run import prune
 
@@ -56,14 +56,16 @@ class Bench:
             paths=self.calibration, tokens=self.tokens, length=self.length, seed=seed
         )
 
-    def observed(self, seed: int, kind: Kind) -> Path:
+    def observed(self, seed: int, contestant: Contestant) -> Path:
         """The statistics of a seed, gathered where they are missing.
 
         Published rules get the gradients of all tokens, ours of those that its own run takes.
         """
-        hidden, ours = open_checkpoint(self.model).shape.hidden, kind == "ours"
-        gradients = tokens_felt("metric", hidden) if ours else sys.maxsize
-        whose = "ours" if ours else "published"
+        gradients, whose = sys.maxsize, "published"
+        if contestant.kind == "ours":
+            hidden = open_checkpoint(self.model).shape.hidden
+            gradients = gradient_tokens(contestant.selection.method, hidden)
+            whose = f"ours-{gradients}"
         folder = self.statistics / f"seed-{seed}-{self.tokens}x{self.length}-{whose}"
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +85,7 @@ class Bench:
 
     def run(self, contestant: Contestant, keep: float, seed: int) -> Run:
         """Prune and measure."""
-        statistics = self.observed(seed, contestant.kind)
+        statistics = self.observed(seed, contestant)
         begin = time.monotonic()
         with tempfile.TemporaryDirectory(dir=self.work) as folder:
             output = Path(folder) / "pruned"
