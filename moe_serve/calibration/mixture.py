@@ -55,39 +55,39 @@ class Router:
 
     def __call__(self, z_TD: torch.Tensor) -> torch.Tensor:
         """Weights [T, N] given to each expert, zero where it is not selected."""
-        never_N = None
+        logits_TN, never_N = z_TD @ self.weight_ND.T, None
         if self.dropped:
             never_N = torch.zeros(len(self.weight_ND), dtype=torch.bool, device=z_TD.device)
             never_N[list(self.dropped)] = True
-        return self.weigh(self.logits(z_TD), never_N)
+        return self.weigh(logits_TN, never_N)
 
     def weigh(self, logits_TN: torch.Tensor, never: torch.Tensor | None = None) -> torch.Tensor:
-        """The same from logits.
-
-        Args:
-            logits_TN: minus infinity where an expert is never selected.
-            never: where that is, [N] or [T, N].
-        """
-        rule, scores_TN = self.rule, self.scores(logits_TN)
-        chosen_TK = torch.topk(self._choice(scores_TN, never), rule.top_k, dim=-1).indices
+        """The same from logits; ``never``, [N] or [T, N], is where an expert can't be selected."""
+        rule = self.rule
+        scores_TN, choice_TN = self.scored(logits_TN, never)
+        chosen_TK = torch.topk(self._in_groups(choice_TN), rule.top_k, dim=-1).indices
         values_TK = scores_TN.gather(1, chosen_TK)
         if rule.renormalise:
             values_TK = values_TK / values_TK.sum(dim=-1, keepdim=True).clamp(min=1e-20)
         values_TK = values_TK * rule.scale
         return torch.zeros_like(scores_TN).scatter(1, chosen_TK, values_TK)
 
-    def scores(self, logits_TN: torch.Tensor) -> torch.Tensor:
-        """What logits become before anything is selected, [T, N]."""
-        if self.rule.score == "softmax":
-            return torch.softmax(logits_TN, dim=-1)
-        return torch.sigmoid(logits_TN)
-
-    def _choice(self, scores_TN: torch.Tensor, never: torch.Tensor | None) -> torch.Tensor:
-        """What selection ranks by."""
-        rule = self.rule
-        choice_TN = scores_TN if self.bias_N is None else scores_TN + self.bias_N
+    def scored(
+        self, logits_TN: torch.Tensor, never: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores, and what experts and groups are ranked by, [T, N] each."""
         if never is not None:
-            choice_TN = choice_TN.masked_fill(never, -torch.inf)
+            logits_TN = logits_TN.masked_fill(never, -torch.inf)
+        if self.rule.score == "softmax":
+            scores_TN = torch.softmax(logits_TN, dim=-1)
+        else:
+            scores_TN = torch.sigmoid(logits_TN)
+        choice_TN = scores_TN if self.bias_N is None else scores_TN + self.bias_N
+        return scores_TN, choice_TN if never is None else choice_TN.masked_fill(never, -torch.inf)
+
+    def _in_groups(self, choice_TN: torch.Tensor) -> torch.Tensor:
+        """Without the experts of groups that are not selected."""
+        rule = self.rule
         if rule.groups == 1:
             return choice_TN
         grouped_TGn = choice_TN.view(len(choice_TN), rule.groups, -1)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Final
 
 from jinja2 import Environment, StrictUndefined
 
 from moe_serve.checkpoint.manifest import Manifest
+from moe_serve.files import write_atomic
 
 _TEMPLATE: Final = """\
 ---
@@ -103,6 +105,11 @@ None: chosen from the weights alone.
 Why each expert was kept, merged or dropped, and the risks: `moe-serve report . -o report.html`.
 Quality has to be measured on your own texts: `moe-serve compare ORIGINAL THIS --texts PATH`.
 """
+
+
+def write_card(folder: Path, manifest: Manifest, *, served: bool) -> None:
+    """Put the card into a written checkpoint; see :func:`model_card`."""
+    write_atomic(folder / "README.md", model_card(manifest, served=served).encode())
 
 
 def model_card(manifest: Manifest, *, served: bool) -> str:

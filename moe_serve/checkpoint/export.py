@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from moe_serve.checkpoint.card import model_card
+from moe_serve.checkpoint.card import write_card
 from moe_serve.checkpoint.form import LayerBlocks
 from moe_serve.checkpoint.formats import form_named
 from moe_serve.checkpoint.layout import carry_over, write_config
@@ -14,7 +14,7 @@ from moe_serve.checkpoint.shards import ShardWriter
 from moe_serve.checkpoint.source import Checkpoint, open_checkpoint
 from moe_serve.checkpoint.staging import require_space, staged
 from moe_serve.errors import UsageError
-from moe_serve.files import write_atomic, writing
+from moe_serve.files import writing
 from moe_serve.progress import SILENT, Progress
 
 
@@ -69,8 +69,7 @@ def export(source: Path, target: Path, form_name: str, progress: Progress = SILE
                 with writing(staging.path / name):
                     shutil.copyfile(source / name, staging.path / name)
         exported = manifest.model_copy(update={"format": form_name})
-        card = model_card(exported, served=checkpoint.family.served)
-        write_atomic(staging.path / "README.md", card.encode())
+        write_card(staging.path, exported, served=checkpoint.family.served)
         exported.save(staging.path, progress)
     return target
 

@@ -22,9 +22,9 @@ _SIGMOID: Final = RoutingRule(
     group_score="best-two",
 )
 
+_DEEPSEEK_KEYS: Final = (("topk_method", "noaux_tc"), ("scoring_func", "sigmoid"))
 _DEEPSEEK_V3: Final = Family(
     model_type="deepseek_v3",
-    vllm_keys=(("topk_method", "noaux_tc"), ("scoring_func", "sigmoid")),
     architecture="DeepseekV3ForCausalLM",
     count_keys=_DEEPSEEK_COUNT,
     top_k_key="num_experts_per_tok",
@@ -163,21 +163,19 @@ FAMILIES: Final[tuple[Family, ...]] = (
         latent_attention=True,
         served=True,
     ),
-    _DEEPSEEK_V3,
+    replace(_DEEPSEEK_V3, vllm_keys=_DEEPSEEK_KEYS),
     # Kimi K2 is DeepSeek-V3 under its own name; the architecture in its config is DeepSeek's.
-    replace(_DEEPSEEK_V3, model_type="kimi_k2", skeleton="deepseek_v3"),
-    _DEEPSEEK_V32,
+    replace(_DEEPSEEK_V3, model_type="kimi_k2", skeleton="deepseek_v3", vllm_keys=_DEEPSEEK_KEYS),
+    replace(_DEEPSEEK_V32, vllm_keys=_DEEPSEEK_KEYS),
     # GLM-5: the same, but layers without an indexer take the choice of the last that has one.
     replace(
         _DEEPSEEK_V32,
         model_type="glm_moe_dsa",
         architecture="GlmMoeDsaForCausalLM",
-        vllm_keys=(),
     ),
     replace(
         _DEEPSEEK_V3,
         model_type="glm4_moe",
-        vllm_keys=(),
         architecture="Glm4MoeForCausalLM",
         frequency_key=None,
         latent_attention=False,
@@ -185,7 +183,6 @@ FAMILIES: Final[tuple[Family, ...]] = (
     replace(
         _DEEPSEEK_V3,
         model_type="glm4_moe_lite",
-        vllm_keys=(),
         architecture="Glm4MoeLiteForCausalLM",
         frequency_key=None,
         kinds_key="mlp_layer_types",
@@ -193,7 +190,6 @@ FAMILIES: Final[tuple[Family, ...]] = (
     replace(
         _DEEPSEEK_V3,
         model_type="dots1",
-        vllm_keys=(),
         architecture="Dots1ForCausalLM",
         frequency_key=None,
         extra_layers_key=None,
@@ -204,7 +200,6 @@ FAMILIES: Final[tuple[Family, ...]] = (
     replace(
         _DEEPSEEK_V3,
         model_type="solar_open",
-        vllm_keys=(),
         architecture="SolarOpenForCausalLM",
         first_sparse_key=None,
         frequency_key=None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_serve.calibration.store import Statistics
-from moe_serve.checkpoint.card import model_card
+from moe_serve.checkpoint.card import write_card
 from moe_serve.checkpoint.form import Form
 from moe_serve.checkpoint.hashing import file_sha256
 from moe_serve.checkpoint.layout import carry_over, write_config
@@ -18,7 +18,6 @@ from moe_serve.checkpoint.manifest import (
 )
 from moe_serve.checkpoint.source import Checkpoint
 from moe_serve.checkpoint.staging import Staging
-from moe_serve.files import write_atomic
 from moe_serve.progress import Progress
 from moe_serve.pruning.corpus import Corpus
 from moe_serve.pruning.gathering import at_hand
@@ -100,9 +99,7 @@ def seal(
         if predicting
         else None,
     )
-    write_atomic(
-        target / "README.md", model_card(manifest, served=checkpoint.family.served).encode()
-    )
+    write_card(target, manifest, served=checkpoint.family.served)
     return manifest.save(target, progress)
 
 

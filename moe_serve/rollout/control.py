@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import gc
 import signal
 import sys
@@ -204,8 +203,7 @@ def main() -> None:
 
 
 def _log(line: str) -> None:
-    with contextlib.suppress(OSError):  # A full disk takes no line; guards go on.
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,6 +18,7 @@ from moe_serve.errors import OutputError, Overtaken, RolloutError
 from moe_serve.rollout.person import printable, whoami
 from moe_serve.rollout.state import State, pause, roll_back
 from moe_serve.rollout.store import Store
+from moe_serve.serving.locks import taken
 from moe_serve.serving.routes import STICKY, TOTAL, Split, new_split
 from moe_serve.serving.routing import Routing, routing_of
 from moe_serve.serving.sharing import wake_original
@@ -231,23 +232,17 @@ def routes_lock(state: Path, warnings: list[str], *, must: bool) -> Iterator[Non
     Who must have it and does not get it is :class:`Overtaken`; a person goes on with a warning.
     """
     with (state / LOCK).open("ab") as file:
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as exc:
-                if time.monotonic() < until:
-                    time.sleep(0.01)
-                    continue
-                if must:
-                    raise Overtaken(
-                        "someone else moves traffic now",
-                        where="rollout",
-                        remedy="look at moe-serve rollout status, then decide again",
-                    ) from exc
-                warnings.append("another program was moving traffic at the same time")
-                break
+        ours = False
+        with suppress(OSError):  # Where files have no locks a person goes on, too.
+            ours = taken(file, fcntl.LOCK_EX, _PATIENCE)
+        if not ours and must:
+            raise Overtaken(
+                "someone else moves traffic now",
+                where="rollout",
+                remedy="look at moe-serve rollout status, then decide again",
+            )
+        if not ours:
+            warnings.append("another program was moving traffic at the same time")
         yield
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from moe_serve.errors import ServingError
 from moe_serve.files import writing
@@ -35,7 +35,7 @@ def hold_stack(state: Path) -> IO[str]:
     path = state / UP
     with writing(path):
         file = path.open("a+")
-        if not _taken(file, fcntl.LOCK_EX, _BLINK):
+        if not taken(file, fcntl.LOCK_EX, _BLINK):
             file.seek(0)
             holder = file.read().strip()
             file.close()
@@ -54,7 +54,7 @@ def is_up(state: Path) -> bool:
     """Whether an ``up`` runs with this state directory."""
     try:
         with (state / UP).open() as file:
-            return not _taken(file, fcntl.LOCK_SH, 0.0)
+            return not taken(file, fcntl.LOCK_SH, 0.0)
     except FileNotFoundError:
         return False
     except OSError:
@@ -76,8 +76,8 @@ def keys_lock(state: Path) -> Iterator[None]:
         file = path.open("a")
     with file:
         with writing(path):
-            taken = _taken(file, fcntl.LOCK_EX, _PATIENCE)
-        if not taken:
+            ours = taken(file, fcntl.LOCK_EX, _PATIENCE)
+        if not ours:
             raise ServingError(
                 f"another process has been changing keys for {_PATIENCE:g} s",
                 where=str(path),
@@ -86,8 +86,12 @@ def keys_lock(state: Path) -> Iterator[None]:
         yield
 
 
-def _taken(file: IO[str], kind: int, seconds: float) -> bool:
-    """Whether the lock could be had within these seconds."""
+def taken(file: IO[Any], kind: int, seconds: float) -> bool:
+    """Whether the lock could be had within these seconds.
+
+    Raises:
+        OSError: the file system has none.
+    """
     until = time.monotonic() + seconds
     while True:
         try:

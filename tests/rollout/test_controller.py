@@ -25,7 +25,7 @@ from moe_serve.serving.routes import read_split, route_file
 from moe_serve.serving.state import StackState
 from moe_serve.serving.variants import ORIGINAL, PRUNED
 from tests.support.proxy import Proxied, proxied
-from tests.support.rollouts import POLICY, QUICK, ask, begun, holding, phase
+from tests.support.rollouts import POLICY, QUICK, ask, begun, holding, phase, until_rolled_back
 
 
 @pytest.fixture
@@ -57,12 +57,7 @@ def test_a_regression_is_rolled_back(what: str, proxy: Proxied) -> None:
     """Every request but few: while only copies go there no client has seen one."""
     setattr(proxy.pruned, what, 1 if what == "slow_every" else 2)
     with begun(proxy) as controller:
-        for _ in range(20):
-            ask(proxy, 100)
-            time.sleep(0.1)
-            controller.tick()
-            if phase(proxy)[0] == "rolled_back":
-                break
+        until_rolled_back(proxy, controller)
         assert phase(proxy) == ("rolled_back", 0, 0)
         last = Store(proxy.state).history()[0]
         assert (last.actor, last.decision) == ("controller", "rollback")
@@ -197,12 +192,7 @@ def test_a_log_that_cannot_be_written_stops_no_guard(proxy: Proxied) -> None:
     with begun(proxy) as first:
         Store(proxy.state).release(first._holder)
         controller = Controller(proxy.state, full)
-        for _ in range(20):
-            ask(proxy, 100)
-            time.sleep(0.1)
-            controller.tick()
-            if phase(proxy)[0] == "rolled_back":
-                break
+        until_rolled_back(proxy, controller)
         assert phase(proxy) == ("rolled_back", 0, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,6 +54,16 @@ def begun(proxy: Proxied, policy: Policy = POLICY) -> Iterator[Controller]:
     start_rollout(proxy.state, policy, reason="test")
     controller.tick()
     yield controller
+
+
+def until_rolled_back(proxy: Proxied, controller: Controller) -> None:
+    """A hundred requests before each tick, twenty ticks at most."""
+    for _ in range(20):
+        ask(proxy, 100)
+        time.sleep(0.1)
+        controller.tick()
+        if phase(proxy)[0] == "rolled_back":
+            break
 
 
 @contextmanager

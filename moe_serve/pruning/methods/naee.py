@@ -138,9 +138,7 @@ class _Search:
             return torch.ones_like(weights_SN, dtype=torch.bool)  # Everyone else's share grows.
         felt_SN = weights_SN > 0
         if rule.groups > 1:  # Those that a group is ranked by, too.
-            choice_SN = self.router.scores(self.logits_SN.masked_fill(gone_N, -torch.inf))
-            if self.router.bias_N is not None:
-                choice_SN = (choice_SN + self.router.bias_N).masked_fill(gone_N, -torch.inf)
+            _, choice_SN = self.router.scored(self.logits_SN, gone_N)
             grouped_SGn = choice_SN.view(len(choice_SN), rule.groups, -1)
             best_SGb = grouped_SGn.topk(rule.group_best, dim=-1).indices
             ranks_SGn = torch.zeros_like(grouped_SGn, dtype=torch.bool).scatter_(
@@ -163,8 +161,7 @@ class _Search:
         self, gone: torch.Tensor, tokens: torch.Tensor | slice = slice(None)
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights [s, N] and squared error [s] (F64) of some tokens without the experts gone."""
-        logits_sN = self.logits_SN[tokens].masked_fill(gone, -torch.inf)
-        weights_sN = self.router.weigh(logits_sN, gone)
+        weights_sN = self.router.weigh(self.logits_SN[tokens], gone)
         change_sN = weights_sN - self.weights_SN[tokens]
         most = min(2 * self.router.rule.top_k, self.experts)
         index_sK = change_sN.abs().topk(most, dim=1).indices
